@@ -1,0 +1,1 @@
+"""The tutorial's toolchain: notebooks in, package, pages and figures out."""

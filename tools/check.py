@@ -1,0 +1,103 @@
+"""`make check`: is everything that is derived what the notebooks derive? Writes nothing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from tools.book import derive
+from tools.notebooks import (
+    KNOWN_TAGS,
+    ROOT,
+    BookError,
+    Chapter,
+    dump,
+    find_chapters,
+    normalise,
+    read_notebook,
+    to_text,
+)
+
+HAND_WRITTEN = {"__init__.py", "py.typed"}
+
+
+def cell_problems(stem: str, notebook: Any) -> list[str]:
+    """What nbval would pass over in silence: cells not run, misspelt tags, stored warnings."""
+    problems = []
+    count = 0
+    for number, cell in enumerate(notebook.cells, start=1):
+        where = f"notebooks/{stem}.ipynb, cell {number}"
+        unknown = set(cell.metadata.get("tags", [])) - KNOWN_TAGS
+        if unknown:
+            problems.append(f"{where}: unknown tag {', '.join(sorted(unknown))}")
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        if cell.get("execution_count") != count:
+            problems.append(f"{where}: execution count {cell.get('execution_count')}, not {count}")
+        for output in cell.get("outputs", []):
+            if output.output_type == "error":
+                problems.append(f"{where}: a stored error, {output.ename}")
+            if output.output_type == "stream" and output.name == "stderr":
+                problems.append(f"{where}: a stored warning: {output.text.strip()[:80]}")
+    return problems
+
+
+def find_problems(root: Path = ROOT) -> list[str]:
+    """One line for each thing that is stale, naming it."""
+    problems: list[str] = []
+    notebooks: list[tuple[Chapter, Any]] = []
+    for chapter in find_chapters(root):
+        if not chapter.ipynb.exists():
+            problems.append(f"notebooks/{chapter.stem}.ipynb: missing, its .py is alone")
+            continue
+        text = chapter.ipynb.read_text()
+        notebook = read_notebook(text, f"notebooks/{chapter.ipynb.name}")
+        problems += cell_problems(chapter.stem, notebook)
+        if chapter.py.exists() and chapter.py.read_text() != to_text(notebook, root):
+            problems.append(f"notebooks/{chapter.stem}: the .ipynb and the .py differ")
+        elif dump(normalise(notebook)) != text:
+            problems.append(f"notebooks/{chapter.stem}.ipynb: not in its stored form")
+        notebooks.append((chapter, notebook))
+    files = derive(notebooks, root)
+    for path, content in files.items():
+        name = path.relative_to(root).as_posix()
+        if not path.exists():
+            problems.append(f"{name}: missing")
+        elif path.suffix != ".py" or path.parent.name != "notebooks":  # pairs: compared above
+            if path.read_bytes() != content:
+                problems.append(f"{name}: stale, differs from what its notebook makes")
+    return problems + strays(set(files), root)
+
+
+def strays(expected: set[Path], root: Path) -> list[str]:
+    """Files in generated places that no notebook makes."""
+    found = [*(root / "mixconv").glob("*"), *(root / "figures").glob("*")]
+    found += (root / "notebooks").glob("*.md")
+    return [
+        f"{path.relative_to(root)}: no notebook makes it; remove it with git rm"
+        for path in sorted(found)
+        if path.is_file()
+        and path not in expected
+        and path.name not in HAND_WRITTEN
+        and path.suffix != ".json"
+    ]
+
+
+def main() -> int:
+    try:
+        problems = find_problems()
+    except BookError as error:
+        problems = [str(error)]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        print(f"{len(problems)} stale or wrong. To mend: make book", file=sys.stderr)
+        return 1
+    print("check: pairs, package, pages and figures are what the notebooks make")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

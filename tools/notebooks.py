@@ -1,0 +1,230 @@
+"""Chapters on disk: reading a pair, comparing its two sides, normal form, execution."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jupytext  # type: ignore[import-untyped]
+import nbformat
+from jupytext.config import load_jupytext_config  # type: ignore[import-untyped]
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError, CellTimeoutError
+
+ROOT = Path(__file__).resolve().parent.parent
+CELL_TIMEOUT = 120
+
+# Tags change what a page or a check does with a cell; any other tag is a typing error.
+FOLDED_TAGS = {"solution": "Solution", "drawing": "The code that draws this"}
+KNOWN_TAGS = set(FOLDED_TAGS)
+
+METADATA = {
+    "kernelspec": {
+        "display_name": "Python 3 (ipykernel)",
+        "language": "python",
+        "name": "python3",
+    },
+    "language_info": {"name": "python"},
+}
+
+
+class BookError(Exception):
+    """Something in the book is wrong; the message says where and what mends it."""
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One chapter: the three files of `notebooks/` that share a stem."""
+
+    stem: str
+    root: Path = ROOT
+
+    @property
+    def ipynb(self) -> Path:
+        return self.root / "notebooks" / f"{self.stem}.ipynb"
+
+    @property
+    def py(self) -> Path:
+        return self.root / "notebooks" / f"{self.stem}.py"
+
+    @property
+    def page(self) -> Path:
+        return self.root / "notebooks" / f"{self.stem}.md"
+
+
+def find_chapters(root: Path = ROOT) -> list[Chapter]:
+    """All chapters, in reading order. A chapter is `NN_topic`, as a notebook, as text, or both."""
+    folder = root / "notebooks"
+    files = [*folder.glob("*.ipynb"), *folder.glob("*.py")]
+    stems = sorted({path.stem for path in files if re.match(r"\d\d_", path.name)})
+    return [Chapter(stem, root) for stem in stems]
+
+
+def write_atomically(path: Path, content: str | bytes) -> bool:
+    """Replace `path` in one step, so that an interrupted build never leaves half a file.
+
+    Returns whether the content changed; an equal file is left alone.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and path.read_bytes() == data:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return True
+
+
+def read_notebook(text: str, where: str) -> Any:
+    try:
+        return nbformat.reads(text, as_version=4)
+    except Exception as error:  # nbformat raises many kinds; all mean "not a notebook"
+        raise BookError(f"{where} is not a readable notebook: {error}") from error
+
+
+def to_text(notebook: Any, root: Path = ROOT) -> str:
+    """The `py:percent` side of a notebook, as the pair's settings in pyproject.toml want it."""
+    config = load_jupytext_config(str(root / "pyproject.toml"))
+    bare = nbformat.v4.new_notebook(cells=notebook.cells)
+    return str(jupytext.writes(bare, fmt="py:percent", config=config))
+
+
+def from_text(text: str) -> Any:
+    """A notebook without outputs from its `py:percent` side."""
+    return jupytext.reads(text, fmt="py:percent")
+
+
+def format_code(notebook: Any, root: Path = ROOT) -> None:
+    """Format the code cells in place, by the same rules as the package."""
+    result = subprocess.run(
+        [sys.executable, "-m", "ruff", "format", "--stdin-filename", "notebook.ipynb", "-"],
+        input=nbformat.writes(notebook),
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    if result.returncode:
+        raise BookError(f"ruff could not format a cell: {result.stderr.strip()}")
+    formatted = nbformat.reads(result.stdout, as_version=4)
+    for cell, new in zip(notebook.cells, formatted.cells, strict=True):
+        cell.source = new.source
+
+
+def normalise(notebook: Any) -> Any:
+    """The one stored form: ids by position, fixed metadata, joined streams, no time stamps."""
+    cells = []
+    for index, cell in enumerate(notebook.cells):
+        tags = list(cell.metadata.get("tags", []))
+        metadata: dict[str, Any] = {"tags": tags} if tags else {}
+        if cell.cell_type == "code":
+            if FOLDED_TAGS.keys() & set(tags):
+                metadata["jupyter"] = {"source_hidden": True}
+            new = nbformat.v4.new_code_cell(cell.source.rstrip(), metadata=metadata)
+            new.outputs = join_streams(cell.get("outputs", []))
+            new.execution_count = cell.get("execution_count")
+            for output in new.outputs:
+                if output.output_type == "execute_result":
+                    output.execution_count = new.execution_count
+        else:
+            new = nbformat.v4.new_markdown_cell(cell.source.rstrip(), metadata=metadata)
+        new.id = f"cell-{index:02d}"
+        cells.append(new)
+    result = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
+    result.nbformat_minor = 5
+    return result
+
+
+def join_streams(outputs: list[Any]) -> list[Any]:
+    """Neighbouring pieces of one stream become one output: how they were cut depends on timing."""
+    joined: list[Any] = []
+    for output in outputs:
+        last = joined[-1] if joined else None
+        if (
+            last is not None
+            and output.output_type == last.output_type == "stream"
+            and output.name == last.name
+        ):
+            last.text += output.text
+        else:
+            joined.append(nbformat.from_dict(dict(output)))
+    return joined
+
+
+def dump(notebook: Any) -> str:
+    return str(nbformat.writes(notebook)).rstrip("\n") + "\n"
+
+
+def execute(notebook: Any, chapter: Chapter, package_parent: Path) -> None:
+    """Run every cell in a fresh kernel, with `package_parent` first on the import path."""
+    environment = dict(os.environ)
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(package_parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
+    client = NotebookClient(
+        notebook,
+        timeout=CELL_TIMEOUT,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(chapter.ipynb.parent)}},
+    )
+    try:
+        client.execute(env=environment)
+    except CellExecutionError as error:
+        raise BookError(f"{chapter.stem}: a cell failed\n{error}") from error
+    except CellTimeoutError as error:
+        raise BookError(f"{chapter.stem}: a cell ran longer than {CELL_TIMEOUT} s") from error
+
+
+def committed(path: Path, root: Path = ROOT) -> str | None:
+    """The text of `path` at HEAD, or None where there is none."""
+    result = subprocess.run(
+        ["git", "show", f"HEAD:./{path.relative_to(root).as_posix()}"],
+        cwd=root,
+        capture_output=True,
+    )
+    return result.stdout.decode() if result.returncode == 0 else None
+
+
+def merge_pair(chapter: Chapter) -> Any:
+    """The notebook that the two sides of a pair mean.
+
+    Where they differ, the side that differs from HEAD is the edit. File times are never
+    asked: a checkout sets them at random.
+
+    Raises:
+        BookError: when both sides were edited, differently.
+    """
+    if not chapter.ipynb.exists():
+        return from_text(chapter.py.read_text())
+    notebook = read_notebook(chapter.ipynb.read_text(), chapter.ipynb.name)
+    if not chapter.py.exists():
+        return notebook
+    text = chapter.py.read_text()
+    if to_text(notebook, chapter.root) == text:
+        return notebook
+    old_text = committed(chapter.py, chapter.root)
+    old_json = committed(chapter.ipynb, chapter.root)
+    text_edited = text != old_text
+    notebook_edited = old_json is None or (
+        to_text(notebook, chapter.root)
+        != to_text(read_notebook(old_json, chapter.ipynb.name), chapter.root)
+    )
+    if text_edited and notebook_edited:
+        raise BookError(
+            f"notebooks/{chapter.stem}: the .ipynb and the .py were both edited and differ.\n"
+            f"Keep one: `git checkout notebooks/{chapter.stem}.py` (or .ipynb), or, if neither is\n"
+            f"committed yet, move one of the two away; then run `make book` again."
+        )
+    return from_text(text) if text_edited else notebook

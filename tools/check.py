@@ -61,13 +61,13 @@ def find_problems(root: Path = ROOT) -> list[str]:
             problems.append(f"notebooks/{chapter.stem}.ipynb: not in its stored form")
         notebooks.append((chapter, notebook))
     files = derive(notebooks, root)
+    pairs = {chapter.py for chapter, _ in notebooks}
     for path, content in files.items():
         name = path.relative_to(root).as_posix()
         if not path.exists():
             problems.append(f"{name}: missing")
-        elif path.suffix != ".py" or path.parent.name != "notebooks":  # pairs: compared above
-            if path.read_bytes() != content:
-                problems.append(f"{name}: stale, differs from what its notebook makes")
+        elif path.read_bytes() != content and path not in pairs:  # pairs: compared above
+            problems.append(f"{name}: stale, differs from what its notebook makes")
     return problems + strays(set(files), root)
 
 

@@ -96,9 +96,13 @@ def read_notebook(text: str, where: str) -> Any:
 
 def to_text(notebook: Any, root: Path = ROOT) -> str:
     """The `py:percent` side of a notebook, as the pair's settings in pyproject.toml want it."""
-    config = load_jupytext_config(str(root / "pyproject.toml"))
-    bare = nbformat.v4.new_notebook(cells=notebook.cells)
-    return str(jupytext.writes(bare, fmt="py:percent", config=config))
+    config = load_jupytext_config(str(root / "notebooks" / "any.ipynb"))
+    filters = {
+        "notebook_metadata_filter": config.notebook_metadata_filter,
+        "cell_metadata_filter": config.cell_metadata_filter,
+    }
+    bare = nbformat.v4.new_notebook(cells=notebook.cells, metadata={"jupytext": filters})
+    return str(jupytext.writes(bare, fmt="py:percent"))
 
 
 def from_text(text: str) -> Any:

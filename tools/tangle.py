@@ -68,6 +68,7 @@ def tangle(notebooks: Iterable[tuple[str, Any]], root: Path = ROOT) -> dict[str,
 
     Args:
         notebooks: (stem, notebook) pairs in reading order.
+        root: the repository, for the formatter's settings.
 
     Raises:
         BookError: naming notebook and cell, for anything that would not make a sound module.

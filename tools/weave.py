@@ -43,7 +43,14 @@ def weave(notebook: Any, stem: str) -> tuple[str, dict[str, bytes]]:
         extra_template_basedirs=[str(TEMPLATES)],
     )
     page, _ = exporter.from_notebook_node(notebook, resources={"page": {"stem": stem}})
-    return re.sub(r"\n{3,}", "\n\n", page).strip() + "\n", figures
+    return close_gaps(page), figures
+
+
+def close_gaps(page: str) -> str:
+    """One blank line between blocks; code and outputs keep theirs."""
+    parts = re.split(r"(^```.*?^```$)", page, flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = [re.sub(r"\n{3,}", "\n\n", part) for part in parts[::2]]
+    return "".join(parts).strip() + "\n"
 
 
 def take_figure(output: Any, where: str) -> tuple[str, bytes]:

@@ -1,0 +1,185 @@
+# Generated from notebooks/00_start_here.ipynb by `make book`. Edit the notebook, not this file.
+
+"""What every chapter uses: checks, exercises, tables, figures, the photograph (chapter 0).
+
+The only module that needs more than torch: install `mixconv[tutorial]`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import matplotlib.cbook
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from IPython.display import display
+from matplotlib.figure import Figure
+from torch import Tensor
+
+__all__ = [
+    "KERNEL_COLORS",
+    "Table",
+    "actual_shape",
+    "attempt",
+    "check",
+    "check_rewrite",
+    "kernel_color",
+    "photograph",
+    "show",
+    "table",
+    "use_style",
+]
+
+
+def check(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Assert that two tensors are equal up to rounding, and say so.
+
+    Args:
+        actual: the new result.
+        expected: the result to trust, of the same shape and dtype.
+        what: a name for the comparison, used in the message.
+
+    Raises:
+        AssertionError: if shape, dtype or a value differs (tolerances of `torch.testing`).
+    """
+    torch.testing.assert_close(actual, expected, msg=lambda details: f"{what}: {details}")
+    print(f"equal: {what}, shape {tuple(actual.shape)}")
+
+
+def check_rewrite(
+    before: Callable[..., Tensor], after: Callable[..., Tensor], *tensors: Tensor, what: str
+) -> None:
+    """Assert that two functions agree in their output and in the gradient of every argument.
+
+    Args:
+        before: the function to trust.
+        after: its rewrite.
+        tensors: arguments for both, floating point.
+        what: a name for the rewrite, used in the message.
+
+    Raises:
+        AssertionError: naming the output or the argument whose gradient differs.
+    """
+    results = []
+    for function in (before, after):
+        leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        output = function(*leaves)
+        ramp = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+        results.append([output, *torch.autograd.grad(output, leaves, ramp)])
+    names = ["output", *(f"gradient of argument {i}" for i in range(len(tensors)))]
+    for name, expected, actual in zip(names, *results, strict=True):
+        torch.testing.assert_close(actual, expected, msg=lambda d, n=name: f"{what}, {n}: {d}")
+    print(f"equal: {what}, output {tuple(actual_shape(results))} and {len(tensors)} gradients")
+
+
+def actual_shape(results: list[list[Tensor]]) -> torch.Size:
+    return results[1][0].shape
+
+
+def attempt(answer: Callable[..., object], test: Callable[..., None]) -> None:
+    """Try an exercise: run `test(answer)` and say whether it is to do or solved.
+
+    Raises:
+        AssertionError: from the test, if the answer is wrong.
+    """
+    try:
+        test(answer)
+    except NotImplementedError:
+        print(f"to do: {answer.__name__}")
+    else:
+        print(f"solved: {answer.__name__}")
+
+
+class Table:
+    """Rows under a header; the last line of a notebook cell draws it.
+
+    Args:
+        header: the column names.
+        rows: one sequence a row; integers are shown with thousands separators.
+    """
+
+    def __init__(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        self.header = list(header)
+        self.rows = [[self._cell(value) for value in row] for row in rows]
+
+    @staticmethod
+    def _cell(value: object) -> str:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        return f"{value:,}" if number else str(value)
+
+    def __repr__(self) -> str:
+        lines = [self.header, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
+        return "\n".join(
+            "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+            for line in lines
+        )
+
+    def _repr_markdown_(self) -> str:
+        lines = [self.header, ["---:"] * len(self.header), *self.rows]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table to end a cell with."""
+    return Table(header, rows)
+
+
+KERNEL_COLORS = {
+    3: "#0072B2",
+    5: "#E69F00",
+    7: "#009E73",
+    9: "#CC79A7",
+    11: "#D55E00",
+    13: "#56B4E9",
+}
+
+
+def kernel_color(kernel_size: int) -> str:
+    """The colour that means this kernel size in every figure; grey for an unusual one."""
+    return KERNEL_COLORS.get(kernel_size, "#777777")
+
+
+def use_style() -> None:
+    """Set the figure style of the book: sparse axes, readable text, no chart junk."""
+    plt.rcParams.update(
+        {
+            "figure.dpi": 144,
+            "figure.constrained_layout.use": True,
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titleweight": "bold",
+            "axes.titlesize": 11,
+            "legend.frameon": False,
+        }
+    )
+
+
+def show(figure: Figure, filename: str, alt: str) -> None:
+    """Draw a figure at the end of a cell.
+
+    Args:
+        figure: a matplotlib figure; it is closed afterwards.
+        filename: its name in `figures/`, such as `partition_bars.png`.
+        alt: one or two sentences that state what the picture shows.
+    """
+    width = round(figure.get_figwidth() * 100)
+    metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
+    display(figure, metadata=metadata)
+    plt.close(figure)
+
+
+def photograph(size: int = 224) -> Tensor:
+    """The book's photograph: Grace Hopper, public domain, shipped with matplotlib.
+
+    Args:
+        size: height and width in pixels, at most 512.
+
+    Shape:
+        Output: `(1, 3, size, size)`, float32, values 0 to 1, red-green-blue.
+    """
+    path = matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False)
+    pixels = torch.from_numpy(np.array(plt.imread(path)))
+    image = pixels.permute(2, 0, 1)[None].float() / 255
+    image = image[..., :512, :]  # 600 rows, 512 columns; the face is above the middle
+    return torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)

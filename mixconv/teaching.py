@@ -18,7 +18,6 @@ from torch import Tensor
 __all__ = [
     "KERNEL_COLORS",
     "Table",
-    "actual_shape",
     "attempt",
     "check",
     "check_rewrite",
@@ -65,14 +64,10 @@ def check_rewrite(
         output = function(*leaves)
         ramp = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
         results.append([output, *torch.autograd.grad(output, leaves, ramp)])
-    names = ["output", *(f"gradient of argument {i}" for i in range(len(tensors)))]
+    names = ["output", *(f"gradient {i}" for i in range(len(tensors)))]
     for name, expected, actual in zip(names, *results, strict=True):
         torch.testing.assert_close(actual, expected, msg=lambda d, n=name: f"{what}, {n}: {d}")
-    print(f"equal: {what}, output {tuple(actual_shape(results))} and {len(tensors)} gradients")
-
-
-def actual_shape(results: list[list[Tensor]]) -> torch.Size:
-    return results[1][0].shape
+    print(f"equal: {what}, output {tuple(output.shape)}, gradients: {len(tensors)}")
 
 
 def attempt(answer: Callable[..., object], test: Callable[..., None]) -> None:
@@ -115,8 +110,9 @@ class Table:
         )
 
     def _repr_markdown_(self) -> str:
-        lines = [self.header, ["---:"] * len(self.header), *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        right = [all(c[:1].isdigit() for c in column) for column in zip(*self.rows, strict=True)]
+        rule = ["---:" if numbers else "---" for numbers in right]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rule, *self.rows])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
@@ -182,4 +178,5 @@ def photograph(size: int = 224) -> Tensor:
     pixels = torch.from_numpy(np.array(plt.imread(path)))
     image = pixels.permute(2, 0, 1)[None].float() / 255
     image = image[..., :512, :]  # 600 rows, 512 columns; the face is above the middle
-    return torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    small = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return small.clamp(0, 1)  # antialiasing overshoots by a rounding error

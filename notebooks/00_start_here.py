@@ -197,7 +197,7 @@ def test_weights(answer) -> None:
 attempt(weights_of_depthwise, test_weights)
 
 
-# %% tags=["solution"] jupyter={"source_hidden": true}
+# %% tags=["solution"]
 def weights_of_depthwise_solution(channels: int, kernel_size: int) -> int:
     return channels * kernel_size**2
 
@@ -321,7 +321,7 @@ def show(figure: Figure, filename: str, alt: str) -> None:
     plt.close(figure)
 
 
-# %% tags=["drawing"] jupyter={"source_hidden": true}
+# %% tags=["drawing"]
 use_style()
 figure, axes = plt.subplots(1, 6, figsize=(7.5, 1.9))
 for axis, (k, color) in zip(axes, KERNEL_COLORS.items(), strict=True):
@@ -345,7 +345,7 @@ show(
 # ## The photograph
 #
 # Some pictures need a picture. matplotlib ships one that is in the public domain: Grace Hopper, US Navy.
-# `photograph` crops its centre square and returns it as a batch of one.
+# `photograph` crops the upper square and returns it as a batch of one.
 
 # %%
 #| export teaching.py
@@ -366,14 +366,15 @@ def photograph(size: int = 224) -> Tensor:
     pixels = torch.from_numpy(np.array(plt.imread(path)))
     image = pixels.permute(2, 0, 1)[None].float() / 255
     image = image[..., :512, :]  # 600 rows, 512 columns; the face is above the middle
-    return torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    small = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
+    return small.clamp(0, 1)  # antialiasing overshoots by a rounding error
 
 
 # %%
 image = photograph()
 print(tuple(image.shape), f"values {image.min():.2f} to {image.max():.2f}")
 
-# %% tags=["drawing"] jupyter={"source_hidden": true}
+# %% tags=["drawing"]
 figure, axis = plt.subplots(figsize=(2.6, 2.6))
 axis.imshow(image[0].permute(1, 2, 0))
 axis.axis("off")

@@ -208,7 +208,7 @@ def merge_pair(chapter: Chapter) -> Any:
     asked: a checkout sets them at random.
 
     Raises:
-        BookError: when both sides were edited, differently.
+        BookError: when both sides were edited, differently, or neither was.
     """
     if not chapter.ipynb.exists():
         return from_text(chapter.py.read_text())
@@ -225,10 +225,10 @@ def merge_pair(chapter: Chapter) -> Any:
         to_text(notebook, chapter.root)
         != to_text(read_notebook(old_json, chapter.ipynb.name), chapter.root)
     )
-    if text_edited and notebook_edited:
+    if text_edited == notebook_edited:
         raise BookError(
-            f"notebooks/{chapter.stem}: the .ipynb and the .py were both edited and differ.\n"
-            f"Keep one: `git checkout notebooks/{chapter.stem}.py` (or .ipynb), or, if neither is\n"
-            f"committed yet, move one of the two away; then run `make book` again."
+            f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and git cannot tell which\n"
+            f"is the edit. Keep one: move notebooks/{chapter.stem}.py (or .ipynb) away, then run\n"
+            f"`make book` again; it makes the missing side from the other."
         )
     return from_text(text) if text_edited else notebook

@@ -184,7 +184,7 @@ def execute(notebook: Any, chapter: Chapter, package_parent: Path) -> None:
         resources={"metadata": {"path": str(chapter.ipynb.parent)}},
     )
     try:
-        client.execute(env=environment)
+        client.execute(env=environment, stderr=subprocess.DEVNULL)  # a TCP notice
     except CellExecutionError as error:
         raise BookError(f"{chapter.stem}: a cell failed\n{error}") from error
     except CellTimeoutError as error:

@@ -1,0 +1,221 @@
+# Generated from notebooks/01_formulation.ipynb by `make book`. Edit the notebook, not this file.
+
+"""MixConv as its equations say it, and what it costs (paper, section 3.1; chapter 1).
+
+Slow on purpose: these functions are what every faster version is compared with.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = [
+    "LayerCost",
+    "count_costs",
+    "depthwise_loops",
+    "depthwise_reference",
+    "layer_cost",
+    "mixconv_loops",
+    "mixconv_multiply_adds",
+    "mixconv_parameters",
+    "mixconv_reference",
+    "receptive_field",
+]
+
+
+def depthwise_loops(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution, one multiplication at a time.
+
+    Args:
+        x: one image.
+        weight: kernels of odd size k; output channel z reads input channel z // m.
+
+    Shape:
+        x `(C, H, W)`, weight `(m·C, 1, k, k)`, output `(m·C, H, W)`.
+
+    Source: paper, section 3.1.
+    """
+    (channels, height, width), (outputs, _, k, _) = x.shape, weight.shape
+    multiplier, reach = outputs // channels, k // 2
+    y = x.new_zeros(outputs, height, width)
+    for z in range(outputs):
+        for row in range(height):
+            for column in range(width):
+                for i in range(-reach, reach + 1):
+                    for j in range(-reach, reach + 1):
+                        if 0 <= row + i < height and 0 <= column + j < width:
+                            pixel = x[z // multiplier, row + i, column + j]
+                            y[z, row, column] += pixel * weight[z, 0, i + reach, j + reach]
+    return y
+
+
+def mixconv_loops(x: Tensor, weights: Sequence[Tensor], channel_multiplier: int = 1) -> Tensor:
+    """MixConv, one multiplication at a time: split, convolve each group, concatenate.
+
+    Args:
+        x: one image.
+        weights: one tensor of kernels for each group, in channel order.
+        channel_multiplier: outputs for each input channel (m in the paper).
+
+    Shape:
+        x `(C, H, W)`, weights[t] `(m·c_t, 1, k_t, k_t)`, output `(m·C, H, W)`.
+
+    Source: paper, section 3.1.
+    """
+    partition = [weight.shape[0] // channel_multiplier for weight in weights]
+    groups = x.split(partition)
+    outputs = [depthwise_loops(*pair) for pair in zip(groups, weights, strict=True)]
+    return torch.cat(outputs)
+
+
+def depthwise_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution as a sum of k² shifted images.
+
+    Shape:
+        x `(N, C, H, W)`, weight `(m·C, 1, k, k)` with odd k, output `(N, m·C, H, W)`.
+    """
+    height, width, k = x.shape[2], x.shape[3], weight.shape[2]
+    repeated = x.repeat_interleave(weight.shape[0] // x.shape[1], dim=1)
+    padded = F.pad(repeated, [k // 2] * 4)
+    y = torch.zeros_like(repeated)
+    for i in range(k):
+        for j in range(k):
+            shifted = padded[:, :, i : i + height, j : j + width]
+            y = y + shifted * weight[:, 0, i, j].view(-1, 1, 1)
+    return y
+
+
+def mixconv_reference(x: Tensor, weights: Sequence[Tensor], channel_multiplier: int = 1) -> Tensor:
+    """MixConv from shifted images: what the layer of chapter 3 must equal.
+
+    Shape:
+        x `(N, C, H, W)`, weights[t] `(m·c_t, 1, k_t, k_t)`, output `(N, m·C, H, W)`.
+    """
+    partition = [weight.shape[0] // channel_multiplier for weight in weights]
+    groups = x.split(partition, dim=1)
+    return torch.cat([depthwise_reference(*pair) for pair in zip(groups, weights, strict=True)], 1)
+
+
+def receptive_field(
+    kernel_sizes: Sequence[int],
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+) -> int:
+    """Side, in input pixels, of the window one output of a stack of layers can see.
+
+    Args:
+        kernel_sizes: one for each layer, first layer first.
+        strides: one for each layer; all 1 if left out.
+        dilations: one for each layer; all 1 if left out.
+
+    Raises:
+        ValueError: if the lists have different lengths.
+    """
+    strides = strides or [1] * len(kernel_sizes)
+    dilations = dilations or [1] * len(kernel_sizes)
+    field, step = 1, 1
+    for k, stride, dilation in zip(kernel_sizes, strides, dilations, strict=True):
+        field += (k - 1) * dilation * step
+        step *= stride
+    return field
+
+
+def mixconv_parameters(
+    partition: Sequence[int], kernel_sizes: Sequence[int], channel_multiplier: int = 1
+) -> int:
+    """Weights of a MixConv layer without bias.
+
+    Args:
+        partition: channels of each group.
+        kernel_sizes: kernel size of each group.
+        channel_multiplier: outputs for each input channel.
+    """
+    pairs = zip(partition, kernel_sizes, strict=True)
+    return channel_multiplier * sum(c * k * k for c, k in pairs)
+
+
+def mixconv_multiply_adds(
+    partition: Sequence[int],
+    kernel_sizes: Sequence[int],
+    height: int,
+    width: int,
+    channel_multiplier: int = 1,
+) -> int:
+    """Multiply-adds of a MixConv layer for one image.
+
+    Args:
+        partition: channels of each group.
+        kernel_sizes: kernel size of each group.
+        height: rows of the output.
+        width: columns of the output.
+        channel_multiplier: outputs for each input channel.
+    """
+    return height * width * mixconv_parameters(partition, kernel_sizes, channel_multiplier)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer of a network cost for one input.
+
+    Attributes:
+        name: its name in the model, as in `model.named_modules()`.
+        kind: "depthwise", "pointwise", "convolution" or "linear".
+        output_shape: shape of its output, batch first.
+        parameters: weights and biases.
+        multiply_adds: for the whole batch; biases are not counted.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> LayerCost:
+    """The cost of one layer, from its weights and the output it gave.
+
+    Every output value of a convolution is a sum over one kernel: `weight[0].numel()` terms.
+    """
+    if isinstance(layer, nn.Linear):
+        kind = "linear"
+    elif layer.groups == layer.in_channels > 1:
+        kind = "depthwise"
+    else:
+        kind = "pointwise" if layer.kernel_size == (1, 1) else "convolution"
+    parameters = sum(p.numel() for p in layer.parameters())
+    multiply_adds = output.numel() * layer.weight[0].numel()
+    return LayerCost(name, kind, tuple(output.shape), parameters, multiply_adds)
+
+
+def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
+    """Run a model once and report the cost of each convolution and linear layer, in order.
+
+    Works on the meta device too, where nothing is computed. The model is run in evaluation
+    mode without gradients and is left as it was.
+
+    Args:
+        model: any module.
+        inputs: its arguments.
+    """
+    costs: list[LayerCost] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, _, output, name=name: costs.append(layer_cost(name, layer, output))
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return costs

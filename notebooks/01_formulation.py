@@ -1,0 +1,699 @@
+# %% [markdown]
+# # 1 · Formulation
+#
+# From convolution to depthwise convolution to *mixed* depthwise convolution: what is computed, and what it costs.
+#
+# **You will be able to**
+# - write MixConv as loops, and as a few tensor operations, from the equations of section 3.1;
+# - compute its receptive field, parameters and multiply-adds with a pencil;
+# - tell MixConv from a layer that has the same name and is not the same thing.
+#
+# **Know first:** `nn.Conv2d`, and [chapter 0](00_start_here.ipynb) for the tools.
+#
+# **Time:** 25 minutes to read. Runs in under 15 seconds on two cores.
+
+# %% [markdown]
+# ## Three convolutions
+#
+# A **convolution** looks at all input channels to make one output channel.
+# From $c$ to $c$ channels with k×k kernels it has $k^2 c^2$ weights.
+#
+# A **depthwise convolution** looks at one: output channel $z$ sees input channel $z$ and nothing else. It has $k^2 c$ weights.
+# A network then needs a 1×1 (*pointwise*) convolution after it, to let the channels talk.
+#
+# **MixConv** is a depthwise convolution in which the kernel size depends on the channel.
+# The channels are split into groups. Each group has a kernel size of its own.
+#
+# > **Paper.** Section 3.1 defines a depthwise convolution with channel multiplier $m$ as
+#
+# $$
+# Y_{x,y,z} = \sum_{-\frac{k}{2} \le i,j \le \frac{k}{2}} X_{x+i,\,y+j,\,z/m} \cdot W_{i,j,z}, \qquad z = 1, \dots, m \cdot c
+# $$
+#
+# and MixConv, for groups $t = 1, \dots, g$ of $c_t$ channels, as the same sum over a part of the channels and with a kernel size $k_t$ for each part:
+#
+# $$
+# \hat{Y}^{t}_{x,y,z} = \sum_{-\frac{k_t}{2} \le i,j \le \frac{k_t}{2}} X^{t}_{x+i,\,y+j,\,z/m} \cdot W^{t}_{i,j,z}, \qquad z = 1, \dots, m \cdot c_t
+# $$
+#
+# $$
+# Y = \mathrm{Concat}\left(\hat{Y}^{1}, \dots, \hat{Y}^{g}\right), \qquad c_1 + \dots + c_g = c
+# $$
+#
+# The fractions round towards zero: for $k = 3$, the index $i$ runs over −1, 0, 1. Positions outside the image count as zero, so the output has the size of the input.
+
+# %% [markdown]
+# ## By hand
+#
+# Take two channels of 5×5 pixels. Channel 0 counts from 0 to 24. Channel 1 is all ones.
+# Give channel 0 a 3×3 kernel of ones and channel 1 a 5×5 kernel of ones. That is a MixConv with $g = 2$, $c_t = 1, 1$ and $k_t = 3, 5$.
+#
+# With kernels of ones, an output is the sum of its window.
+
+# %%
+import torch
+
+x = torch.stack([torch.arange(25.0).view(5, 5), torch.ones(5, 5)])
+x
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+figure, axes = plt.subplots(1, 4, figsize=(7.5, 2.3))
+windows = [(0, 3, 2, 2), (0, 3, 0, 0), (1, 5, 2, 2), (1, 5, 0, 0)]
+for axis, (channel, k, row, column) in zip(axes, windows, strict=True):
+    corner = (column - k / 2, row - k / 2)
+    window = plt.Rectangle(corner, k, k, color=kernel_color(k), alpha=0.3, linewidth=0)
+    axis.add_patch(window)
+    axis.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, linewidth=2))
+    for i in range(5):
+        for j in range(5):
+            axis.text(j, i, f"{x[channel, i, j]:.0f}", ha="center", va="center", fontsize=8)
+    axis.set(xlim=(-2.6, 4.6), ylim=(4.6, -2.6), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(f"channel {channel}, {k}×{k}\nat ({row}, {column})", fontsize=9)
+    axis.add_patch(plt.Rectangle((-0.5, -0.5), 5, 5, fill=False, color="black", linewidth=0.8))
+    axis.spines[:].set_visible(False)
+show(
+    figure,
+    "by_hand.png",
+    "Four copies of a 5×5 grid of numbers with the window of one output shaded: a 3×3 window at "
+    "the centre and at a corner of channel 0, a 5×5 window at the centre and corner of channel 1. "
+    "At the corner, part of each window lies outside the grid.",
+)
+
+# %% [markdown]
+# Four outputs, by hand:
+#
+# | channel | at | window | sum |
+# |---|---|---|---|
+# | 0 | (2, 2) | 6 7 8, 11 12 13, 16 17 18 | 9 · 12 = **108** |
+# | 0 | (0, 0) | 0 1, 5 6 (the rest is outside) | 0 + 1 + 5 + 6 = **12** |
+# | 1 | (2, 2) | all 25 ones | **25** |
+# | 1 | (0, 0) | 3 × 3 ones (the rest is outside) | **9** |
+
+# %% [markdown]
+# ## As loops
+#
+# The equation, symbol for symbol, for one image. Counting from zero, `z // multiplier` is the paper's $z/m$.
+
+# %%
+#| export formulation.py
+"""MixConv as its equations say it, and what it costs (paper, section 3.1; chapter 1).
+
+Slow on purpose: these functions are what every faster version is compared with.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def depthwise_loops(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution, one multiplication at a time.
+
+    Args:
+        x: one image.
+        weight: kernels of odd size k; output channel z reads input channel z // m.
+
+    Shape:
+        x `(C, H, W)`, weight `(m·C, 1, k, k)`, output `(m·C, H, W)`.
+
+    Source: paper, section 3.1.
+    """
+    (channels, height, width), (outputs, _, k, _) = x.shape, weight.shape
+    multiplier, reach = outputs // channels, k // 2
+    y = x.new_zeros(outputs, height, width)
+    for z in range(outputs):
+        for row in range(height):
+            for column in range(width):
+                for i in range(-reach, reach + 1):
+                    for j in range(-reach, reach + 1):
+                        if 0 <= row + i < height and 0 <= column + j < width:
+                            pixel = x[z // multiplier, row + i, column + j]
+                            y[z, row, column] += pixel * weight[z, 0, i + reach, j + reach]
+    return y
+
+
+# %%
+y0 = depthwise_loops(x[:1], torch.ones(1, 1, 3, 3))
+y0[0, 2, 2], y0[0, 0, 0]
+
+
+# %% [markdown]
+# 108 and 12, as by hand. MixConv is that function once for each group. The weights carry all that is needed: how many there are, and how large, says how the channels are split.
+
+# %%
+#| export formulation.py
+def mixconv_loops(x: Tensor, weights: Sequence[Tensor], channel_multiplier: int = 1) -> Tensor:
+    """MixConv, one multiplication at a time: split, convolve each group, concatenate.
+
+    Args:
+        x: one image.
+        weights: one tensor of kernels for each group, in channel order.
+        channel_multiplier: outputs for each input channel (m in the paper).
+
+    Shape:
+        x `(C, H, W)`, weights[t] `(m·c_t, 1, k_t, k_t)`, output `(m·C, H, W)`.
+
+    Source: paper, section 3.1.
+    """
+    partition = [weight.shape[0] // channel_multiplier for weight in weights]
+    groups = x.split(partition)
+    outputs = [depthwise_loops(*pair) for pair in zip(groups, weights, strict=True)]
+    return torch.cat(outputs)
+
+
+# %%
+weights = [torch.ones(1, 1, 3, 3), torch.ones(1, 1, 5, 5)]
+y = mixconv_loops(x, weights)
+assert (y[0, 2, 2], y[0, 0, 0], y[1, 2, 2], y[1, 0, 0]) == (108, 12, 25, 9)
+y
+
+
+# %% [markdown]
+# Compare the last channel with the figure: 25 in the middle, where the whole 5×5 window lies inside, falling to 9 in the corners.
+
+# %% [markdown]
+# ## As tensor operations
+#
+# Swap the order of the loops. Instead of visiting every output and collecting its window, visit every kernel position (i, j) and add, for all outputs at once, the image shifted by (i, j) times one weight for each channel.
+# k² tensor operations remain. This version takes a batch.
+
+# %%
+#| export formulation.py
+def depthwise_reference(x: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution as a sum of k² shifted images.
+
+    Shape:
+        x `(N, C, H, W)`, weight `(m·C, 1, k, k)` with odd k, output `(N, m·C, H, W)`.
+    """
+    height, width, k = x.shape[2], x.shape[3], weight.shape[2]
+    repeated = x.repeat_interleave(weight.shape[0] // x.shape[1], dim=1)
+    padded = F.pad(repeated, [k // 2] * 4)
+    y = torch.zeros_like(repeated)
+    for i in range(k):
+        for j in range(k):
+            shifted = padded[:, :, i : i + height, j : j + width]
+            y = y + shifted * weight[:, 0, i, j].view(-1, 1, 1)
+    return y
+
+
+# %%
+#| export formulation.py
+def mixconv_reference(x: Tensor, weights: Sequence[Tensor], channel_multiplier: int = 1) -> Tensor:
+    """MixConv from shifted images: what the layer of chapter 3 must equal.
+
+    Shape:
+        x `(N, C, H, W)`, weights[t] `(m·c_t, 1, k_t, k_t)`, output `(N, m·C, H, W)`.
+    """
+    partition = [weight.shape[0] // channel_multiplier for weight in weights]
+    groups = x.split(partition, dim=1)
+    return torch.cat([depthwise_reference(*pair) for pair in zip(groups, weights, strict=True)], 1)
+
+
+# %% [markdown]
+# Equal? Forward, and in the gradient of the image and of both kernels, in double precision on random numbers:
+
+# %%
+from mixconv.teaching import check_rewrite
+
+torch.manual_seed(0)
+image = torch.randn(2, 5, 5, dtype=torch.double)
+kernels = [torch.randn(1, 1, 3, 3).double(), torch.randn(1, 1, 5, 5).double()]
+check_rewrite(
+    lambda x, *w: mixconv_loops(x, w),
+    lambda x, *w: mixconv_reference(x[None], w)[0],
+    image,
+    *kernels,
+    what="loops and shifted images",
+)
+
+# %% [markdown]
+# And with two outputs for each input channel ($m = 2$), on a 4×6 image:
+
+# %%
+image = torch.randn(2, 4, 6, dtype=torch.double)
+kernels = [torch.randn(2, 1, 3, 3).double(), torch.randn(2, 1, 5, 5).double()]
+check_rewrite(
+    lambda x, *w: mixconv_loops(x, w, channel_multiplier=2),
+    lambda x, *w: mixconv_reference(x[None], w, channel_multiplier=2)[0],
+    image,
+    *kernels,
+    what="the same with multiplier 2",
+)
+
+# %% [markdown]
+# PyTorch has depthwise convolution too: `conv2d` with as many groups as channels. Beware of the word. PyTorch's `groups` of channels share a kernel *size*. MixConv's groups differ in it, so one call of `conv2d` cannot do it.
+
+# %%
+import torch.nn.functional as F
+
+from mixconv.formulation import depthwise_reference
+
+check_rewrite(
+    lambda x, w: F.conv2d(x, w, padding=2, groups=6),
+    depthwise_reference,
+    torch.randn(2, 6, 7, 8).double(),
+    torch.randn(6, 1, 5, 5).double(),
+    what="PyTorch's depthwise convolution and ours",
+)
+
+# %% [markdown]
+# ## The whole operation in one picture
+
+# %% tags=["drawing"]
+from matplotlib.patches import FancyArrowPatch
+
+figure, axis = plt.subplots(figsize=(7.5, 3.3))
+groups = [(3, 4), (5, 4), (7, 4), (9, 4)]  # (kernel size, channels)
+y0 = 0.0
+for k, count in groups:
+    for channel in range(count):
+        for left, alpha in ((0.0, 0.35), (8.2, 0.9)):
+            bar = plt.Rectangle((left, y0 + channel * 0.42), 1.5, 0.36, color=kernel_color(k))
+            bar.set_alpha(alpha)
+            axis.add_patch(bar)
+    middle = y0 + 0.81
+    side = k * 0.16
+    axis.add_patch(
+        plt.Rectangle((4.9 - side / 2, middle - side / 2), side, side, color=kernel_color(k))
+    )
+    axis.text(5.8, middle, f"{k}×{k}", va="center", color=kernel_color(k), weight="bold")
+    for start, stop in ((1.7, 3.9), (6.6, 8.0)):
+        axis.add_patch(
+            FancyArrowPatch(
+                (start, middle),
+                (stop, middle),
+                arrowstyle="-|>",
+                lw=1.2,
+                mutation_scale=10,
+                color="#555555",
+            )
+        )
+    y0 += 2.0
+for place, word in (
+    (0.75, "16 channels,\nsplit"),
+    (4.9, "one depthwise convolution\na group"),
+    (8.95, "16 channels,\nconcatenated"),
+):
+    axis.text(place, -0.35, word, ha="center", va="bottom")
+axis.set(xlim=(-0.4, 10), ylim=(7.9, -1.5))
+axis.axis("off")
+show(
+    figure,
+    "mixconv_overview.png",
+    "Sixteen channels on the left are split into four groups of four. Each group passes through a "
+    "depthwise convolution with its own kernel size, 3×3, 5×5, 7×7 or 9×9, and the results are "
+    "concatenated to sixteen channels on the right.",
+)
+
+# %% [markdown]
+# With one group it is plain depthwise convolution. With as many groups as there are kernel sizes to try, one layer sees fine detail and wide context at once.
+
+# %% [markdown]
+# ## What MixConv is not
+#
+# YOLOv5 has a class `MixConv2d` that cites the same paper. In it *every* branch convolves *all* input channels, and the branches' outputs are concatenated.
+# Here are both, reduced to the wiring, with 8 channels and kernels 3 and 5:
+
+# %%
+from torch import nn
+
+branches = [nn.Conv2d(8, 4, k, padding=k // 2, groups=4, bias=False) for k in (3, 5)]
+mixconv_weights = [torch.randn(4, 1, 3, 3), torch.randn(4, 1, 5, 5)]
+designs = {
+    "MixConv": lambda x: mixconv_reference(x, mixconv_weights),
+    "every branch\nsees all channels": lambda x: torch.cat([b(x) for b in branches], dim=1),
+}
+
+# %% [markdown]
+# Which input channel reaches which output channel? Ask the gradient: it is zero where there is no wire.
+
+# %%
+wires = {}
+for name, design in designs.items():
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v, f=design: f(v.view(1, 8, 1, 1).expand(1, 8, 9, 9)).sum((0, 2, 3)), torch.ones(8)
+    )
+    wires[name] = jacobian != 0
+    print(" ".join(name.split()), wires[name].sum(dim=1).tolist())
+
+# %% tags=["drawing"]
+figure, axes = plt.subplots(1, 2, figsize=(5.4, 2.7))
+for axis, (name, wired) in zip(axes, wires.items(), strict=True):
+    for z in range(8):
+        for channel in range(8):
+            color = kernel_color(3 if z < 4 else 5) if wired[z, channel] else "#eeeeee"
+            axis.add_patch(plt.Rectangle((channel, z), 0.9, 0.9, color=color))
+    axis.set(xlim=(-0.1, 8), ylim=(8, -0.1), aspect="equal", title=name)
+    axis.set(xlabel="input channel", ylabel="output channel")
+    axis.set(xticks=[0.45, 7.45], xticklabels=["0", "7"], yticks=[0.45, 7.45])
+    axis.set_yticklabels(["0", "7"])
+    axis.spines[:].set_visible(False)
+show(
+    figure,
+    "not_mixconv.png",
+    "Two 8×8 grids of wires from input channels to output channels. MixConv is a diagonal: blue "
+    "3×3 wires for channels 0 to 3, orange 5×5 wires for 4 to 7. In the other design every kernel "
+    "size reads all eight input channels, two of them for each output.",
+)
+
+
+# %% [markdown]
+# MixConv is a diagonal: one wire for each channel. The other layer mixes channels, sees each input at *every* kernel size, and has twice the weights here. It may be a good layer. It is another one, and its costs are not the paper's.
+
+# %% [markdown]
+# ## Receptive field
+#
+# How many input pixels can one output see, along one axis? One layer with kernel size $k$ sees $k$.
+# Each further layer adds $k - 1$ steps, and a step is as long as all strides before it multiplied, times its own dilation:
+#
+# $$
+# r = 1 + \sum_{l} (k_l - 1) \cdot d_l \cdot \prod_{j < l} s_j
+# $$
+
+# %%
+#| export formulation.py
+def receptive_field(
+    kernel_sizes: Sequence[int],
+    strides: Sequence[int] | None = None,
+    dilations: Sequence[int] | None = None,
+) -> int:
+    """Side, in input pixels, of the window one output of a stack of layers can see.
+
+    Args:
+        kernel_sizes: one for each layer, first layer first.
+        strides: one for each layer; all 1 if left out.
+        dilations: one for each layer; all 1 if left out.
+
+    Raises:
+        ValueError: if the lists have different lengths.
+    """
+    strides = strides or [1] * len(kernel_sizes)
+    dilations = dilations or [1] * len(kernel_sizes)
+    field, step = 1, 1
+    for k, stride, dilation in zip(kernel_sizes, strides, dilations, strict=True):
+        field += (k - 1) * dilation * step
+        step *= stride
+    return field
+
+
+# %%
+(
+    [receptive_field([k]) for k in (3, 5, 7)],
+    receptive_field([3, 3, 3]),
+    receptive_field([3, 3], [2, 1]),
+)
+
+# %% [markdown]
+# Three 3×3 layers see as far as one 7×7. The formula against a measurement, for a 5×5 of stride 2, a 3×3 of dilation 2 and a 3×3: send a gradient back from one output and measure how wide it arrives.
+
+# %%
+stack = nn.Sequential(
+    nn.Conv2d(1, 1, 5, stride=2), nn.Conv2d(1, 1, 3, dilation=2), nn.Conv2d(1, 1, 3)
+)
+pixels = torch.zeros(1, 1, 64, 64, requires_grad=True)
+stack(pixels)[0, 0, 8, 8].backward()
+seen = int((pixels.grad[0, 0].abs().sum(dim=0) > 0).sum())
+assert seen == receptive_field([5, 3, 3], [2, 1, 1], [1, 2, 1])
+seen
+
+
+# %% [markdown]
+# ## What it costs
+#
+# Group $t$ has $m \, c_t$ kernels of $k_t^2$ weights, and each weight is used once for each of the $H' \cdot W'$ output positions:
+#
+# $$
+# \mathrm{parameters} = m \sum_{t} c_t \, k_t^2 \qquad \mathrm{multiply\ adds} = H' W' \cdot m \sum_{t} c_t \, k_t^2
+# $$
+
+# %%
+#| export formulation.py
+def mixconv_parameters(
+    partition: Sequence[int], kernel_sizes: Sequence[int], channel_multiplier: int = 1
+) -> int:
+    """Weights of a MixConv layer without bias.
+
+    Args:
+        partition: channels of each group.
+        kernel_sizes: kernel size of each group.
+        channel_multiplier: outputs for each input channel.
+    """
+    pairs = zip(partition, kernel_sizes, strict=True)
+    return channel_multiplier * sum(c * k * k for c, k in pairs)
+
+
+def mixconv_multiply_adds(
+    partition: Sequence[int],
+    kernel_sizes: Sequence[int],
+    height: int,
+    width: int,
+    channel_multiplier: int = 1,
+) -> int:
+    """Multiply-adds of a MixConv layer for one image.
+
+    Args:
+        partition: channels of each group.
+        kernel_sizes: kernel size of each group.
+        height: rows of the output.
+        width: columns of the output.
+        channel_multiplier: outputs for each input channel.
+    """
+    return height * width * mixconv_parameters(partition, kernel_sizes, channel_multiplier)
+
+
+# %%
+from mixconv.teaching import table
+
+table(
+    ["kernel sizes", "partition of 32", "parameters", "multiply-adds at 14×14"],
+    [
+        [k, p, mixconv_parameters(p, k), mixconv_multiply_adds(p, k, 14, 14)]
+        for k, p in [((3,), (32,)), ((3, 5), (16, 16)), ((3, 5, 7, 9), (8,) * 4), ((9,), (32,))]
+    ],
+)
+
+# %% [markdown]
+# Four kernel sizes cost about half of what 9×9 everywhere costs: the mean of 9, 25, 49 and 81 is 41.
+#
+# PyTorch has a counter of its own. It counts a multiplication and an addition as two, so its figure is twice ours.
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+with FlopCounterMode(display=False) as counter:
+    for c, k in ((8, 3), (8, 5), (8, 7), (8, 9)):
+        F.conv2d(torch.zeros(1, c, 14, 14), torch.zeros(c, 1, k, k), padding=k // 2, groups=c)
+counter.get_total_flops() == 2 * mixconv_multiply_adds((8,) * 4, (3, 5, 7, 9), 14, 14)
+
+# %% [markdown]
+# ## Why large kernels are cheap, until they are not
+#
+# A depthwise layer comes with a pointwise layer. For each output position, $c$ channels in and $c$ out, the first costs $k^2 c$ and the second $c^2$.
+# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 240 channels, 9 of 249.
+
+# %%
+channels = 240
+share = {k: k * k / (k * k + channels) for k in (3, 5, 7, 9, 11, 13)}
+table(
+    ["kernel", "multiply-adds a pixel, depthwise", "pointwise", "depthwise share"],
+    [[f"{k}×{k}", k * k * channels, channels**2, f"{share[k]:.0%}"] for k in share],
+)
+
+# %% tags=["drawing"]
+figure, axis = plt.subplots(figsize=(6, 2.6))
+for position, k in enumerate(share):
+    axis.bar(position, channels**2, color="#cccccc")
+    axis.bar(position, k * k * channels, bottom=channels**2, color=kernel_color(k))
+    axis.text(position, (channels + k * k) * channels + 1500, f"{share[k]:.0%}", ha="center")
+axis.set_xticks(range(6), [f"{k}×{k}" for k in share])
+axis.set(
+    ylabel="multiply-adds a pixel",
+    title="Depthwise (colour) on top of pointwise (grey), 240 channels",
+)
+show(
+    figure,
+    "depthwise_share.png",
+    "Stacked bars of the multiply-adds a pixel for kernels 3×3 to 13×13 at 240 channels. The grey "
+    "pointwise part is the same; the coloured depthwise part grows from 4 percent to 41 percent.",
+)
+
+# %% [markdown]
+# Going from 3×3 to 5×5 costs little. Going to 13×13 costs as much again as two thirds of the pointwise layer. MixConv pays for large kernels in a few channels only.
+#
+# > **Paper.** Section 1 and Figure 1: for MobileNets the accuracy rises from 3×3 to 7×7 or 9×9 and then falls; the largest kernels hurt both cost and accuracy (cited; it takes ImageNet to show).
+
+# %% [markdown]
+# ## Counting a whole network
+#
+# The same arithmetic for any model, by hooks: each convolution and each linear layer reports what it cost when an input passes through.
+# Normalisation, activations and pooling count as nothing, as is the custom in this field.
+
+# %%
+#| export formulation.py
+from dataclasses import dataclass
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer of a network cost for one input.
+
+    Attributes:
+        name: its name in the model, as in `model.named_modules()`.
+        kind: "depthwise", "pointwise", "convolution" or "linear".
+        output_shape: shape of its output, batch first.
+        parameters: weights and biases.
+        multiply_adds: for the whole batch; biases are not counted.
+    """
+
+    name: str
+    kind: str
+    output_shape: tuple[int, ...]
+    parameters: int
+    multiply_adds: int
+
+
+# %%
+#| export formulation.py
+def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> LayerCost:
+    """The cost of one layer, from its weights and the output it gave.
+
+    Every output value of a convolution is a sum over one kernel: `weight[0].numel()` terms.
+    """
+    if isinstance(layer, nn.Linear):
+        kind = "linear"
+    elif layer.groups == layer.in_channels > 1:
+        kind = "depthwise"
+    else:
+        kind = "pointwise" if layer.kernel_size == (1, 1) else "convolution"
+    parameters = sum(p.numel() for p in layer.parameters())
+    multiply_adds = output.numel() * layer.weight[0].numel()
+    return LayerCost(name, kind, tuple(output.shape), parameters, multiply_adds)
+
+
+# %%
+#| export formulation.py
+def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
+    """Run a model once and report the cost of each convolution and linear layer, in order.
+
+    Works on the meta device too, where nothing is computed. The model is run in evaluation
+    mode without gradients and is left as it was.
+
+    Args:
+        model: any module.
+        inputs: its arguments.
+    """
+    costs: list[LayerCost] = []
+    hooks = [
+        layer.register_forward_hook(
+            lambda layer, _, output, name=name: costs.append(layer_cost(name, layer, output))
+        )
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear)
+    ]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        with torch.no_grad():
+            model.eval()(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes:
+            module.training = mode
+    return costs
+
+
+# %%
+model = nn.Sequential(
+    nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.Conv2d(16, 16, 3, padding=1, groups=16),
+    nn.Conv2d(16, 32, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+)  # fmt: skip
+costs = count_costs(model, torch.zeros(1, 3, 32, 32))
+table(
+    ["layer", "kind", "output", "parameters", "multiply-adds"],
+    [[c.name, c.kind, c.output_shape, c.parameters, c.multiply_adds] for c in costs],
+)
+
+# %% [markdown]
+# The sum against PyTorch's counter:
+
+# %%
+with FlopCounterMode(display=False) as counter:
+    model(torch.zeros(1, 3, 32, 32))
+assert counter.get_total_flops() == 2 * sum(c.multiply_adds for c in costs)
+sum(c.multiply_adds for c in costs)
+
+# %% [markdown]
+# ## Exercises
+#
+# **1.1** A MixConv layer has stride $s$ on an input of H×W. Its output has ⌈H/s⌉ × ⌈W/s⌉ positions. How many multiply-adds is that?
+
+# %%
+from collections.abc import Sequence
+
+
+def strided_cost(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride) -> int:
+    raise NotImplementedError
+
+
+def test_strided(answer) -> None:
+    assert answer((8, 8), (3, 5), 14, 14, 1) == 53_312
+    assert answer((8, 8), (3, 5), 7, 9, 2) == 5_440
+
+
+from mixconv.teaching import attempt
+
+attempt(strided_cost, test_strided)
+
+
+# %% tags=["solution"]
+def strided_cost_solution(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride):
+    rows, columns = -(-h // stride), -(-w // stride)
+    return mixconv_multiply_adds(partition, kernel_sizes, rows, columns)
+
+
+attempt(strided_cost_solution, test_strided)
+
+
+# %% [markdown]
+# **1.2** A 3×3 kernel does what a 5×5 kernel with a border of zeros does. Use that: turn the kernels of a MixConv into *one* tensor of kernels of the largest size, so that a single depthwise convolution gives the same result. (Chapter 3 builds on it.)
+
+# %%
+def embed(weights: list[torch.Tensor]) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_embed(answer) -> None:
+    weights = [torch.randn(2, 1, 3, 3), torch.randn(3, 1, 7, 7)]
+    x = torch.randn(1, 5, 6, 6)
+    merged = F.conv2d(x, answer(weights), padding=3, groups=5)
+    torch.testing.assert_close(merged, mixconv_reference(x, weights))
+
+
+attempt(embed, test_embed)
+
+
+# %% tags=["solution"]
+def embed_solution(weights: list[torch.Tensor]) -> torch.Tensor:
+    largest = max(w.shape[-1] for w in weights)
+    return torch.cat([F.pad(w, [(largest - w.shape[-1]) // 2] * 4) for w in weights])
+
+
+attempt(embed_solution, test_embed)
+
+# %% [markdown]
+# ## Takeaways
+# - MixConv: split the channels, one depthwise convolution with its own kernel size for each part, concatenate.
+# - It keeps channels apart. Only pointwise layers mix them.
+# - Its cost is $\sum_t c_t k_t^2$ for each output position: large kernels are affordable in some of the channels.
+# - `mixconv_reference` is the definition that every later version is compared with.
+#
+# Previous: [0 · Start here](00_start_here.ipynb) · Next: [2 · Partitioning](02_partitioning.ipynb)

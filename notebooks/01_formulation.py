@@ -269,40 +269,27 @@ check_rewrite(
 # %% tags=["drawing"]
 from matplotlib.patches import FancyArrowPatch
 
-figure, axis = plt.subplots(figsize=(7.5, 3.3))
-groups = [(3, 4), (5, 4), (7, 4), (9, 4)]  # (kernel size, channels)
-y0 = 0.0
-for k, count in groups:
-    for channel in range(count):
+figure, axis = plt.subplots(figsize=(7.5, 4.3))
+arrow = {"arrowstyle": "-|>", "mutation_scale": 10, "color": "#555555", "linewidth": 1.2}
+for group, k in enumerate((3, 5, 7, 9)):
+    color, top = kernel_color(k), 1.35 * group
+    for channel in range(4):
         for left, alpha in ((0.0, 0.35), (8.2, 0.9)):
-            bar = plt.Rectangle((left, y0 + channel * 0.42), 1.5, 0.36, color=kernel_color(k))
-            bar.set_alpha(alpha)
-            axis.add_patch(bar)
-    middle = y0 + 0.81
-    side = k * 0.16
-    axis.add_patch(
-        plt.Rectangle((4.9 - side / 2, middle - side / 2), side, side, color=kernel_color(k))
-    )
-    axis.text(5.8, middle, f"{k}×{k}", va="center", color=kernel_color(k), weight="bold")
-    for start, stop in ((1.7, 3.9), (6.6, 8.0)):
-        axis.add_patch(
-            FancyArrowPatch(
-                (start, middle),
-                (stop, middle),
-                arrowstyle="-|>",
-                lw=1.2,
-                mutation_scale=10,
-                color="#555555",
-            )
-        )
-    y0 += 2.0
-for place, word in (
-    (0.75, "16 channels,\nsplit"),
-    (4.9, "one depthwise convolution\na group"),
-    (8.95, "16 channels,\nconcatenated"),
-):
-    axis.text(place, -0.35, word, ha="center", va="bottom")
-axis.set(xlim=(-0.4, 10), ylim=(7.9, -1.5))
+            corner = (left, top + 0.28 * channel)
+            axis.add_patch(plt.Rectangle(corner, 1.5, 0.24, color=color, alpha=alpha))
+    middle, side = top + 0.54, 0.12 * k
+    axis.add_patch(plt.Rectangle((4.6 - side / 2, middle - side / 2), side, side, color=color))
+    axis.text(5.4, middle, f"{k}×{k}", va="center", color=color, weight="bold")
+    for start, stop in ((1.7, 3.8), (6.3, 8.0)):
+        axis.add_patch(FancyArrowPatch((start, middle), (stop, middle), **arrow))
+words = {
+    0.75: "16 channels,\nsplit",
+    4.8: "one depthwise convolution\nfor each group",
+    8.95: "16 channels,\nconcatenated",
+}
+for place, word in words.items():
+    axis.text(place, -0.25, word, ha="center", va="bottom")
+axis.set(xlim=(-0.1, 9.8), ylim=(5.3, -1.0), aspect="equal")
 axis.axis("off")
 show(
     figure,

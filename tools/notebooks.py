@@ -186,7 +186,8 @@ def execute(notebook: Any, chapter: Chapter, package_parent: Path) -> None:
     try:
         client.execute(env=environment, stderr=subprocess.DEVNULL)  # a TCP notice
     except CellExecutionError as error:
-        raise BookError(f"{chapter.stem}: a cell failed\n{error}") from error
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        raise BookError(f"{chapter.stem}: a cell failed\n{plain}") from error
     except CellTimeoutError as error:
         raise BookError(f"{chapter.stem}: a cell ran longer than {CELL_TIMEOUT} s") from error
 

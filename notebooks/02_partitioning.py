@@ -1,0 +1,384 @@
+# %% [markdown]
+# # 2 · Partitioning
+#
+# MixConv splits its channels into groups. Which kernel sizes, and how many channels for each?
+#
+# **You will be able to**
+# - choose kernel sizes and a split as the paper does;
+# - compute an equal, an exponential and a logarithmic split by hand, remainders included;
+# - say what each choice does to parameters and multiply-adds.
+#
+# **Know first:** [chapter 1](01_formulation.ipynb).
+#
+# **Time:** 15 minutes to read. Runs in under 10 seconds on two cores.
+
+# %% [markdown]
+# ## Which kernel sizes
+#
+# > **Paper.** Section 3.2: kernel sizes start at 3 and grow by 2, so that group $i$ has size $2i + 1$. Two groups never share a size: they could be one group. Four groups are a safe choice for MobileNets. The MixNets that the search found use 1 to 5.
+
+# %%
+#| export partition.py
+"""How MixConv splits channels into groups of one kernel size (paper, section 3.2; chapter 2)."""
+
+import math
+from collections.abc import Sequence
+
+
+def default_kernel_sizes(groups: int) -> tuple[int, ...]:
+    """The paper's kernel sizes for a number of groups: 3, 5, 7, and so on.
+
+    Args:
+        groups: how many groups, at least 1.
+
+    Raises:
+        ValueError: if `groups` is less than 1.
+
+    Source: paper, section 3.2, "Kernel Size Per Group".
+    """
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    return tuple(2 * i + 1 for i in range(1, groups + 1))
+
+
+# %%
+default_kernel_sizes(4)
+
+
+# %% [markdown]
+# ## By hand: 32 channels
+#
+# **Equal.** Four groups: 32 / 4 = 8 channels each.
+# With five groups 32 / 5 = 6, which makes 30. Two channels are left over. They go to the first group: 8, 6, 6, 6, 6.
+#
+# **Exponential.** Each group gets half of what the one before it got: 16, 8, 4. The last one gets as much as the one before it, so that the sum is right: 16, 8, 4, 4.
+#
+# **Logarithmic.** The share grows with the kernel: proportional to log k. For 3, 5, 7 the logarithms are 1.10, 1.61 and 1.95, together 4.65.
+# 32 · 1.10 / 4.65 = 7.6, 32 · 1.61 / 4.65 = 11.1 and 32 · 1.95 / 4.65 = 13.4. Rounded down: 7, 11, 13. One channel is left over, and it goes to the first group: 8, 11, 13.
+#
+# > **Paper.** Section 3.2 has *equal* and *exponential* (group $i$ gets about $2^{-i}$ of the channels). It finds neither better everywhere.
+#
+# > **Official code.** Splits equally, and gives the remainder to group 0. MixNets use nothing else.
+#
+# > **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential.
+
+# %% [markdown]
+# ## The three rules
+#
+# A rule returns shares rounded down. What is left over goes to group 0, the smallest kernel, where a channel costs least.
+
+# %%
+#| export partition.py
+def _equal(channels: int, kernel_sizes: Sequence[int]) -> list[int]:
+    return [channels // len(kernel_sizes)] * len(kernel_sizes)
+
+
+def _exponential(channels: int, kernel_sizes: Sequence[int]) -> list[int]:
+    shares = [channels // 2**i for i in range(1, len(kernel_sizes))]
+    return [*shares, shares[-1]] if shares else [channels]
+
+
+def _logarithmic(channels: int, kernel_sizes: Sequence[int]) -> list[int]:
+    total = sum(math.log(k) for k in kernel_sizes)
+    tiny = 1e-9  # an exact share must not be rounded down for a rounding error
+    return [math.floor(channels * math.log(k) / total + tiny) for k in kernel_sizes]
+
+
+_METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logarithmic}
+
+# %%
+[_exponential(32, (3, 5, 7, 9)), _equal(32, (3, 5, 7, 9, 11)), _logarithmic(32, (3, 5, 7))]
+
+
+# %% [markdown]
+# The last two are still short of 32. The function that callers use checks its arguments, applies a rule, and hands out the remainder. An empty group would be a layer without output, so it is an error.
+#
+# First the arguments. A kernel must be odd to have a centre.
+
+# %%
+#| export partition.py
+def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """Kernel sizes as a tuple, one a group; a single integer means one group.
+
+    Raises:
+        TypeError: if a size is not an integer.
+        ValueError: if there is no size, or one is not odd and positive.
+    """
+    sizes = (kernel_sizes,) if isinstance(kernel_sizes, int) else tuple(kernel_sizes)
+    if not sizes:
+        raise ValueError("kernel_sizes must name at least one size, got none")
+    for k in sizes:
+        check_positive("each of kernel_sizes", k)
+        if k % 2 == 0:
+            raise ValueError(f"kernel_sizes must be odd, such as 3, 5 or 7, got {k} in {sizes}")
+    return sizes
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless `value` is an integer ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+# %%
+#| export partition.py
+def partition_channels(
+    channels: int, kernel_sizes: int | Sequence[int], method: str = "equal"
+) -> tuple[int, ...]:
+    """Split channels into groups, one for each kernel size.
+
+    Args:
+        channels: how many channels to split.
+        kernel_sizes: one odd size a group, such as `(3, 5, 7)`.
+        method: "equal" (`channels // groups` each), "exponential" (half, a quarter, an eighth …,
+            the last as much as the one before it) or "logarithmic" (proportional to log k).
+            Shares are rounded down; what is left over goes to group 0.
+
+    Returns:
+        Channels of each group; they sum to `channels`, and none is 0.
+
+    Raises:
+        TypeError: if a number is not an integer.
+        ValueError: if a number is out of range, the method is unknown, or a group is empty.
+
+    Source: paper, section 3.2; `_split_channels` in the official `custom_layers.py`;
+    "logarithmic" is ours.
+    """
+    check_positive("channels", channels)
+    sizes = check_kernel_sizes(kernel_sizes)
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
+    if method == "logarithmic" and 1 in sizes:
+        raise ValueError(f"logarithmic gives kernel size 1 no channels (log 1 = 0), got {sizes}")
+    shares = _METHODS[method](channels, sizes)
+    shares[0] += channels - sum(shares)
+    if 0 in shares:
+        raise ValueError(
+            f"{method} leaves a group empty: {channels} channels over {sizes} gives {shares}; "
+            "use more channels or fewer kernel sizes"
+        )
+    return tuple(shares)
+
+
+# %%
+assert partition_channels(32, (3, 5, 7, 9)) == (8, 8, 8, 8)
+assert partition_channels(32, (3, 5, 7, 9), "exponential") == (16, 8, 4, 4)
+assert partition_channels(32, (3, 5, 7), "logarithmic") == (8, 11, 13)
+partition_channels(32, default_kernel_sizes(5))
+
+# %% [markdown]
+# As by hand. A larger case that the official code meets with remainders, 528 channels in 5 groups:
+
+# %%
+from mixconv.teaching import table
+
+methods = ("equal", "exponential", "logarithmic")
+sizes = default_kernel_sizes(5)
+table(["method", *(f"{k}×{k}" for k in sizes)],
+      [[m, *partition_channels(528, sizes, m)] for m in methods])  # fmt: skip
+
+# %% [markdown]
+# What it refuses, and how:
+
+# %%
+for arguments in [(8, (3, 5, 7, 9, 11), "exponential"), (32, (3, 4)), (32, (3, 5), "even")]:
+    try:
+        partition_channels(*arguments)
+    except ValueError as error:
+        print(error)
+
+# %% [markdown]
+# ## The bars
+#
+# 32 channels over four kernel sizes, three ways:
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+sizes = (3, 5, 7, 9)
+splits = {method: partition_channels(32, sizes, method) for method in methods}
+assert splits == {
+    "equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6, 7, 9, 10),
+}  # fmt: skip
+figure, axis = plt.subplots(figsize=(7.2, 2.3))
+for row, (_, split) in enumerate(splits.items()):
+    left = 0
+    for k, count in zip(sizes, split, strict=True):
+        axis.barh(row, count, left=left, color=kernel_color(k), edgecolor="white", height=0.7)
+        axis.text(left + count / 2, row, f"{count}", ha="center", va="center", color="white",
+                  weight="bold")  # fmt: skip
+        if row == 0:
+            axis.text(left + count / 2, -0.62, f"{k}×{k}", ha="center", color=kernel_color(k),
+                      weight="bold")  # fmt: skip
+        left += count
+axis.set_yticks(range(3), splits)
+axis.set(ylim=(2.5, -0.95), xlabel="channels", xlim=(0, 32))
+axis.spines["left"].set_visible(False)
+axis.tick_params(axis="y", length=0)
+show(
+    figure,
+    "partition_bars.png",
+    "Three bars of 32 channels split over kernels 3×3, 5×5, 7×7 and 9×9. Equal: 8 each. "
+    "Exponential: 16, 8, 4, 4. Logarithmic: 6, 7, 9, 10.",
+)
+
+# %% [markdown]
+# ## What each choice costs
+#
+# Chapter 1 gave the cost: $\sum_t c_t k_t^2$ weights, each used once for every output position. Only the split changes.
+
+# %%
+from mixconv.formulation import mixconv_multiply_adds, mixconv_parameters
+
+table(
+    ["method", "parameters", "multiply-adds at 14×14", "to equal"],
+    [
+        [m, mixconv_parameters(splits[m], sizes), mixconv_multiply_adds(splits[m], sizes, 14, 14),
+         f"{mixconv_parameters(splits[m], sizes) / mixconv_parameters(splits['equal'], sizes):.2f}"]
+        for m in methods
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# As the number of groups grows, the methods part. Here is the mean number of weights for each channel, $\sum_t c_t k_t^2 / c$, for 384 channels:
+
+# %%
+cost = {
+    method: [
+        mixconv_parameters(partition_channels(384, default_kernel_sizes(g), method),
+                           default_kernel_sizes(g)) / 384
+        for g in range(1, 7)
+    ]
+    for method in methods
+}  # fmt: skip
+table(["groups", *map(str, range(1, 7))], [[m, *(f"{v:.1f}" for v in cost[m])] for m in methods])
+
+# %% tags=["drawing"]
+figure, axis = plt.subplots(figsize=(6, 2.8))
+largest = [(2 * g + 1) ** 2 for g in range(1, 7)]
+axis.plot(range(1, 7), largest, color="#999999", linestyle=":", marker="o", markersize=4)
+axis.text(4.35, 118, "one kernel,\nthe largest", color="#777777", ha="right", va="bottom")
+for method, style in zip(methods, ("-", "--", "-."), strict=True):
+    axis.plot(range(1, 7), cost[method], style, color="black", marker="o", markersize=4)
+    axis.text(6.12, cost[method][-1], method, va="center")
+labels = [f"{g}\n3…{2 * g + 1}" if g > 1 else "1\n3" for g in range(1, 7)]
+axis.set_xticks(range(1, 7), labels)
+axis.set(xlabel="groups, and their kernel sizes", ylabel="weights a channel", xlim=(0.8, 7.2))
+show(
+    figure,
+    "partition_cost.png",
+    "Weights a channel against the number of groups, one to six. A single largest kernel rises to "
+    "169. Logarithmic and equal rise to 91 and 76. Exponential stays flat, at 19 for six groups.",
+)
+
+
+# %% [markdown]
+# Exponential hardly grows: each new, larger kernel gets half as many channels, which about cancels its size. Equal grows like the mean of $k^2$.
+#
+# > **Paper.** Figure 6 compares equal and exponential on MobileNets: MixConv 3…13 costs 705M against 622M multiply-adds on MobileNetV1. Chapter 5 recomputes both axes it can.
+
+# %% [markdown]
+# ## A split of one's own
+#
+# Layers also take an explicit tuple of group sizes. One function turns either into a tuple that is known to be right.
+
+# %%
+#| export partition.py
+def resolve_partition(
+    channels: int, kernel_sizes: int | Sequence[int], partition: str | Sequence[int] = "equal"
+) -> tuple[int, ...]:
+    """Group sizes from a method's name, or from explicit sizes after checking them.
+
+    Args:
+        channels: how many channels to split.
+        kernel_sizes: one odd size a group.
+        partition: a method of `partition_channels`, or the channels of each group.
+
+    Raises:
+        TypeError: if a number is not an integer.
+        ValueError: if explicit sizes do not fit channels and kernel sizes, and as
+            `partition_channels` does.
+    """
+    if isinstance(partition, str):
+        return partition_channels(channels, kernel_sizes, partition)
+    check_positive("channels", channels)
+    sizes, groups = check_kernel_sizes(kernel_sizes), tuple(partition)
+    for count in groups:
+        check_positive("each of partition", count)
+    if len(groups) != len(sizes):
+        raise ValueError(f"partition {groups} must have one entry for each kernel size of {sizes}")
+    if sum(groups) != channels:
+        raise ValueError(f"partition {groups} must sum to {channels} channels, not {sum(groups)}")
+    return groups
+
+
+# %%
+resolve_partition(32, (3, 5, 7, 9), (20, 6, 4, 2))
+
+# %% [markdown]
+# ## Exercises
+#
+# **2.1** Write the exponential split the other way round: the *largest* kernel gets half of the channels. 32 in 4 groups becomes 4, 4, 8, 16.
+
+# %%
+from mixconv.teaching import attempt
+
+
+def reversed_exponential(channels: int, groups: int) -> tuple[int, ...]:
+    raise NotImplementedError
+
+
+def test_reversed(answer) -> None:
+    assert answer(32, 4) == (4, 4, 8, 16)
+    assert answer(64, 3) == (16, 16, 32)
+
+
+attempt(reversed_exponential, test_reversed)
+
+
+# %% tags=["solution"]
+def reversed_exponential_solution(channels: int, groups: int) -> tuple[int, ...]:
+    return partition_channels(channels, default_kernel_sizes(groups), "exponential")[::-1]
+
+
+attempt(reversed_exponential_solution, test_reversed)
+
+
+# %% [markdown]
+# **2.2** Split so that every group has about the same number of *weights*: $c_t$ proportional to $1 / k_t^2$, rounded down, the remainder to group 0.
+
+# %%
+def equal_weights(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    raise NotImplementedError
+
+
+def test_equal_weights(answer) -> None:
+    assert answer(256, (3, 5, 7)) == (167, 59, 30)  # 1503, 1475 and 1470 weights
+
+
+attempt(equal_weights, test_equal_weights)
+
+
+# %% tags=["solution"]
+def equal_weights_solution(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    total = sum(1 / k**2 for k in kernel_sizes)
+    split = [int(channels / k**2 / total) for k in kernel_sizes]
+    split[0] += channels - sum(split)
+    return tuple(split)
+
+
+attempt(equal_weights_solution, test_equal_weights)
+
+# %% [markdown]
+# ## Takeaways
+# - Kernel sizes: 3, 5, 7, …; one a group.
+# - Equal is what the official MixNets use. The remainder goes to group 0.
+# - Exponential keeps the cost nearly flat as groups are added. Logarithmic favours large kernels and costs most.
+# - No group is ever empty: that is an error, not a surprise.
+#
+# Previous: [1 · Formulation](01_formulation.ipynb) · Next: [3 · The layer](03_layer.ipynb)

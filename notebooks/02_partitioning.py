@@ -273,12 +273,13 @@ show(
     figure,
     "partition_cost.png",
     "Weights a channel against the number of groups, one to six. A single largest kernel rises to "
-    "169. Logarithmic and equal rise to 91 and 76. Exponential stays flat, at 19 for six groups.",
+    f"{largest[-1]}, logarithmic to {cost['logarithmic'][-1]:.0f}, equal to "
+    f"{cost['equal'][-1]:.0f}. Exponential levels off, at {cost['exponential'][-1]:.0f}.",
 )
 
 
 # %% [markdown]
-# Exponential hardly grows: each new, larger kernel gets half as many channels, which about cancels its size. Equal grows like the mean of $k^2$.
+# Exponential levels off. Each new kernel is larger but gets half as many channels, and the sum $\sum_i 2^{-i} (2i + 1)^2$ stays below 33 for any number of groups. Equal grows like the mean of $k^2$.
 #
 # > **Paper.** Figure 6 compares equal and exponential on MobileNets: MixConv 3…13 costs 705M against 622M multiply-adds on MobileNetV1. Chapter 5 recomputes both axes it can.
 
@@ -378,7 +379,7 @@ attempt(equal_weights_solution, test_equal_weights)
 # ## Takeaways
 # - Kernel sizes: 3, 5, 7, …; one a group.
 # - Equal is what the official MixNets use. The remainder goes to group 0.
-# - Exponential keeps the cost nearly flat as groups are added. Logarithmic favours large kernels and costs most.
+# - Exponential levels off as groups are added. Logarithmic favours large kernels and costs most.
 # - No group is ever empty: that is an error, not a surprise.
 #
 # Previous: [1 · Formulation](01_formulation.ipynb) · Next: [3 · The layer](03_layer.ipynb)

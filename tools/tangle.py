@@ -250,7 +250,7 @@ def render(module: Module) -> str:
 def tidy(source: str, name: str, root: Path = ROOT) -> str:
     """Sort the imports and format, as a person's editor would."""
     for command in (
-        [sys.executable, "-m", "ruff", "check", "--quiet", "--select", "I", "--fix"],
+        [sys.executable, "-m", "ruff", "check", "--quiet", "--select", "I,RUF022", "--fix"],
         [sys.executable, "-m", "ruff", "format", "--quiet"],
     ):
         result = subprocess.run(

@@ -3,6 +3,7 @@
 """`MixConv2d`, the layer, and TensorFlow's 'SAME' padding (paper, section 3; chapter 3)."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -185,15 +186,17 @@ class MixConv2d(nn.Module):
                 f"x must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W), "
                 f"got {tuple(x.shape)}"
             )
-        if len(self.convs) == 1:
-            return self.convs[0](x)
         groups = x.split(self.partition, dim=-3)
-        return torch.cat([conv(group) for conv, group in zip(self.convs, groups, strict=True)], -3)
+        outputs = [conv(group) for conv, group in zip(self.convs, groups, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-3)
 
     def reset_parameters(self) -> None:
         """Draw new weights, as each `nn.Conv2d` does."""
-        for conv in self.convs:
+        for conv in self._convolutions():
             conv.reset_parameters()
+
+    def _convolutions(self) -> list[nn.Conv2d]:
+        return cast("list[nn.Conv2d]", list(self.convs))
 
     def __repr__(self) -> str:
         parts = [
@@ -204,7 +207,7 @@ class MixConv2d(nn.Module):
             parts.append(f"dilation={self.dilation}")
         if self.dilated:
             parts.append("dilated=True")
-        if self.convs[0].bias is None:
+        if self._convolutions()[0].bias is None:
             parts.append("bias=False")
         return f"MixConv2d({', '.join(parts)})"
 
@@ -215,18 +218,18 @@ class MixConv2d(nn.Module):
         Returns:
             A new `nn.Conv2d` with copies of the weights; the layer is not changed.
         """
-        first = self.convs[0]
-        size = max(self.kernel_sizes)
+        convs, size = self._convolutions(), max(self.kernel_sizes)
         merged = make_conv2d(
             self.in_channels, self.out_channels, size, self.stride, dilation=self.dilation,
-            groups=self.in_channels, bias=first.bias is not None, padding=self.padding,
-            device=first.weight.device, dtype=first.weight.dtype,
+            groups=self.in_channels, bias=convs[0].bias is not None, padding=self.padding,
+            device=convs[0].weight.device, dtype=convs[0].weight.dtype,
         )  # fmt: skip
         spreads = [(1, 1) if spread == self.dilation else spread for _, spread in self._kernels()]
-        pairs = zip(self.convs, spreads, strict=True)
+        pairs = zip(convs, spreads, strict=True)
         merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
         if merged.bias is not None:
-            merged.bias.copy_(torch.cat([conv.bias for conv in self.convs]))
+            biases = [conv.bias for conv in convs if conv.bias is not None]
+            merged.bias.copy_(torch.cat(biases))
         return merged.train(self.training)
 
 

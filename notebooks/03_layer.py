@@ -33,7 +33,7 @@ use_style()
 figure, axes = plt.subplots(2, 2, figsize=(7.2, 3.4), sharex=True)
 cases = [("symmetric", 6, 0), ("'SAME'", 6, 1), ("symmetric", 7, 0), ("'SAME'", 7, 0)]
 for axis, (habit, size, first) in zip(axes.flat, cases, strict=True):
-    for pixel in range(-1, size + 1):
+    for pixel in range(first - 1, size + 1):
         inside = 0 <= pixel < size
         face = "#dddddd" if inside else "white"
         box = plt.Rectangle((pixel - 0.45, 0), 0.9, 0.9, facecolor=face, edgecolor="#999999")
@@ -207,6 +207,7 @@ make_conv2d(8, 8, 5, padding="same"), make_conv2d(8, 8, 5, stride=2, padding="sa
 # %%
 #| export layer.py
 from collections.abc import Sequence
+from typing import cast
 
 from mixconv.partition import check_kernel_sizes, check_positive, resolve_partition
 
@@ -322,10 +323,9 @@ class MixConv2d(MixConv2d):
                 f"x must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W), "
                 f"got {tuple(x.shape)}"
             )
-        if len(self.convs) == 1:
-            return self.convs[0](x)
         groups = x.split(self.partition, dim=-3)
-        return torch.cat([conv(group) for conv, group in zip(self.convs, groups, strict=True)], -3)
+        outputs = [conv(group) for conv, group in zip(self.convs, groups, strict=True)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-3)
 
 
 # %%
@@ -341,8 +341,11 @@ tuple(layer(torch.zeros(2, 6, 10, 12)).shape)
 class MixConv2d(MixConv2d):
     def reset_parameters(self) -> None:
         """Draw new weights, as each `nn.Conv2d` does."""
-        for conv in self.convs:
+        for conv in self._convolutions():
             conv.reset_parameters()
+
+    def _convolutions(self) -> list[nn.Conv2d]:
+        return cast("list[nn.Conv2d]", list(self.convs))
 
     def __repr__(self) -> str:
         parts = [
@@ -353,7 +356,7 @@ class MixConv2d(MixConv2d):
             parts.append(f"dilation={self.dilation}")
         if self.dilated:
             parts.append("dilated=True")
-        if self.convs[0].bias is None:
+        if self._convolutions()[0].bias is None:
             parts.append("bias=False")
         return f"MixConv2d({', '.join(parts)})"
 
@@ -492,18 +495,18 @@ class MixConv2d(MixConv2d):
         Returns:
             A new `nn.Conv2d` with copies of the weights; the layer is not changed.
         """
-        first = self.convs[0]
-        size = max(self.kernel_sizes)
+        convs, size = self._convolutions(), max(self.kernel_sizes)
         merged = make_conv2d(
             self.in_channels, self.out_channels, size, self.stride, dilation=self.dilation,
-            groups=self.in_channels, bias=first.bias is not None, padding=self.padding,
-            device=first.weight.device, dtype=first.weight.dtype,
+            groups=self.in_channels, bias=convs[0].bias is not None, padding=self.padding,
+            device=convs[0].weight.device, dtype=convs[0].weight.dtype,
         )  # fmt: skip
         spreads = [(1, 1) if spread == self.dilation else spread for _, spread in self._kernels()]
-        pairs = zip(self.convs, spreads, strict=True)
+        pairs = zip(convs, spreads, strict=True)
         merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
         if merged.bias is not None:
-            merged.bias.copy_(torch.cat([conv.bias for conv in self.convs]))
+            biases = [conv.bias for conv in convs if conv.bias is not None]
+            merged.bias.copy_(torch.cat(biases))
         return merged.train(self.training)
 
 

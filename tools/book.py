@@ -7,7 +7,6 @@ place, each in one step: an interrupted or failed build changes nothing.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import sys
@@ -17,23 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from tools.notebooks import (
+    RECORD,
     ROOT,
     BookError,
     Chapter,
     committed,
+    digest,
     dump,
     execute,
     find_chapters,
     format_code,
     merge_pair,
     normalise,
+    read_record,
     to_text,
     write_atomically,
 )
 from tools.tangle import tangle
 from tools.weave import weave_all
-
-RECORD = ".book.json"
 
 
 def derive(notebooks: list[tuple[Chapter, Any]], root: Path) -> dict[Path, bytes]:
@@ -73,10 +73,6 @@ def refuse_hand_edits(files: dict[Path, bytes], root: Path, record: dict[str, st
         )
 
 
-def digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
 def build(root: Path = ROOT) -> int:
     """Build the book; returns how many files changed."""
     chapters = find_chapters(root)
@@ -87,8 +83,7 @@ def build(root: Path = ROOT) -> int:
         notebooks.append((chapter, normalise(notebook)))
     sources = tangle([(chapter.stem, notebook) for chapter, notebook in notebooks], root)
 
-    record_file = root / RECORD
-    record = json.loads(record_file.read_text()) if record_file.exists() else {}
+    record = read_record(root)
     package = {root / "mixconv" / name: text.encode() for name, text in sources.items()}
     refuse_hand_edits(package, root, record)
 
@@ -109,7 +104,7 @@ def build(root: Path = ROOT) -> int:
         files[chapter.ipynb] = dump(notebook).encode()
     changed = [path for path, data in files.items() if write_atomically(path, data)]
     write_atomically(
-        record_file,
+        root / RECORD,
         json.dumps(
             {path.relative_to(root).as_posix(): digest(data) for path, data in files.items()},
             indent=1,

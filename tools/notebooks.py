@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -19,6 +21,7 @@ from nbclient.exceptions import CellExecutionError, CellTimeoutError
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 120
+RECORD = ".book.json"
 
 # Tags change what a page or a check does with a cell; any other tag is a typing error.
 FOLDED_TAGS = {"solution": "Solution", "drawing": "The code that draws this"}
@@ -202,11 +205,23 @@ def committed(path: Path, root: Path = ROOT) -> str | None:
     return result.stdout.decode() if result.returncode == 0 else None
 
 
+def digest(data: bytes) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def read_record(root: Path = ROOT) -> dict[str, str]:
+    """Digests of the files as the last `make book` here wrote them; empty before the first."""
+    path = root / RECORD
+    return dict(json.loads(path.read_text())) if path.exists() else {}
+
+
 def merge_pair(chapter: Chapter) -> Any:
     """The notebook that the two sides of a pair mean.
 
-    Where they differ, the side that differs from HEAD is the edit. File times are never
-    asked: a checkout sets them at random.
+    Where they differ, one is the edit: the side whose text is not that of the last build or,
+    before the first build here, of HEAD. File times are never asked: a checkout sets them at
+    random.
 
     Raises:
         BookError: when both sides were edited, differently, or neither was.
@@ -216,20 +231,18 @@ def merge_pair(chapter: Chapter) -> Any:
     notebook = read_notebook(chapter.ipynb.read_text(), chapter.ipynb.name)
     if not chapter.py.exists():
         return notebook
-    text = chapter.py.read_text()
-    if to_text(notebook, chapter.root) == text:
+    sides = [to_text(notebook, chapter.root), chapter.py.read_text()]
+    if sides[0] == sides[1]:
         return notebook
-    old_text = committed(chapter.py, chapter.root)
-    old_json = committed(chapter.ipynb, chapter.root)
-    text_edited = text != old_text
-    notebook_edited = old_json is None or (
-        to_text(notebook, chapter.root)
-        != to_text(read_notebook(old_json, chapter.ipynb.name), chapter.root)
-    )
+    name = chapter.py.relative_to(chapter.root).as_posix()
+    bases = {read_record(chapter.root).get(name)} - {None}
+    if not bases:
+        bases = {digest((committed(chapter.py, chapter.root) or "").encode())}
+    notebook_edited, text_edited = (digest(side.encode()) not in bases for side in sides)
     if text_edited == notebook_edited:
         raise BookError(
-            f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and git cannot tell which\n"
+            f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and it cannot be told which\n"
             f"is the edit. Keep one: move notebooks/{chapter.stem}.py (or .ipynb) away, then run\n"
             f"`make book` again; it makes the missing side from the other."
         )
-    return from_text(text) if text_edited else notebook
+    return from_text(sides[1]) if text_edited else notebook

@@ -1,0 +1,275 @@
+# Generated from notebooks/04_blocks.ipynb by `make book`. Edit the notebook, not this file.
+
+"""The blocks of MobileNets and MixNets (paper, section 4; chapter 4)."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.layer import MixConv2d, make_conv2d
+from mixconv.partition import check_positive
+
+__all__ = [
+    "ConvNormActivation",
+    "DepthwiseSeparableBlock",
+    "DropPath",
+    "GroupedPointwise",
+    "MixConvBlock",
+    "NormLayer",
+    "SqueezeExcite",
+    "make_activation",
+]
+
+
+NormLayer = Callable[[int], nn.Module]
+
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "swish": nn.SiLU,
+}  # fmt: skip
+
+
+def make_activation(name: str) -> nn.Module:
+    """An activation by its name: "relu", "relu6" or "swish" (PyTorch's SiLU).
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]()
+
+
+class ConvNormActivation(nn.Sequential):
+    """A convolution, a normalisation and, if named, an activation.
+
+    Args:
+        conv: the convolution.
+        norm_layer: makes the normalisation from a number of channels.
+        activation: "relu", "relu6", "swish", or None for none.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d | MixConv2d,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        activation: str | None = "relu",
+    ) -> None:
+        layers = OrderedDict[str, nn.Module](conv=conv, norm=norm_layer(conv.out_channels))
+        if activation is not None:
+            layers["activation"] = make_activation(activation)
+        super().__init__(layers)
+
+
+class DepthwiseSeparableBlock(nn.Module):
+    """Depthwise or mixed depthwise convolution, then pointwise; each normalised and activated.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_sizes: `(3,)` is MobileNetV1's block; more sizes make it a MixConv block.
+        stride: of the depthwise layer.
+        partition: how channels are split; see `MixConv2d`.
+        dilated: see `MixConv2d`.
+        padding: "symmetric" or "same".
+        activation: "relu", "relu6" or "swish".
+        norm_layer: makes a normalisation from a number of channels.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Source: MobileNetV1 (Howard et al., 2017), Table 1. Chapter 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: int | Sequence[int] = (3,),
+        stride: int = 1,
+        *,
+        partition: str | Sequence[int] = "equal",
+        dilated: bool = False,
+        padding: str = "symmetric",
+        activation: str = "relu",
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.stride, self.out_channels = stride, out_channels
+        mixed = MixConv2d(
+            in_channels, kernel_sizes, stride,
+            partition=partition, dilated=dilated, padding=padding,
+        )  # fmt: skip
+        pointwise = make_conv2d(in_channels, out_channels, 1)
+        self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
+        self.pointwise = ConvNormActivation(pointwise, norm_layer, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Depthwise, then pointwise."""
+        y: Tensor = self.pointwise(self.depthwise(x))
+        return y
+
+
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate that is computed from the means of all channels.
+
+    Args:
+        channels: channels to gate.
+        squeezed_channels: width of the small layer between.
+        activation: of the small layer: "relu", "relu6" or "swish".
+
+    Shape:
+        Input and output `(N, C, H, W)`.
+
+    Source: `_call_se` in the official `mixnet_model.py`; Hu et al., 2018. Chapter 4.
+    """
+
+    def __init__(self, channels: int, squeezed_channels: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeezed_channels, 1)
+        self.activation = make_activation(activation)
+        self.excite = nn.Conv2d(squeezed_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate `x`."""
+        means = x.mean((2, 3), keepdim=True)
+        gate: Tensor = self.excite(self.activation(self.squeeze(means))).sigmoid()
+        return x * gate
+
+
+class GroupedPointwise(nn.Conv2d):
+    """1×1 convolutions on equal groups of channels, as one grouped `nn.Conv2d`.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        groups: how many groups; must divide both.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
+
+    Raises:
+        ValueError: if `groups` does not divide the channels.
+
+    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 4.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1) -> None:
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels and out_channels, got {groups} groups for "
+                f"{in_channels} and {out_channels} channels"
+            )
+        super().__init__(in_channels, out_channels, 1, groups=groups, bias=False)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero the whole branch for a random part of the images.
+
+    What remains is scaled up so that the mean stays. In evaluation, nothing happens.
+
+    Args:
+        rate: probability of dropping, 0 to less than 1.
+
+    Raises:
+        ValueError: if `rate` is out of range.
+
+    Source: Huang et al., 2016. Chapter 4.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate must be at least 0 and less than 1, got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop whole images of `x` at random."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return f"rate={self.rate}"
+
+
+class MixConvBlock(nn.Module):
+    """Inverted residual block: expand, MixConv, squeeze-and-excitation, project, add.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_sizes: `(3,)` is MobileNetV2's block; more sizes make it a MixConv block.
+        stride: of the depthwise layer.
+        expand_ratio: wide channels for each input channel; 1 leaves the expansion out.
+        expand_groups: groups of the expanding 1×1 convolution.
+        project_groups: groups of the projecting 1×1 convolution.
+        squeeze_ratio: width of the gate's small layer to `in_channels`; 0 leaves the gate out.
+        partition: how the wide channels are split; see `MixConv2d`.
+        dilated: see `MixConv2d`.
+        padding: "symmetric" or "same".
+        activation: "relu", "relu6" or "swish".
+        norm_layer: makes a normalisation from a number of channels.
+        drop_path_rate: stochastic depth of the residual branch.
+        skip: whether to add the input where shapes allow.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Raises:
+        ValueError: naming the argument, as the layers inside do.
+
+    Source: paper, section 4 and Figure 8; `MixnetBlock` in the official `mixnet_model.py`.
+    Chapter 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: int | Sequence[int] = (3,),
+        stride: int = 1,
+        *,
+        expand_ratio: int = 6,
+        expand_groups: int = 1,
+        project_groups: int = 1,
+        squeeze_ratio: float = 0.0,
+        partition: str | Sequence[int] = "equal",
+        dilated: bool = False,
+        padding: str = "symmetric",
+        activation: str = "relu",
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        drop_path_rate: float = 0.0,
+        skip: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 <= squeeze_ratio <= 1:
+            raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
+        check_positive("expand_ratio", expand_ratio)
+        self.stride, self.out_channels = stride, out_channels
+        self.has_residual = skip and stride == 1 and in_channels == out_channels
+        wide = in_channels * expand_ratio
+        expand = GroupedPointwise(in_channels, wide, expand_groups) if expand_ratio > 1 else None
+        mixed = MixConv2d(
+            wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
+        )
+        project = GroupedPointwise(wide, out_channels, project_groups)
+        squeezed = max(1, int(in_channels * squeeze_ratio))
+        gate = SqueezeExcite(wide, squeezed, activation) if squeeze_ratio else nn.Identity()
+        self.expand = (
+            ConvNormActivation(expand, norm_layer, activation) if expand else nn.Identity()
+        )
+        self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
+        self.squeeze_excite = gate
+        self.project = ConvNormActivation(project, norm_layer, None)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Expand, mix, gate, project, and add the input where shapes allow."""
+        y: Tensor = self.squeeze_excite(self.depthwise(self.expand(x)))
+        y = self.project(y)
+        return x + self.drop_path(y) if self.has_residual else y

@@ -1,0 +1,593 @@
+# %% [markdown]
+# # 4 · Blocks
+#
+# A depthwise layer never comes alone. This chapter builds what stands around it in MobileNetV1, MobileNetV2 and MixNet.
+#
+# **You will be able to**
+# - build a depthwise-separable block and an inverted residual block, with MixConv in the middle;
+# - compute a squeeze-and-excitation gate by hand;
+# - say why two groups of 1×1 convolutions are one grouped convolution;
+# - read off where a block spends its parameters and multiply-adds.
+#
+# **Know first:** [chapter 3](03_layer.ipynb).
+#
+# **Time:** 20 minutes to read. Runs in under 15 seconds on two cores.
+
+# %% [markdown]
+# ## Convolution, normalisation, activation
+#
+# In all of these networks a convolution is followed by a batch normalisation and mostly by an activation. One small class holds the three, with names that say what is where in a `state_dict`.
+#
+# > **Official code.** MixNets use ReLU in their early, large layers and swish (`nn.SiLU` in PyTorch) later. MobileNetV2 uses ReLU6.
+
+# %%
+#| export blocks.py
+"""The blocks of MobileNets and MixNets (paper, section 4; chapter 4)."""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+NormLayer = Callable[[int], nn.Module]
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "relu6": nn.ReLU6, "swish": nn.SiLU,
+}  # fmt: skip
+
+
+def make_activation(name: str) -> nn.Module:
+    """An activation by its name: "relu", "relu6" or "swish" (PyTorch's SiLU).
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {name!r}")
+    return _ACTIVATIONS[name]()
+
+
+# %%
+#| export blocks.py
+from mixconv.layer import MixConv2d
+
+
+class ConvNormActivation(nn.Sequential):
+    """A convolution, a normalisation and, if named, an activation.
+
+    Args:
+        conv: the convolution.
+        norm_layer: makes the normalisation from a number of channels.
+        activation: "relu", "relu6", "swish", or None for none.
+    """
+
+    def __init__(
+        self,
+        conv: nn.Conv2d | MixConv2d,
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        activation: str | None = "relu",
+    ) -> None:
+        layers = OrderedDict[str, nn.Module](conv=conv, norm=norm_layer(conv.out_channels))
+        if activation is not None:
+            layers["activation"] = make_activation(activation)
+        super().__init__(layers)
+
+
+# %%
+list(ConvNormActivation(MixConv2d(8, (3, 5))).state_dict())
+
+# %% [markdown]
+# ## The depthwise-separable block
+#
+# MobileNetV1 is a stack of these: a depthwise layer that looks around within each channel, then a pointwise layer that looks across channels at each pixel.
+
+# %%
+#| export blocks.py
+from collections.abc import Sequence
+
+from mixconv.layer import MixConv2d, make_conv2d
+
+
+class DepthwiseSeparableBlock(nn.Module):
+    """Depthwise or mixed depthwise convolution, then pointwise; each normalised and activated.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_sizes: `(3,)` is MobileNetV1's block; more sizes make it a MixConv block.
+        stride: of the depthwise layer.
+        partition: how channels are split; see `MixConv2d`.
+        dilated: see `MixConv2d`.
+        padding: "symmetric" or "same".
+        activation: "relu", "relu6" or "swish".
+        norm_layer: makes a normalisation from a number of channels.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Source: MobileNetV1 (Howard et al., 2017), Table 1. Chapter 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: int | Sequence[int] = (3,),
+        stride: int = 1,
+        *,
+        partition: str | Sequence[int] = "equal",
+        dilated: bool = False,
+        padding: str = "symmetric",
+        activation: str = "relu",
+        norm_layer: NormLayer = nn.BatchNorm2d,
+    ) -> None:
+        super().__init__()
+        self.stride, self.out_channels = stride, out_channels
+        mixed = MixConv2d(
+            in_channels, kernel_sizes, stride,
+            partition=partition, dilated=dilated, padding=padding,
+        )  # fmt: skip
+        pointwise = make_conv2d(in_channels, out_channels, 1)
+        self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
+        self.pointwise = ConvNormActivation(pointwise, norm_layer, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Depthwise, then pointwise."""
+        y: Tensor = self.pointwise(self.depthwise(x))
+        return y
+
+
+# %% [markdown]
+# What it costs, layer by layer, with chapter 1's counter. Stride 2 quarters the pixels *after* the depthwise layer, so both layers gain.
+
+# %%
+from mixconv.formulation import count_costs
+from mixconv.teaching import table
+
+
+def cost_table(block: nn.Module, *shape: int):
+    costs = count_costs(block, torch.zeros(shape))
+    rows = [[c.name, c.kind, c.output_shape, c.parameters, c.multiply_adds] for c in costs]
+    return table(["layer", "kind", "output", "parameters", "multiply-adds"], rows)
+
+
+cost_table(DepthwiseSeparableBlock(64, 128, (3, 5, 7), stride=2), 1, 64, 56, 56)
+
+
+# %% [markdown]
+# ## Squeeze-and-excitation, by hand
+#
+# A gate for each channel, computed from all of them. Two channels of 2×2 pixels:
+#
+# - **Squeeze.** Average each channel. Channel 0 holds 1, 2, 3, 6: mean 3. Channel 1 holds 0, 0, 2, 2: mean 1.
+# - A small layer from two values to one: say $s = \mathrm{relu}(1 \cdot 3 - 1 \cdot 1) = 2$.
+# - **Excite.** A layer back to two values: say $(0 \cdot 2,\; 10 \cdot 2) = (0, 20)$, and the sigmoid of each: 0.5 and nearly 1.
+# - Multiply: channel 0 is halved, channel 1 stays.
+#
+# > **Paper.** Figure 8 and its text do not draw squeeze-and-excitation.
+#
+# > **Official code.** Most MixNet blocks have it. The width of the small layer is the squeeze ratio times the block's *input* channels, not of the wide ones that it gates. Its activation is the block's.
+
+# %%
+#| export blocks.py
+class SqueezeExcite(nn.Module):
+    """Scale each channel by a gate that is computed from the means of all channels.
+
+    Args:
+        channels: channels to gate.
+        squeezed_channels: width of the small layer between.
+        activation: of the small layer: "relu", "relu6" or "swish".
+
+    Shape:
+        Input and output `(N, C, H, W)`.
+
+    Source: `_call_se` in the official `mixnet_model.py`; Hu et al., 2018. Chapter 4.
+    """
+
+    def __init__(self, channels: int, squeezed_channels: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.squeeze = nn.Conv2d(channels, squeezed_channels, 1)
+        self.activation = make_activation(activation)
+        self.excite = nn.Conv2d(squeezed_channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Gate `x`."""
+        means = x.mean((2, 3), keepdim=True)
+        gate: Tensor = self.excite(self.activation(self.squeeze(means))).sigmoid()
+        return x * gate
+
+
+# %% [markdown]
+# The layer, given those weights:
+
+# %%
+gate = SqueezeExcite(2, 1)
+with torch.no_grad():
+    gate.squeeze.weight[:] = torch.tensor([1.0, -1.0]).view(1, 2, 1, 1)
+    gate.excite.weight[:] = torch.tensor([0.0, 10.0]).view(2, 1, 1, 1)
+    gate.squeeze.bias.zero_(), gate.excite.bias.zero_()
+    x = torch.tensor([[[[1.0, 2], [3, 6]], [[0, 0], [2, 2]]]])
+    y = gate(x)
+assert torch.allclose(y[0, 0], x[0, 0] / 2)
+y
+
+# %% [markdown]
+# ## Two groups of 1×1 convolutions
+#
+# The block strings of chapter 6 say `a1.1`: expand with *two* 1×1 convolutions, one on each half of the channels.
+#
+# > **Official code.** Splits the channels, convolves each part, concatenates: `GroupedConv2D` in `custom_layers.py`.
+#
+# That is what PyTorch calls `groups=2`. Both groups have the same kernel size, so here PyTorch's grouping is enough.
+
+# %%
+import torch.nn.functional as F
+
+from mixconv.teaching import check_rewrite
+
+torch.manual_seed(0)
+
+
+def split_and_concatenate(x, first, second):
+    low, high = x.chunk(2, dim=1)
+    return torch.cat([F.conv2d(low, first), F.conv2d(high, second)], dim=1)
+
+
+def grouped(x, first, second):
+    return F.conv2d(x, torch.cat([first, second]), groups=2)
+
+
+x, halves = torch.randn(1, 6, 3, 3).double(), [torch.randn(4, 3, 1, 1).double() for _ in "ab"]
+check_rewrite(split_and_concatenate, grouped, x, *halves, what="two convolutions and one")
+
+# %% [markdown]
+# As a matrix from input to output channels, it is block diagonal. Half of the weights are gone, and so is all traffic between the halves:
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import show, use_style
+
+use_style()
+figure, axes = plt.subplots(1, 2, figsize=(4.6, 2.5))
+for axis, groups in zip(axes, (1, 2), strict=True):
+    layer = nn.Conv2d(6, 8, 1, groups=groups, bias=False)
+    for out in range(8):
+        for channel in range(6):
+            wired = channel // (6 // groups) == out // (8 // groups)
+            color = "#555555" if wired else "#eeeeee"
+            axis.add_patch(plt.Rectangle((channel, out), 0.9, 0.9, color=color))
+    axis.set(xlim=(-0.1, 6), ylim=(8, -0.1), aspect="equal", xticks=[], yticks=[])
+    axis.set(xlabel="input channel", ylabel="output channel")
+    axis.set_title(f"groups={groups}: {layer.weight.numel()} weights", fontsize=10)
+    axis.spines[:].set_visible(False)
+show(
+    figure,
+    "grouped_pointwise.png",
+    "Weight matrices of a 1×1 convolution from six to eight channels. With one group all 48 "
+    "cells are filled; with two groups two 3×4 blocks on the diagonal, 24 cells.",
+)
+
+
+# %%
+#| export blocks.py
+class GroupedPointwise(nn.Conv2d):
+    """1×1 convolutions on equal groups of channels, as one grouped `nn.Conv2d`.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        groups: how many groups; must divide both.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
+
+    Raises:
+        ValueError: if `groups` does not divide the channels.
+
+    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 4.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int = 1) -> None:
+        if groups < 1 or in_channels % groups or out_channels % groups:
+            raise ValueError(
+                f"groups must divide in_channels and out_channels, got {groups} groups for "
+                f"{in_channels} and {out_channels} channels"
+            )
+        super().__init__(in_channels, out_channels, 1, groups=groups, bias=False)
+
+
+# %%
+GroupedPointwise(6, 8, groups=2)
+
+# %% [markdown]
+# ## The inverted residual, with MixConv
+#
+# MobileNetV2's block turns a bottleneck inside out: it *widens* by `expand_ratio`, looks around in the wide space, and narrows again. The narrow ends carry the residual connection.
+# MixNet's block puts MixConv in the middle and gates it.
+
+# %% tags=["drawing"]
+from itertools import pairwise
+
+from matplotlib.patches import FancyArrowPatch
+
+from mixconv.teaching import kernel_color
+
+figure, axis = plt.subplots(figsize=(7.6, 2.7))
+arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#555555"}
+steps = [  # left edge, half height, words, colour
+    (0.0, 0.35, "input\n40", "#dddddd"),
+    (1.9, 0.95, "expand\n1×1\n→ 240", "#f0f0f0"),
+    (3.8, 0.95, "MixConv\n3, 5, 7, 9\n240", "none"),
+    (5.7, 0.95, "squeeze,\nexcite\n240", "#f0f0f0"),
+    (7.6, 0.6, "project\n1×1\n→ 40", "#f0f0f0"),
+    (9.6, 0.35, "output\n40", "#dddddd"),
+]
+for left, half, words, color in steps:
+    axis.add_patch(
+        plt.Rectangle((left, -half), 1.3, 2 * half, facecolor=color, edgecolor="#999999")
+    )
+    ink = "white" if color.startswith("#0") else "black"
+    axis.text(left + 0.65, 0, words, ha="center", va="center", color=ink, fontsize=9)
+for (left, *_), (right, *_) in zip(steps, steps[1:], strict=False):
+    axis.add_patch(FancyArrowPatch((left + 1.3, 0), (right, 0), **arrow))
+circle = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": "#999999"}
+axis.text(9.25, 0, "+", ha="center", va="center", fontsize=13, bbox=circle)
+axis.plot([0.65, 0.65, 9.25], [0.35, 1.3, 1.3], color="#555555", linewidth=1)
+axis.add_patch(FancyArrowPatch((9.25, 1.3), (9.25, 0.2), **arrow))
+axis.text(4.9, 1.38, "residual, if stride 1 and equal channels", ha="center", fontsize=9)
+axis.set(xlim=(-0.2, 11.1), ylim=(-1.1, 1.7))
+axis.axis("off")
+show(
+    figure,
+    "mixconv_block.png",
+    "The MixConv block: 40 input channels are expanded by a 1×1 convolution to 240, pass MixConv "
+    "and squeeze-and-excitation, and are projected back to 40. A residual connection adds the "
+    "input to the output when stride is 1 and the channels are equal.",
+)
+
+
+# %% [markdown]
+# First a small helper. With *stochastic depth* a block is skipped, for some images, during training. It is off by default.
+#
+# > **Ours.** The official MixNet code has no stochastic depth. timm's has, and engineers expect the switch.
+
+# %%
+#| export blocks.py
+class DropPath(nn.Module):
+    """Stochastic depth: in training, zero the whole branch for a random part of the images.
+
+    What remains is scaled up so that the mean stays. In evaluation, nothing happens.
+
+    Args:
+        rate: probability of dropping, 0 to less than 1.
+
+    Raises:
+        ValueError: if `rate` is out of range.
+
+    Source: Huang et al., 2016. Chapter 4.
+    """
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"rate must be at least 0 and less than 1, got {rate}")
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop whole images of `x` at random."""
+        if not self.training or self.rate == 0:
+            return x
+        keep = torch.rand(x.shape[0], 1, 1, 1, device=x.device) >= self.rate
+        return x * keep / (1 - self.rate)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return f"rate={self.rate}"
+
+
+# %%
+torch.manual_seed(0)
+DropPath(0.5).train()(torch.ones(6, 1, 1, 1)).flatten()
+
+
+# %% [markdown]
+# Now the block. `expand_ratio=1` leaves the first step out, `squeeze_ratio=0` the gate.
+#
+# > **Official code.** The activation after the projection is left out: the narrow ends are linear, as in MobileNetV2.
+
+# %%
+#| export blocks.py
+class MixConvBlock(nn.Module):
+    """Inverted residual block: expand, MixConv, squeeze-and-excitation, project, add.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_sizes: `(3,)` is MobileNetV2's block; more sizes make it a MixConv block.
+        stride: of the depthwise layer.
+        expand_ratio: wide channels for each input channel; 1 leaves the expansion out.
+        expand_groups: groups of the expanding 1×1 convolution.
+        project_groups: groups of the projecting 1×1 convolution.
+        squeeze_ratio: width of the gate's small layer to `in_channels`; 0 leaves the gate out.
+        partition: how the wide channels are split; see `MixConv2d`.
+        dilated: see `MixConv2d`.
+        padding: "symmetric" or "same".
+        activation: "relu", "relu6" or "swish".
+        norm_layer: makes a normalisation from a number of channels.
+        drop_path_rate: stochastic depth of the residual branch.
+        skip: whether to add the input where shapes allow.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Raises:
+        ValueError: naming the argument, as the layers inside do.
+
+    Source: paper, section 4 and Figure 8; `MixnetBlock` in the official `mixnet_model.py`.
+    Chapter 4.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_sizes: int | Sequence[int] = (3,),
+        stride: int = 1,
+        *,
+        expand_ratio: int = 6,
+        expand_groups: int = 1,
+        project_groups: int = 1,
+        squeeze_ratio: float = 0.0,
+        partition: str | Sequence[int] = "equal",
+        dilated: bool = False,
+        padding: str = "symmetric",
+        activation: str = "relu",
+        norm_layer: NormLayer = nn.BatchNorm2d,
+        drop_path_rate: float = 0.0,
+        skip: bool = True,
+    ) -> None:
+        super().__init__()
+        if not 0 <= squeeze_ratio <= 1:
+            raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
+        check_positive("expand_ratio", expand_ratio)
+        self.stride, self.out_channels = stride, out_channels
+        self.has_residual = skip and stride == 1 and in_channels == out_channels
+        wide = in_channels * expand_ratio
+        expand = GroupedPointwise(in_channels, wide, expand_groups) if expand_ratio > 1 else None
+        mixed = MixConv2d(
+            wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
+        )
+        project = GroupedPointwise(wide, out_channels, project_groups)
+        squeezed = max(1, int(in_channels * squeeze_ratio))
+        gate = SqueezeExcite(wide, squeezed, activation) if squeeze_ratio else nn.Identity()
+        self.expand = (
+            ConvNormActivation(expand, norm_layer, activation) if expand else nn.Identity()
+        )
+        self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
+        self.squeeze_excite = gate
+        self.project = ConvNormActivation(project, norm_layer, None)
+        self.drop_path = DropPath(drop_path_rate)
+
+
+# %%
+#| export blocks.py
+from mixconv.partition import check_positive
+
+
+class MixConvBlock(MixConvBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        """Expand, mix, gate, project, and add the input where shapes allow."""
+        y: Tensor = self.squeeze_excite(self.depthwise(self.expand(x)))
+        y = self.project(y)
+        return x + self.drop_path(y) if self.has_residual else y
+
+
+# %% [markdown]
+# The block of the figure. It is MixNet-M's `k3.5.7.9 … i40_o40_se0.5`, on its 28×28 pixels, with one group in its pointwise layers:
+
+# %%
+block = MixConvBlock(40, 40, (3, 5, 7, 9), expand_ratio=6, squeeze_ratio=0.5, activation="swish")
+cost_table(block, 1, 40, 28, 28)
+
+# %% [markdown]
+# Read it by kind. MixConv is a third of the multiply-adds here, a quarter of the parameters sit in the gate, and the gate's multiply-adds are next to nothing: it works on one pixel.
+
+# %%
+costs = count_costs(block, torch.zeros(1, 40, 28, 28))
+gates = [c for c in costs if "squeeze_excite" in c.name]
+mixed = [c for c in costs if c.kind == "depthwise"]
+for name, part in (("gate", gates), ("MixConv", mixed)):
+    parameters = sum(c.parameters for c in part) / sum(c.parameters for c in costs)
+    work = sum(c.multiply_adds for c in part) / sum(c.multiply_adds for c in costs)
+    print(f"{name}: {parameters:.0%} of the parameters, {work:.1%} of the multiply-adds")
+
+# %% [markdown]
+# Proof that the parts are wired as told: the block against its steps written out, with the gradient of the input.
+
+# %%
+block = MixConvBlock(8, 8, (3, 5), expand_ratio=2, squeeze_ratio=0.5).double().eval()
+
+
+def written_out(x):
+    y = F.relu(block.expand.norm(F.conv2d(x, block.expand.conv.weight)))
+    first, second = (conv.weight for conv in block.depthwise.conv.convs)
+    low, high = y.split(8, dim=1)
+    y = torch.cat([F.conv2d(low, first, padding=1, groups=8),
+                   F.conv2d(high, second, padding=2, groups=8)], dim=1)  # fmt: skip
+    y = F.relu(block.depthwise.norm(y))
+    y = y * torch.sigmoid(block.squeeze_excite.excite(F.relu(block.squeeze_excite.squeeze(
+        F.adaptive_avg_pool2d(y, 1)))))  # fmt: skip
+    return x + block.project.norm(F.conv2d(y, block.project.conv.weight))
+
+
+check_rewrite(written_out, block, torch.randn(2, 8, 7, 7).double(), what="block and its steps")
+
+# %% [markdown]
+# ## Exercises
+#
+# **4.1** How many weights has the expand-and-project pair of a block from c to c channels, with `expand_ratio` e and `groups` groups in both? Convolutions only.
+
+# %%
+from mixconv.teaching import attempt
+
+
+def pair_weights(channels: int, expand_ratio: int, groups: int) -> int:
+    raise NotImplementedError
+
+
+def test_pair(answer) -> None:
+    block = MixConvBlock(40, 40, expand_groups=2, project_groups=2)
+    pair = [block.expand.conv, block.project.conv]
+    assert answer(40, 6, 2) == sum(layer.weight.numel() for layer in pair)
+
+
+attempt(pair_weights, test_pair)
+
+
+# %% tags=["solution"]
+def pair_weights_solution(channels: int, expand_ratio: int, groups: int) -> int:
+    return 2 * channels * channels * expand_ratio // groups
+
+
+attempt(pair_weights_solution, test_pair)
+
+
+# %% [markdown]
+# **4.2** Two grouped pointwise layers after each other never let the halves talk. A *channel shuffle* between them does: with two groups, reorder channels 0 1 2 3 4 5 to 0 3 1 4 2 5. Write it for any number of groups.
+
+# %%
+def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_shuffle(answer) -> None:
+    x = torch.arange(6.0).view(1, 6, 1, 1)
+    assert answer(x, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
+    assert answer(x, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+
+
+attempt(shuffle, test_shuffle)
+
+
+# %% tags=["solution"]
+def shuffle_solution(x: torch.Tensor, groups: int) -> torch.Tensor:
+    n, channels, height, width = x.shape
+    split = x.view(n, groups, channels // groups, height, width)
+    return split.transpose(1, 2).reshape(n, channels, height, width)
+
+
+attempt(shuffle_solution, test_shuffle)
+
+# %% [markdown]
+# MixNet does not shuffle: its blocks with one group, and its squeeze-and-excitation gates, do the mixing.
+
+# %% [markdown]
+# ## Takeaways
+# - `DepthwiseSeparableBlock`: look around, then across. `MixConvBlock`: widen, look around, gate, narrow, add.
+# - The gate's width follows the block's input channels.
+# - `a1.1` is one convolution with `groups=2`.
+# - In a wide block the pointwise layers cost most; that is what leaves room for large depthwise kernels.
+#
+# Previous: [3 · The layer](03_layer.ipynb) · Next: [5 · MobileNets](05_mobilenets.ipynb)

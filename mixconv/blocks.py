@@ -4,6 +4,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ __all__ = [
     "NormLayer",
     "SqueezeExcite",
     "make_activation",
+    "make_depthwise",
 ]
 
 
@@ -63,6 +65,25 @@ class ConvNormActivation(nn.Sequential):
         super().__init__(layers)
 
 
+def make_depthwise(
+    channels: int,
+    kernel_sizes: int | Sequence[int],
+    stride: int = 1,
+    *,
+    partition: str | Sequence[int] = "equal",
+    dilated: bool = False,
+    padding: str = "symmetric",
+) -> nn.Conv2d | MixConv2d:
+    """A MixConv layer or, for a single kernel size, the plain depthwise `nn.Conv2d` it is.
+
+    Arguments and errors are those of `MixConv2d`.
+    """
+    mixed = MixConv2d(
+        channels, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
+    )
+    return mixed if len(mixed.kernel_sizes) > 1 else cast("nn.Conv2d", mixed.convs[0])
+
+
 class DepthwiseSeparableBlock(nn.Module):
     """Depthwise or mixed depthwise convolution, then pointwise; each normalised and activated.
 
@@ -98,7 +119,7 @@ class DepthwiseSeparableBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.stride, self.out_channels = stride, out_channels
-        mixed = MixConv2d(
+        mixed = make_depthwise(
             in_channels, kernel_sizes, stride,
             partition=partition, dilated=dilated, padding=padding,
         )  # fmt: skip
@@ -254,7 +275,7 @@ class MixConvBlock(nn.Module):
         self.has_residual = skip and stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
         expand = GroupedPointwise(in_channels, wide, expand_groups) if expand_ratio > 1 else None
-        mixed = MixConv2d(
+        mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
         project = GroupedPointwise(wide, out_channels, project_groups)

@@ -81,14 +81,42 @@ list(ConvNormActivation(MixConv2d(8, (3, 5))).state_dict())
 # ## The depthwise-separable block
 #
 # MobileNetV1 is a stack of these: a depthwise layer that looks around within each channel, then a pointwise layer that looks across channels at each pixel.
+#
+# The depthwise layer may be mixed. With one kernel size MixConv *is* a depthwise `nn.Conv2d`, so the blocks use that: tools that know PyTorch's layers will recognise it.
 
 # %%
 #| export blocks.py
 from collections.abc import Sequence
+from typing import cast
 
-from mixconv.layer import MixConv2d, make_conv2d
+from mixconv.layer import make_conv2d
 
 
+def make_depthwise(
+    channels: int,
+    kernel_sizes: int | Sequence[int],
+    stride: int = 1,
+    *,
+    partition: str | Sequence[int] = "equal",
+    dilated: bool = False,
+    padding: str = "symmetric",
+) -> nn.Conv2d | MixConv2d:
+    """A MixConv layer or, for a single kernel size, the plain depthwise `nn.Conv2d` it is.
+
+    Arguments and errors are those of `MixConv2d`.
+    """
+    mixed = MixConv2d(
+        channels, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
+    )
+    return mixed if len(mixed.kernel_sizes) > 1 else cast("nn.Conv2d", mixed.convs[0])
+
+
+# %%
+[type(make_depthwise(8, sizes)).__name__ for sizes in [(3,), (3, 5)]]
+
+
+# %%
+#| export blocks.py
 class DepthwiseSeparableBlock(nn.Module):
     """Depthwise or mixed depthwise convolution, then pointwise; each normalised and activated.
 
@@ -124,7 +152,7 @@ class DepthwiseSeparableBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.stride, self.out_channels = stride, out_channels
-        mixed = MixConv2d(
+        mixed = make_depthwise(
             in_channels, kernel_sizes, stride,
             partition=partition, dilated=dilated, padding=padding,
         )  # fmt: skip
@@ -328,9 +356,11 @@ for left, half, words, color in steps:
     axis.add_patch(
         plt.Rectangle((left, -half), 1.3, 2 * half, facecolor=color, edgecolor="#999999")
     )
-    ink = "white" if color.startswith("#0") else "black"
-    axis.text(left + 0.65, 0, words, ha="center", va="center", color=ink, fontsize=9)
-for (left, *_), (right, *_) in zip(steps, steps[1:], strict=False):
+    axis.text(left + 0.65, 0, words, ha="center", va="center", fontsize=9)
+for stripe, k in enumerate((9, 7, 5, 3)):
+    corner = (3.8, -0.95 + 0.475 * stripe)
+    axis.add_patch(plt.Rectangle(corner, 1.3, 0.475, color=kernel_color(k), alpha=0.45, zorder=0))
+for (left, *_), (right, *_) in pairwise(steps):
     axis.add_patch(FancyArrowPatch((left + 1.3, 0), (right, 0), **arrow))
 circle = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": "#999999"}
 axis.text(9.25, 0, "+", ha="center", va="center", fontsize=13, bbox=circle)
@@ -456,7 +486,7 @@ class MixConvBlock(nn.Module):
         self.has_residual = skip and stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
         expand = GroupedPointwise(in_channels, wide, expand_groups) if expand_ratio > 1 else None
-        mixed = MixConv2d(
+        mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
         project = GroupedPointwise(wide, out_channels, project_groups)

@@ -241,8 +241,8 @@ def merge_pair(chapter: Chapter) -> Any:
     notebook_edited, text_edited = (digest(side.encode()) not in bases for side in sides)
     if text_edited == notebook_edited:
         raise BookError(
-            f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and it cannot be told which\n"
-            f"is the edit. Keep one: move notebooks/{chapter.stem}.py (or .ipynb) away, then run\n"
-            f"`make book` again; it makes the missing side from the other."
+            f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and it cannot be told\n"
+            f"which is the edit. Keep one: move notebooks/{chapter.stem}.py (or .ipynb) away,\n"
+            f"then run `make book` again; it makes the missing side from the other."
         )
     return from_text(sides[1]) if text_edited else notebook

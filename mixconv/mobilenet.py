@@ -1,0 +1,457 @@
+# Generated from notebooks/05_mobilenets.ipynb by `make book`. Edit the notebook, not this file.
+
+"""MobileNetV1 and V2 with any kernel mix, and MixConv for any model (paper, 4; chapter 5)."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvBlock
+from mixconv.layer import MixConv2d, embed_kernel, make_conv2d
+from mixconv.partition import check_kernel_sizes
+
+__all__ = [
+    "ConvNet",
+    "Replacement",
+    "ReplacementReport",
+    "describe_features",
+    "initialize",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "replace_depthwise",
+    "round_channels",
+]
+
+
+class ConvNet(nn.Module):
+    """A stem, a row of blocks, a head and a classifier: MobileNets and MixNets alike.
+
+    Args:
+        stem: the first convolution, of stride 2.
+        blocks: modules with `stride` and `out_channels`.
+        head: what follows the blocks and keeps the pixels apart.
+        num_features: channels after the head.
+        num_classes: outputs of the classifier; 0 leaves it out.
+        drop_rate: dropout before the classifier.
+
+    Shape:
+        Input `(N, in_channels, H, W)`, output `(N, num_classes)`, or `(N, num_features)`
+        without classes.
+
+    Raises:
+        ValueError: for a negative number of classes or a rate outside 0 to 1.
+    """
+
+    def __init__(
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        head: nn.Module,
+        num_features: int,
+        *,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not 0 <= drop_rate < 1:
+            raise ValueError(f"drop_rate must be at least 0 and less than 1, got {drop_rate}")
+        self.stem = stem
+        self.blocks = nn.Sequential(*blocks)
+        self.head = head
+        self.num_features = num_features
+        self.drop_rate = drop_rate
+        self.feature_info = describe_features(stem, blocks)
+        self.reset_classifier(num_classes)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Everything before the mean over pixels: `(N, num_features, H / 32, W / 32)`."""
+        y: Tensor = self.head(self.blocks(self.stem(x)))
+        return y
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """From the output of `forward_features` to classes, or with `pre_logits` to features."""
+        x = F.dropout(x.mean((2, 3)), self.drop_rate, self.training)
+        logits: Tensor = x if pre_logits else self.classifier(x)
+        return logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images to class scores."""
+        return self.forward_head(self.forward_features(x))
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Put in a new, untrained classifier; 0 classes leaves features."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes must not be negative, got {num_classes}")
+        self.num_classes = num_classes
+        like = next(self.stem.parameters())
+        if num_classes == 0:
+            self.classifier: nn.Module = nn.Identity()
+        else:
+            size = (self.num_features, num_classes)
+            self.classifier = nn.Linear(*size, device=like.device, dtype=like.dtype)
+            initialize(self.classifier)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """The last output at each stride, largest first; `feature_info` describes them."""
+        wanted = {str(info["module"]) for info in self.feature_info}
+        x = self.stem(x)
+        outputs = [x] if "stem" in wanted else []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if f"blocks.{index}" in wanted:
+                outputs.append(x)
+        return outputs
+
+
+def describe_features(stem: nn.Module, blocks: Sequence[nn.Module]) -> list[dict[str, int | str]]:
+    """Where each stride ends: channels (`num_chs`), stride (`reduction`) and `module` name.
+
+    The entries follow timm's `feature_info`.
+    """
+    reduction, module = 2, "stem"
+    channels = int(next(stem.parameters()).shape[0])
+    info: list[dict[str, int | str]] = []
+    for index, block in enumerate(blocks):
+        if block.stride != 1:
+            info.append({"num_chs": channels, "reduction": reduction, "module": module})
+            reduction *= 2
+        channels, module = cast("int", block.out_channels), f"blocks.{index}"
+    return [*info, {"num_chs": channels, "reduction": reduction, "module": module}]
+
+
+@torch.no_grad()
+def initialize(model: nn.Module) -> None:
+    """Draw all weights as the official code does.
+
+    Convolutions: normal, mean 0, variance `2 / (k · k · out_channels / groups)`. Linear layers:
+    uniform within `1 / sqrt(out_features)` of 0. Biases 0. Normalisations: scale 1, shift 0.
+
+    Source: `conv_kernel_initializer`, `dense_kernel_initializer` in `mixnet_model.py`.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            fan_out = layer.weight[0, 0].numel() * layer.out_channels // layer.groups
+            layer.weight.normal_(0, (2 / fan_out) ** 0.5)
+        elif isinstance(layer, nn.Linear):
+            reach = layer.out_features**-0.5
+            layer.weight.uniform_(-reach, reach)
+        if isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None:
+            layer.bias.zero_()
+
+
+def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> int:
+    """Scale a number of channels and round it to a multiple, losing at most a tenth.
+
+    Args:
+        channels: before scaling.
+        multiplier: positive; 1 returns `channels` as they are.
+        divisor: the multiple.
+
+    Raises:
+        ValueError: if the multiplier is not positive.
+
+    Source: `round_filters` in the official `mixnet_model.py`.
+    """
+    if multiplier <= 0:
+        raise ValueError(f"width_multiplier must be positive, got {multiplier}")
+    if multiplier == 1:
+        return channels
+    exact = channels * multiplier
+    rounded = max(divisor, int(exact + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * exact else rounded
+
+
+_V1_BLOCKS = [
+    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
+    (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
+]  # fmt: skip
+
+
+def mobilenet_v1(
+    kernel_sizes: int | Sequence[int] = (3,),
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width_multiplier: float = 1.0,
+    partition: str = "equal",
+    dilated: bool = False,
+    padding: str = "symmetric",
+    drop_rate: float = 0.0,
+) -> ConvNet:
+    """MobileNetV1 with MixConv in place of every depthwise layer.
+
+    Args:
+        kernel_sizes: `(3,)` is the plain network; `(3, 5, 7)` is the paper's "MixConv 357".
+        num_classes: outputs; 0 for features.
+        in_channels: channels of the images.
+        width_multiplier: scales every channel count.
+        partition: "equal", "exponential" or "logarithmic".
+        dilated: see `MixConv2d`.
+        padding: "symmetric" or "same".
+        drop_rate: dropout before the classifier.
+
+    Shape:
+        Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Source: Howard et al., 2017, Table 1; paper, section 4.1. Chapter 5.
+    """
+    block = partial(
+        DepthwiseSeparableBlock,
+        kernel_sizes=kernel_sizes, partition=partition, dilated=dilated, padding=padding,
+    )  # fmt: skip
+    channels = round_channels(32, width_multiplier)
+    stem = ConvNormActivation(make_conv2d(in_channels, channels, 3, 2, padding=padding))
+    blocks: list[nn.Module] = []
+    for out_channels, stride in _V1_BLOCKS:
+        wider = round_channels(out_channels, width_multiplier)
+        blocks.append(block(channels, wider, stride=stride))
+        channels = wider
+    model = ConvNet(
+        stem, blocks, nn.Identity(), channels, num_classes=num_classes, drop_rate=drop_rate
+    )
+    initialize(model)
+    return model
+
+
+_V2_BLOCKS = [
+    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
+    (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+]  # fmt: skip
+
+
+def mobilenet_v2(
+    kernel_sizes: int | Sequence[int] = (3,),
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width_multiplier: float = 1.0,
+    partition: str = "equal",
+    dilated: bool = False,
+    padding: str = "symmetric",
+    drop_rate: float = 0.2,
+    drop_path_rate: float = 0.0,
+) -> ConvNet:
+    """MobileNetV2 with MixConv in place of every depthwise layer.
+
+    Args:
+        kernel_sizes: `(3,)` is the plain network; `(3, 5, 7)` is the paper's "MixConv 357".
+        num_classes: outputs; 0 for features.
+        in_channels: channels of the images.
+        width_multiplier: scales every channel count; the head never gets narrower than 1280.
+        partition: "equal", "exponential" or "logarithmic".
+        dilated: see `MixConv2d`.
+        padding: "symmetric" or "same".
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block; earlier ones get proportionally less.
+
+    Shape:
+        Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
+
+    Raises:
+        ValueError: naming the argument.
+
+    Source: Sandler et al., 2018, Table 2; paper, section 4.1. Chapter 5.
+    """
+    block = partial(
+        MixConvBlock, kernel_sizes=kernel_sizes, activation="relu6",
+        partition=partition, dilated=dilated, padding=padding,
+    )  # fmt: skip
+    channels = round_channels(32, width_multiplier)
+    stem_conv = make_conv2d(in_channels, channels, 3, 2, padding=padding)
+    blocks: list[nn.Module] = []
+    for expand_ratio, out_channels, repeats, first_stride in _V2_BLOCKS:
+        wider = round_channels(out_channels, width_multiplier)
+        for stride in [first_stride] + [1] * (repeats - 1):
+            rate = drop_path_rate * len(blocks) / 17
+            blocks.append(
+                block(
+                    channels, wider, stride=stride, expand_ratio=expand_ratio, drop_path_rate=rate
+                )
+            )
+            channels = wider
+    width = round_channels(1280, max(1.0, width_multiplier))
+    head = ConvNormActivation(make_conv2d(channels, width, 1), activation="relu6")
+    stem = ConvNormActivation(stem_conv, activation="relu6")
+    model = ConvNet(stem, blocks, head, width, num_classes=num_classes, drop_rate=drop_rate)
+    initialize(model)
+    return model
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What happened to one depthwise layer.
+
+    Attributes:
+        name: of the layer in the model.
+        before: the old layer, as text.
+        after: the new layer, as text; empty if it was skipped.
+        exact: whether the layer computes what it did before.
+        reason: why it was skipped, or why it is not exact.
+    """
+
+    name: str
+    before: str
+    after: str = ""
+    exact: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """What `replace_depthwise` did; `str` gives a line for each layer."""
+
+    layers: list[Replacement] = field(default_factory=list)
+
+    @property
+    def changed(self) -> list[Replacement]:
+        """Layers that are MixConv now."""
+        return [layer for layer in self.layers if layer.after]
+
+    @property
+    def skipped(self) -> list[Replacement]:
+        """Depthwise layers that were left as they were."""
+        return [layer for layer in self.layers if not layer.after]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.changed)} replaced, {len(self.skipped)} skipped"]
+        for layer in self.layers:
+            what = layer.after or f"skipped: {layer.reason}"
+            note = "" if layer.exact or not layer.after else f" (not the same: {layer.reason})"
+            lines.append(f"{layer.name}: {what}{note}")
+        return "\n".join(lines)
+
+
+def _find_padding(conv: nn.Conv2d) -> str:
+    """The padding of a depthwise layer in our terms.
+
+    Raises:
+        ValueError: saying why it has none.
+    """
+    if type(conv).__name__.startswith("Conv2dSame"):
+        return "same"
+    if type(conv) is not nn.Conv2d:
+        raise ValueError(f"a {type(conv).__name__}, which may compute something else")
+    if conv.padding_mode != "zeros":
+        raise ValueError(f"padding_mode {conv.padding_mode!r}")
+    sizes = zip(conv.kernel_size, conv.dilation, strict=True)
+    wanted = tuple(d * (k // 2) for k, d in sizes)
+    if conv.padding not in (wanted, "same"):
+        raise ValueError(f"padding {conv.padding}, not {wanted}")
+    return "symmetric"
+
+
+def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> MixConv2d:
+    """A MixConv layer in place of a depthwise one, with fresh weights.
+
+    Raises:
+        ValueError: saying why it cannot be done.
+    """
+    height, width = conv.kernel_size
+    if height != width or height % 2 == 0:
+        raise ValueError(f"kernel {height}×{width} is not square and odd")
+    if torch.nn.utils.parametrize.is_parametrized(conv):
+        raise ValueError("its weight is parametrized")
+    found = _find_padding(conv) if padding is None else padding
+    mixed = make(
+        conv.in_channels, stride=cast("tuple[int, int]", conv.stride), padding=found,
+        channel_multiplier=conv.out_channels // conv.in_channels, bias=conv.bias is not None,
+        dilation=cast("tuple[int, int]", conv.dilation),
+        device=conv.weight.device, dtype=conv.weight.dtype,
+    )  # fmt: skip
+    for key, parameter in mixed.named_parameters():
+        old = conv.bias if key.endswith("bias") else conv.weight
+        parameter.requires_grad_(old is not None and old.requires_grad)
+    if conv.weight.stride(1) == 1 and height > 1:
+        mixed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return mixed.train(conv.training)
+
+
+@torch.no_grad()
+def _move_weights(conv: nn.Conv2d, mixed: MixConv2d) -> str:
+    """Copy the weights of `conv` into `mixed`; returns why that is not exact, or nothing."""
+    reason, start, size = "", 0, conv.kernel_size[0]
+    for part in mixed.modules():
+        if not isinstance(part, nn.Conv2d):
+            continue
+        stop = start + part.out_channels
+        weight, k = conv.weight[start:stop], part.kernel_size[0]
+        cut = max(0, (size - k) // 2)
+        part.weight.copy_(embed_kernel(weight[:, :, cut : size - cut, cut : size - cut], k))
+        if cut:
+            reason = f"{size}×{size} kernels cropped to {k}×{k}"
+        elif part.dilation != conv.dilation:
+            reason = "dilated"
+        if part.bias is not None and conv.bias is not None:
+            part.bias.copy_(conv.bias[start:stop])
+        start = stop
+    return reason
+
+
+def replace_depthwise(
+    model: nn.Module,
+    kernel_sizes: int | Sequence[int],
+    *,
+    partition: str = "equal",
+    dilated: bool = False,
+    padding: str | None = None,
+    keep_center_weights: bool = True,
+) -> ReplacementReport:
+    """Swap every depthwise `nn.Conv2d` of a model for a `MixConv2d`, in place.
+
+    Stride, dilation, bias, device, dtype, memory format, training mode and `requires_grad` are
+    kept. Where every kernel grows or stays, so is the function that the model computes.
+
+    Args:
+        model: any module that contains depthwise layers; it is changed.
+        kernel_sizes: one odd size for each group.
+        partition: "equal", "exponential" or "logarithmic".
+        dilated: see `MixConv2d`; changes what the model computes.
+        padding: "symmetric" or "same"; found out for each layer if left out.
+        keep_center_weights: put the old kernels in the middle of the new ones. Otherwise the new
+            layers start with fresh weights.
+
+    Returns:
+        What was changed, what was skipped, and why.
+
+    Raises:
+        TypeError: if the model is itself a depthwise layer, which cannot be swapped in place.
+        ValueError: for kernel sizes, partition or padding that no layer could have.
+
+    Source: paper, section 3 ("drop-in replacement"). Chapter 5.
+    """
+    sizes = check_kernel_sizes(kernel_sizes)
+    make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
+    make(10_000, padding=padding or "symmetric", device="meta")  # bad arguments fail here, once
+    if _is_depthwise(model):
+        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
+    report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d]()
+    inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
+    for name, conv in list(model.named_modules(remove_duplicate=False)):
+        if isinstance(conv, MixConv2d):
+            report.layers.append(Replacement(name, str(conv), reason="it is a MixConv2d already"))
+        if not isinstance(conv, nn.Conv2d) or not _is_depthwise(conv) or conv in inside:
+            continue
+        if conv not in swapped:
+            try:
+                mixed = _convert(conv, make, padding)
+            except ValueError as error:
+                report.layers.append(Replacement(name, str(conv), reason=str(error)))
+                continue
+            reason = _move_weights(conv, mixed) if keep_center_weights else "fresh weights"
+            report.layers.append(Replacement(name, str(conv), str(mixed), not reason, reason))
+            swapped[conv] = mixed
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, swapped[conv])
+    return report
+
+
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1

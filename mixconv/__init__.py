@@ -1,3 +1,64 @@
-"""MixConv: depthwise convolution whose channel groups have different kernel sizes."""
+"""MixConv: depthwise convolution whose channel groups have different kernel sizes.
+
+A PyTorch package, extracted from the tutorial notebooks of this repository.
+"""
+
+from mixconv.blocks import (
+    DepthwiseSeparableBlock,
+    GroupedPointwise,
+    MixConvBlock,
+    SqueezeExcite,
+)
+from mixconv.formulation import count_costs, mixconv_reference, receptive_field
+from mixconv.layer import Conv2dSame, MixConv2d
+from mixconv.mixnet import (
+    MIXNET_L,
+    MIXNET_M,
+    MIXNET_S,
+    BlockConfig,
+    MixNet,
+    MixNetConfig,
+    decode_block,
+    encode_block,
+    mixnet_l,
+    mixnet_m,
+    mixnet_s,
+    preprocess,
+)
+from mixconv.mobilenet import mobilenet_v1, mobilenet_v2, replace_depthwise
+from mixconv.partition import default_kernel_sizes, partition_channels
+from mixconv.weights import load_official, load_weights, to_timm
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "MIXNET_L",
+    "MIXNET_M",
+    "MIXNET_S",
+    "BlockConfig",
+    "Conv2dSame",
+    "DepthwiseSeparableBlock",
+    "GroupedPointwise",
+    "MixConv2d",
+    "MixConvBlock",
+    "MixNet",
+    "MixNetConfig",
+    "SqueezeExcite",
+    "count_costs",
+    "decode_block",
+    "default_kernel_sizes",
+    "encode_block",
+    "load_official",
+    "load_weights",
+    "mixconv_reference",
+    "mixnet_l",
+    "mixnet_m",
+    "mixnet_s",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "partition_channels",
+    "preprocess",
+    "receptive_field",
+    "replace_depthwise",
+    "to_timm",
+]

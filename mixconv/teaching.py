@@ -111,7 +111,8 @@ class Table:
         )
 
     def _repr_markdown_(self) -> str:
-        right = [all(c[:1].isdigit() for c in column) for column in zip(*self.rows, strict=True)]
+        columns = zip(*self.rows, strict=True)
+        right = [all(c.strip("+-")[:1].isdigit() for c in column) for column in columns]
         rule = ["---:" if numbers else "---" for numbers in right]
         return "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rule, *self.rows])
 

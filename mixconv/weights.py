@@ -1,0 +1,400 @@
+# Generated from notebooks/06_mixnet.ipynb by `make book`. Edit the notebook, not this file.
+
+"""Weights in and out: the official TensorFlow variables, timm, files (chapter 6)."""
+
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.blocks import ConvNormActivation, SqueezeExcite
+from mixconv.layer import MixConv2d
+from mixconv.mixnet import MixNet, MixNetOptions
+
+__all__ = [
+    "Layout",
+    "load_official",
+    "load_weights",
+    "matching_options",
+    "read_state_dict",
+    "to_timm",
+]
+
+
+Layout = Literal["conv", "depthwise", "dense", "vector"]
+
+_ORDER = {"conv": (3, 2, 0, 1), "depthwise": (2, 3, 0, 1), "dense": (1, 0), "vector": (0,)}
+
+
+@dataclass
+class _Slot:
+    """Where one official variable goes: a tensor, or a part of one, and its layout there."""
+
+    target: Tensor
+    layout: Layout
+
+    def to_torch(self, value: Tensor) -> Tensor:
+        """The variable in PyTorch's layout.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        order = _ORDER[self.layout]
+        if value.dim() == len(order):
+            turned = value.permute(order)
+            if self.layout == "depthwise":
+                turned = turned.reshape(-1, 1, *turned.shape[2:])
+            if turned.shape == self.target.shape:
+                return turned
+        raise ValueError(f"shape {tuple(value.shape)} does not fit {tuple(self.target.shape)}")
+
+
+def _conv_slots(conv: nn.Module) -> Iterator[_Slot]:
+    """The kernels of a layer, one for each group of MixConv or of 1×1 convolutions."""
+    if isinstance(conv, MixConv2d):
+        for part in conv.convs:
+            yield from _conv_slots(part)
+    elif isinstance(conv, nn.Conv2d):
+        depthwise = conv.groups == conv.in_channels and conv.groups > 1
+        groups = 1 if depthwise else conv.groups
+        for part in conv.weight.detach().chunk(groups):
+            yield _Slot(part, "depthwise" if depthwise else "conv")
+        if conv.bias is not None:
+            yield _Slot(conv.bias.detach(), "vector")
+
+
+def _norm_slots(norm: nn.Module) -> Iterator[_Slot]:
+    """Scale, shift, running mean, running variance."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        yield _Slot(cast("Tensor", getattr(norm, name)).detach(), "vector")
+
+
+def _unit_slots(unit: nn.Module) -> Iterator[_Slot]:
+    if isinstance(unit, ConvNormActivation):
+        yield from _conv_slots(unit.conv)
+        yield from _norm_slots(unit.norm)
+    elif isinstance(unit, SqueezeExcite):
+        yield from _conv_slots(unit.squeeze)
+        yield from _conv_slots(unit.excite)
+
+
+def _slots(model: MixNet) -> list[_Slot]:
+    """Every official variable's place, in the official order of creation."""
+    units: list[nn.Module] = [model.stem]
+    for block in model.blocks:
+        units += [block.expand, block.depthwise, block.squeeze_excite, block.project]  # type: ignore[list-item]
+    slots = [slot for unit in [*units, model.head] for slot in _unit_slots(unit)]
+    if isinstance(model.classifier, nn.Linear):
+        slots.append(_Slot(model.classifier.weight.detach(), "dense"))
+        slots.append(_Slot(model.classifier.bias.detach(), "vector"))
+    return slots
+
+
+_VARIABLE = re.compile(
+    r"(?:^|/)(?P<scope>stem|blocks_(?P<block>\d+)|head)/(?P<se>se/)?"
+    r"(?P<kind>depthwise_conv2d|conv2d|batch_normalization|dense)(?:_(?P<number>\d+))?/"
+    r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
+)
+
+_NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
+
+_AVERAGE = "/ExponentialMovingAverage"
+
+
+def _creation_key(name: str, model: MixNet) -> tuple[int, ...] | None:
+    """A key that sorts TensorFlow variable names into order of creation; None for leftovers."""
+    match = _VARIABLE.search(name)
+    if match is None:
+        return None
+    scope = {"stem": -1, "head": len(model.blocks)}.get(match["scope"], int(match["block"] or 0))
+    number = int(match["number"] or 0)
+    return (
+        scope,
+        match["kind"] == "dense",
+        2 * bool(match["se"]),
+        number,
+        _NAMES.index(match["name"]),
+    )
+
+
+def _in_creation_order(variables: Mapping[str, Any], model: MixNet) -> list[Any]:
+    """The variables of a checkpoint in the order of `_slots`."""
+    plain = {name.removesuffix(":0"): value for name, value in variables.items()}
+    averaged = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
+    plain = {n: v for n, v in plain.items() if not n.endswith(_AVERAGE)} | averaged
+    queues: dict[tuple[int, str], list[tuple[tuple[int, ...], Any]]] = {}
+    for name, value in plain.items():
+        key, match = _creation_key(name, model), _VARIABLE.search(name)
+        if key is not None and match is not None:
+            kind = "gate" if match["se"] else match["kind"]
+            queues.setdefault((key[0], kind), []).append((key, value))
+    for queue in queues.values():
+        queue.sort(key=lambda item: item[0], reverse=True)
+    ordered: list[Any] = []
+    for scope, kind, count in _demand(model):
+        queue = queues.get((scope, kind), [])
+        ordered += [queue.pop()[1] for _ in range(min(count, len(queue)))]
+    return ordered + [value for queue in queues.values() for _, value in queue]
+
+
+def _demand(model: MixNet) -> Iterator[tuple[int, str, int]]:
+    """Which kind of layer each unit takes from its scope, and how many variables."""
+    units: list[tuple[int, nn.Module]] = [(-1, model.stem)]
+    for index, block in enumerate(model.blocks):
+        names = ("expand", "depthwise", "squeeze_excite", "project")
+        units += [(index, cast("nn.Module", getattr(block, name))) for name in names]
+    for scope, unit in [*units, (len(model.blocks), model.head)]:
+        if isinstance(unit, SqueezeExcite):
+            yield scope, "gate", 4
+        elif isinstance(unit, ConvNormActivation):
+            slots = list(_conv_slots(unit.conv))
+            kind = "depthwise_conv2d" if slots[0].layout == "depthwise" else "conv2d"
+            yield scope, kind, len(slots)
+            yield scope, "batch_normalization", 4
+    yield len(model.blocks), "dense", 2
+
+
+def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
+    """Load the official TensorFlow variables into a MixNet.
+
+    Args:
+        model: a MixNet of the same configuration, with the official padding and epsilon.
+        variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
+            or by TensorFlow name, as `tf.train.load_checkpoint` gives them. Moving averages of
+            the weights are preferred; optimiser slots and counters are passed over.
+
+    Raises:
+        ValueError: if the number of variables or a shape differs; the model is then unchanged.
+
+    Source: creation order of the official `mixnet_model.py`. Chapter 6.
+    """
+    slots = _slots(model)
+    named = isinstance(variables, Mapping)
+    values = _in_creation_order(variables, model) if named else list(variables)
+    if len(values) != len(slots):
+        raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
+    turned = []
+    for index, (slot, value) in enumerate(zip(slots, values, strict=True)):
+        try:
+            turned.append(slot.to_torch(torch.as_tensor(value)))
+        except ValueError as error:
+            raise ValueError(f"variable {index}: {error}") from None
+    with torch.no_grad():
+        for slot, value in zip(slots, turned, strict=True):
+            slot.target.copy_(value)
+
+
+def _block_names(model: MixNet) -> list[str]:
+    """timm's name of each block: stage and position."""
+    names, stage, position, channels = [], 0, 0, None
+    for block in model.blocks:
+        if channels is not None and block.out_channels != channels:
+            stage, position = stage + 1, 0
+        channels = cast("int", block.out_channels)
+        names.append(f"blocks.{stage}.{position}")
+        position += 1
+    return names
+
+
+_WIDE = {"expand.conv": "conv_pw", "expand.norm": "bn1", "depthwise.conv": "conv_dw",
+         "depthwise.norm": "bn2", "project.conv": "conv_pwl", "project.norm": "bn3"}  # fmt: skip
+
+_PLAIN = {"depthwise.conv": "conv_dw", "depthwise.norm": "bn1",
+          "project.conv": "conv_pw", "project.norm": "bn2"}  # fmt: skip
+
+_GATE = {"squeeze_excite.squeeze": "se.conv_reduce", "squeeze_excite.excite": "se.conv_expand"}
+
+_ENDS = {"stem.conv": "conv_stem", "stem.norm": "bn1", "head.conv": "conv_head",
+         "head.norm": "bn2", "classifier": "classifier"}  # fmt: skip
+
+
+def _layer_names(model: MixNet) -> dict[str, str]:
+    """timm's name for each of our layers that holds tensors."""
+    names = dict(_ENDS)
+    for index, (block, prefix) in enumerate(zip(model.blocks, _block_names(model), strict=True)):
+        inner = _PLAIN if isinstance(block.expand, nn.Identity) else _WIDE
+        names |= {f"blocks.{index}.{k}": f"{prefix}.{v}" for k, v in (inner | _GATE).items()}
+    return names
+
+
+def _timm_names(model: MixNet) -> dict[str, list[str]]:
+    """For each key of our state dict the timm keys whose concatenation it is."""
+    layers = _layer_names(model)
+    names: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        layer, _, tensor = key.rpartition(".")
+        base, _, part = layer.partition(".convs.")
+        module = model.get_submodule(layer)
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        timm = layers[base]
+        if part:
+            names[key] = [f"{timm}.{part}.{tensor}"]
+        elif isinstance(module, nn.Conv2d) and 1 < groups < module.in_channels:
+            names[key] = [f"{timm}.{group}.{tensor}" for group in range(groups)]
+        else:
+            names[key] = [f"{timm}.{tensor}"]
+    return names
+
+
+def to_timm(model: MixNet) -> dict[str, Tensor]:
+    """The model's weights under timm's names, for `load_state_dict` of timm's MixNets.
+
+    Source: `EfficientNet` of timm 1.0. Chapter 6.
+    """
+    state = model.state_dict()
+    result: dict[str, Tensor] = {}
+    for key, names in _timm_names(model).items():
+        parts = state[key].chunk(len(names)) if len(names) > 1 else (state[key],)
+        result |= zip(names, parts, strict=True)
+    return result
+
+
+_HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
+
+_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+def read_state_dict(weights: Any) -> dict[str, Tensor]:
+    """Tensors by name from a file, a hub name, or a state dict.
+
+    Files are read as data only: nothing in them is executed.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else, or the name is no hub name.
+        FileNotFoundError: if there is no such file.
+        ImportError: naming the extra to install, for `.safetensors` files and hub names.
+    """
+    if isinstance(weights, Mapping):
+        return _unwrap(weights, "the state dict")
+    if not isinstance(weights, str | os.PathLike):
+        raise TypeError(
+            f"weights must be a path, a name or a state dict, got {type(weights).__name__}"
+        )
+    path = Path(weights)
+    if isinstance(weights, str) and not path.exists() and not weights.endswith(_FILE_ENDINGS):
+        path = _download(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {str(path)!r}")
+    return _unwrap(_read_file(path), str(path))
+
+
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        message = "reading .safetensors needs safetensors: pip install 'mixconv[hub]'"
+        raise ImportError(message) from None
+    except Exception as error:  # damaged files fail in many ways; all mean the same
+        raise ValueError(f"{path} holds no readable weights: {error}") from error
+
+
+def _download(name: str) -> Path:
+    match = _HUB_NAME.match(name)
+    if match is None:
+        raise ValueError(
+            f"weights must be a file that exists or a hub name such as "
+            f"'timm/tf_mixnet_s.in1k', got {name!r}"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError:
+        message = "hub names need huggingface_hub: pip install 'mixconv[hub]'"
+        raise ImportError(message) from None
+    try:
+        return Path(hf_hub_download(match["repository"], "model.safetensors"))
+    except Exception as error:  # offline, unknown name, no permission
+        raise ValueError(
+            f"could not get {match['repository']!r} from the hub, nor from its cache on this "
+            f"machine: {error}"
+        ) from error
+
+
+def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError(f"{where} holds no state dict of tensors")
+    return {str(key).removeprefix("module."): value for key, value in data.items()}
+
+
+def matching_options(weights: Any) -> MixNetOptions:
+    """The MixNet options that timm weights of this name were trained with; empty if unknown.
+
+    `tf_mixnet_*` (the official weights) want TensorFlow's padding and epsilon 1e-3, plain
+    `mixnet_*` symmetric padding and 1e-5.
+    """
+    if not isinstance(weights, str | os.PathLike):
+        return {}
+    name = Path(weights).name
+    if name.startswith("tf_mixnet"):
+        return {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
+    if name.startswith("mixnet"):
+        return {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
+    return {}
+
+
+def load_weights(model: MixNet, weights: Any) -> None:
+    """Load weights into a MixNet; everything is checked before anything changes.
+
+    A classifier of another size is left out, with a warning.
+
+    Args:
+        model: a MixNet of the configuration that the weights belong to. Padding and epsilon are
+            the model's own; `mixnet_s(weights=...)` picks them by the weights' name.
+        weights: a path to `.safetensors` or `.pth`, a hub name, or a state dict, under our names
+            or timm's.
+
+    Raises:
+        ValueError: listing what is missing, unexpected, or of another shape.
+        FileNotFoundError: if there is no such file.
+        ImportError: naming the extra that is needed.
+    """
+    given = read_state_dict(weights)
+    names = _timm_names(model) if "conv_stem.weight" in given else {}
+    own = model.state_dict()
+    sources = {key: names.get(key, [key]) for key in own}
+    skipped = _drop_classifier(given, own)
+    found, problems = {}, list[str]()
+    for key, parts in sources.items():
+        missing = [part for part in parts if part not in given]
+        if key in skipped or (missing and key.endswith("num_batches_tracked")):
+            continue
+        if missing:
+            problems += [f"missing {part}" for part in missing]
+            continue
+        value = torch.cat([given[part] for part in parts]) if len(parts) > 1 else given[parts[0]]
+        if value.shape != own[key].shape:
+            problems.append(f"{parts[0]} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
+        found[key] = value
+    known = {part for parts in sources.values() for part in parts} | skipped
+    problems += [f"unexpected {name}" for name in given if name not in known]
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise ValueError(f"these weights do not fit: {'; '.join(problems[:12])}{more}")
+    model.load_state_dict(own | found)
+
+
+def _drop_classifier(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> set[str]:
+    """Names of classifier tensors to leave out because the number of classes differs."""
+    ours, theirs = own.get("classifier.weight"), given.get("classifier.weight")
+    if theirs is None or (ours is not None and ours.shape[0] == theirs.shape[0]):
+        return set()
+    classes = 0 if ours is None else ours.shape[0]
+    warnings.warn(
+        f"the weights are for {theirs.shape[0]} classes, the model has {classes}: "
+        "its classifier keeps its own weights",
+        stacklevel=4,
+    )
+    return {"classifier.weight", "classifier.bias"}

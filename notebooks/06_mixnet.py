@@ -1,0 +1,1306 @@
+# %% [markdown]
+# # 6 · MixNet
+#
+# The network that an architecture search made of MixConv blocks: MixNet-S, M and L. Built from the official code's block strings, and checked against the official code's numbers.
+#
+# **You will be able to**
+# - read and write the block strings that define a MixNet, and build one of your own;
+# - see where the paper's Figure 8 and its code differ;
+# - load weights from the official code and from timm, and show that the outputs agree;
+# - push a photograph through the network and look inside.
+#
+# **Know first:** [chapter 4](04_blocks.ipynb) and [chapter 5](05_mobilenets.ipynb).
+#
+# **Time:** 35 minutes to read. Runs in under 25 seconds on two cores.
+
+# %% [markdown]
+# ## A block string, by hand
+#
+# > **Official code.** `mixnet_builder.py` writes a network as strings, one for each run of equal blocks.
+#
+# `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw` is
+#
+# | part | meaning |
+# |---|---|
+# | `r3` | three blocks |
+# | `k3.5` | MixConv with kernels 3 and 5 |
+# | `a1.1` | expand with two groups of 1×1 |
+# | `p1.1` | project with two groups of 1×1 |
+# | `s11` | stride 1 along rows, 1 along columns |
+# | `e6` | expand to 6 · 40 = 240 channels |
+# | `i40`, `o40` | 40 channels in, 40 out |
+# | `se0.5` | squeeze to 0.5 · 40 = 20 channels |
+# | `sw` | swish; without it ReLU |
+#
+# With a stride, only the first of the repeated blocks has it. Rarer words: `noskip` leaves the residual out, `dilated` dilates.
+
+# %%
+#| export mixnet.py
+"""MixNet-S, M and L from the official block strings (paper, section 4; chapter 6)."""
+
+import re
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, TypedDict, Unpack
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A run of equal MixConv blocks; `decode_block` makes one from a string.
+
+    Attributes:
+        in_channels: channels into the first block.
+        out_channels: channels out of every block.
+        kernel_sizes: MixConv kernel sizes.
+        stride: of the first block; the others have 1.
+        expand_ratio: wide channels for each input channel.
+        repeats: how many blocks.
+        expand_groups: groups of the expanding 1×1 convolution.
+        project_groups: groups of the projecting 1×1 convolution.
+        squeeze_ratio: of squeeze-and-excitation to input channels; 0 for none.
+        activation: "relu" or "swish".
+        skip: residual connection where shapes allow.
+        dilated: dilated 3×3 kernels in blocks of stride 1.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_sizes: tuple[int, ...] = (3,)
+    stride: int = 1
+    expand_ratio: int = 6
+    repeats: int = 1
+    expand_groups: int = 1
+    project_groups: int = 1
+    squeeze_ratio: float = 0.0
+    activation: str = "relu"
+    skip: bool = True
+    dilated: bool = False
+
+
+# %% [markdown]
+# Decoding is splitting at underscores, and saying clearly what is wrong with a bad string.
+
+# %%
+#| export mixnet.py
+_WORD = re.compile(r"^(r|k|a|p|s|e|i|o|se)(\d[\d.]*)$")
+_FLAGS = {"sw", "noskip", "dilated"}
+
+
+def _split_words(text: str) -> tuple[dict[str, str], set[str]]:
+    """The numbered words of a block string, and its flags.
+
+    Raises:
+        ValueError: for a word that means nothing, appears twice, or is missing.
+    """
+    words: dict[str, str] = {}
+    flags: set[str] = set()
+    for word in text.split("_"):
+        match = _WORD.match(word)
+        name = match[1] if match else word
+        if name in words or name in flags or not (match or word in _FLAGS):
+            raise ValueError(f"block string {text!r}: cannot read {word!r}")
+        if match:
+            words[name] = match[2]
+        else:
+            flags.add(word)
+    missing = [name for name in ("r", "k", "a", "p", "s", "e", "i", "o") if name not in words]
+    if missing:
+        raise ValueError(f"block string {text!r}: no {', '.join(missing)}")
+    return words, flags
+
+
+# %%
+_split_words("r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw")
+
+
+# %%
+#| export mixnet.py
+def decode_block(text: str) -> BlockConfig:
+    """A block configuration from the official notation.
+
+    Args:
+        text: such as `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`.
+
+    Raises:
+        ValueError: quoting the string and the part that is wrong.
+
+    Source: `_decode_block_string` in the official `mixnet_builder.py`.
+    """
+    words, flags = _split_words(text)
+    try:
+        kernels, expand, project = (
+            tuple(int(k) for k in words[name].split(".")) for name in ("k", "a", "p")
+        )
+        rows, columns = (int(step) for step in words["s"])
+        config = BlockConfig(
+            in_channels=int(words["i"]), out_channels=int(words["o"]), kernel_sizes=kernels,
+            stride=rows, expand_ratio=int(words["e"]), repeats=int(words["r"]),
+            expand_groups=len(expand), project_groups=len(project),
+            squeeze_ratio=float(words.get("se", 0)),
+            activation="swish" if "sw" in flags else "relu",
+            skip="noskip" not in flags, dilated="dilated" in flags,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(f"block string {text!r}: {error}") from None
+    if rows != columns or {*expand, *project} != {1} or 0 in (rows, config.repeats):
+        raise ValueError(
+            f"block string {text!r}: both strides must be equal, a and p made of 1s, "
+            "stride and repeats at least 1"
+        )
+    return config
+
+
+# %% [markdown]
+# Encoding is the way back. Numbers are printed as the official code prints them.
+
+# %%
+#| export mixnet.py
+def encode_block(config: BlockConfig) -> str:
+    """The official notation of a block configuration; `decode_block` reads it back.
+
+    Source: `_encode_block_string` in the official `mixnet_builder.py`.
+    """
+    words = [
+        f"r{config.repeats}",
+        "k" + ".".join(map(str, config.kernel_sizes)),
+        "a" + ".".join("1" * config.expand_groups),
+        "p" + ".".join("1" * config.project_groups),
+        f"s{config.stride}{config.stride}",
+        f"e{config.expand_ratio}",
+        f"i{config.in_channels}",
+        f"o{config.out_channels}",
+    ]
+    if config.squeeze_ratio:
+        words.append(f"se{config.squeeze_ratio}")
+    words += ["noskip"] * (not config.skip) + ["sw"] * (config.activation == "swish")
+    return "_".join(words + ["dilated"] * config.dilated)
+
+
+# %%
+config = decode_block("r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw")
+print(encode_block(config))
+config
+
+# %%
+for text in ("r1_k3_s11", "r1_k3_a1_p1_s12_e6_i8_o8", "r1_k3_a1_p1_s11_e6_i8_o8_x2"):
+    try:
+        decode_block(text)
+    except ValueError as error:
+        print(error)
+
+
+# %% [markdown]
+# ## The networks as configurations
+
+# %%
+#| export mixnet.py
+@dataclass(frozen=True)
+class MixNetConfig:
+    """All that defines a MixNet.
+
+    Attributes:
+        blocks: block strings in the official notation, or `BlockConfig`s.
+        stem_channels: channels of the first convolution.
+        head_channels: channels of the last one; not scaled by the width multiplier.
+        drop_rate: dropout before the classifier.
+        width_multiplier: scales stem and blocks.
+    """
+
+    blocks: tuple[str | BlockConfig, ...]
+    stem_channels: int
+    head_channels: int = 1536
+    drop_rate: float = 0.2
+    width_multiplier: float = 1.0
+
+
+MIXNET_S = MixNetConfig(
+    blocks=(
+        "r1_k3_a1_p1_s11_e1_i16_o16",
+        "r1_k3_a1.1_p1.1_s22_e6_i16_o24",
+        "r1_k3_a1.1_p1.1_s11_e3_i24_o24",
+        "r1_k3.5.7_a1_p1_s22_e6_i24_o40_se0.5_sw",
+        "r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw",
+        "r1_k3.5.7_a1_p1.1_s22_e6_i40_o80_se0.25_sw",
+        "r2_k3.5_a1_p1.1_s11_e6_i80_o80_se0.25_sw",
+        "r1_k3.5.7_a1.1_p1.1_s11_e6_i80_o120_se0.5_sw",
+        "r2_k3.5.7.9_a1.1_p1.1_s11_e3_i120_o120_se0.5_sw",
+        "r1_k3.5.7.9.11_a1_p1_s22_e6_i120_o200_se0.5_sw",
+        "r2_k3.5.7.9_a1_p1.1_s11_e6_i200_o200_se0.5_sw",
+    ),
+    stem_channels=16,
+)
+
+# %% [markdown]
+# MixNet-L is M with every channel count but the head's multiplied by 1.3.
+
+# %%
+#| export mixnet.py
+MIXNET_M = MixNetConfig(
+    blocks=(
+        "r1_k3_a1_p1_s11_e1_i24_o24",
+        "r1_k3.5.7_a1.1_p1.1_s22_e6_i24_o32",
+        "r1_k3_a1.1_p1.1_s11_e3_i32_o32",
+        "r1_k3.5.7.9_a1_p1_s22_e6_i32_o40_se0.5_sw",
+        "r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw",
+        "r1_k3.5.7_a1_p1_s22_e6_i40_o80_se0.25_sw",
+        "r3_k3.5.7.9_a1.1_p1.1_s11_e6_i80_o80_se0.25_sw",
+        "r1_k3_a1_p1_s11_e6_i80_o120_se0.5_sw",
+        "r3_k3.5.7.9_a1.1_p1.1_s11_e3_i120_o120_se0.5_sw",
+        "r1_k3.5.7.9_a1_p1_s22_e6_i120_o200_se0.5_sw",
+        "r3_k3.5.7.9_a1_p1.1_s11_e6_i200_o200_se0.5_sw",
+    ),
+    stem_channels=24,
+    drop_rate=0.25,
+)
+
+MIXNET_L = replace(MIXNET_M, width_multiplier=1.3)
+
+# %%
+from mixconv.teaching import table
+
+table(
+    ["network", "block strings", "blocks", "stem", "dropout", "width"],
+    [
+        [name, len(c.blocks), sum(decode_block(b).repeats for b in c.blocks), c.stem_channels,
+         c.drop_rate, c.width_multiplier]
+        for name, c in (("S", MIXNET_S), ("M", MIXNET_M), ("L", MIXNET_L))
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# ## From configuration to network
+#
+# First the strings are unrolled: one configuration for each block, with its channels scaled.
+
+# %%
+#| export mixnet.py
+from mixconv.mobilenet import round_channels
+
+
+def unroll(config: MixNetConfig) -> list[BlockConfig]:
+    """One configuration for each block of a network, repeats written out and widths scaled.
+
+    Raises:
+        ValueError: if a run does not begin with the channels that the one before it gave.
+    """
+    width = partial(round_channels, multiplier=config.width_multiplier)
+    blocks: list[BlockConfig] = []
+    channels = config.stem_channels
+    for entry in config.blocks:
+        run = decode_block(entry) if isinstance(entry, str) else entry
+        if run.in_channels != channels:
+            raise ValueError(f"{encode_block(run)} follows {channels} channels, not its i")
+        channels = run.out_channels
+        first = replace(
+            run, in_channels=width(run.in_channels), out_channels=width(channels), repeats=1
+        )
+        blocks.append(first)
+        later = replace(first, in_channels=width(channels), stride=1)
+        blocks += [later] * (run.repeats - 1)
+    return blocks
+
+
+# %%
+[f"{b.in_channels}→{b.out_channels}" for b in unroll(MIXNET_L)]
+
+# %% [markdown]
+# Then the network: chapter 5's `ConvNet`, filled with chapter 4's blocks.
+#
+# > **Official code.** Stem and head use ReLU. Padding is TensorFlow's 'SAME' everywhere. Batch normalisation has decay 0.99 and epsilon 0.001; PyTorch calls 1 − 0.99 = 0.01 the *momentum*.
+
+# %%
+#| export mixnet.py
+from mixconv.blocks import ConvNormActivation, MixConvBlock, NormLayer
+from mixconv.layer import make_conv2d
+from mixconv.mobilenet import ConvNet, initialize
+
+
+def _make_block(config: BlockConfig, rate: float, padding: str, norm: NormLayer) -> MixConvBlock:
+    return MixConvBlock(
+        config.in_channels, config.out_channels, config.kernel_sizes, config.stride,
+        expand_ratio=config.expand_ratio, expand_groups=config.expand_groups,
+        project_groups=config.project_groups, squeeze_ratio=config.squeeze_ratio,
+        dilated=config.dilated, padding=padding, activation=config.activation,
+        norm_layer=norm, drop_path_rate=rate, skip=config.skip,
+    )  # fmt: skip
+
+
+class MixNet(ConvNet):
+    """A MixNet from its configuration; the defaults are the official network's.
+
+    Args:
+        config: `MIXNET_S`, `MIXNET_M`, `MIXNET_L`, or one of your own.
+        num_classes: outputs; 0 for features.
+        in_channels: channels of the images.
+        width_multiplier: scales channels, on top of the configuration's own.
+        drop_rate: dropout before the classifier; the configuration's if left out.
+        drop_path_rate: stochastic depth of the last block; earlier ones get proportionally less.
+        padding: "same" (official, timm's `tf_mixnet_*`) or "symmetric" (timm's `mixnet_*`).
+        norm_eps: batch-norm epsilon; 1e-3 is official, timm's `mixnet_*` have 1e-5.
+        norm_momentum: share of a new batch in the running statistics.
+
+    Shape:
+        Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
+
+    Raises:
+        ValueError: naming the argument or the block string.
+
+    Source: paper, section 4.2; `MixnetModel` in the official `mixnet_model.py`. Chapter 6.
+    """
+
+    def __init__(
+        self,
+        config: MixNetConfig,
+        *,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width_multiplier: float = 1.0,
+        drop_rate: float | None = None,
+        drop_path_rate: float = 0.0,
+        padding: str = "same",
+        norm_eps: float = 1e-3,
+        norm_momentum: float = 0.01,
+    ) -> None:
+        scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
+        norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
+        runs = unroll(scaled)
+        width = round_channels(config.stem_channels, scaled.width_multiplier)
+        stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
+        head = make_conv2d(runs[-1].out_channels, config.head_channels, 1)
+        rates = [drop_path_rate * index / len(runs) for index in range(len(runs))]
+        blocks = [_make_block(run, rate, padding, norm) for run, rate in zip(runs, rates)]
+        super().__init__(
+            ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
+            config.head_channels, num_classes=num_classes,
+            drop_rate=config.drop_rate if drop_rate is None else drop_rate,
+        )  # fmt: skip
+        self.config = scaled
+        initialize(self)
+
+
+# %% [markdown]
+# And the three functions that most people call. `weights` comes later in this chapter.
+
+# %%
+#| export mixnet.py
+class MixNetOptions(TypedDict, total=False):
+    """Keyword arguments of `MixNet`, all optional; see there."""
+
+    num_classes: int
+    in_channels: int
+    width_multiplier: float
+    drop_rate: float | None
+    drop_path_rate: float
+    padding: str
+    norm_eps: float
+    norm_momentum: float
+
+
+def _build(config: MixNetConfig, weights: Any, options: MixNetOptions) -> MixNet:
+    if weights is None:
+        return MixNet(config, **options)
+    from mixconv.weights import load_weights, matching_options  # weights.py builds on this module
+
+    matched: MixNetOptions = {**matching_options(weights), **options}
+    model = MixNet(config, **matched)
+    load_weights(model, weights)
+    return model
+
+
+# %%
+#| export mixnet.py
+def mixnet_s(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
+    """MixNet-S, 4.1 million parameters.
+
+    Args:
+        weights: None for untrained; or a path to `.safetensors` or `.pth`, a state dict, or a
+            hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
+        options: as in `MixNet`. With a named timm checkpoint, padding and epsilon follow the name.
+
+    Source: `mixnet_s` in the official `mixnet_builder.py`. Chapter 6.
+    """
+    return _build(MIXNET_S, weights, options)
+
+
+def mixnet_m(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
+    """MixNet-M, 5.0 million parameters. Arguments as in `mixnet_s`."""
+    return _build(MIXNET_M, weights, options)
+
+
+def mixnet_l(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
+    """MixNet-L, 7.3 million parameters: M, 1.3 times as wide. Arguments as in `mixnet_s`."""
+    return _build(MIXNET_L, weights, options)
+
+
+# %%
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+torch.manual_seed(0)
+networks = {"S": mixnet_s(), "M": mixnet_m(), "L": mixnet_l()}
+assert [parameters(n) for n in networks.values()] == [4_134_606, 5_014_382, 7_329_252]
+table(["network", "parameters"], [[f"MixNet-{n}", parameters(m)] for n, m in networks.items()])
+
+# %% [markdown]
+# These are the parameter counts of three independent implementations, to the last digit.
+#
+# ## Every block as it is built
+#
+# MixNet-S on 224×224 pixels:
+
+# %%
+from mixconv.formulation import count_costs
+
+model = networks["S"].eval()
+costs = count_costs(model, torch.zeros(1, 3, 224, 224))
+
+
+def block_row(index: int) -> list[object]:
+    run = unroll(model.config)[index]
+    parts = [c for c in costs if c.name.startswith(f"blocks.{index}.")]
+    side = parts[-1].output_shape[-1]
+    return [index, ", ".join(map(str, run.kernel_sizes)), run.stride, run.expand_ratio,
+            f"{run.in_channels}→{run.out_channels}", f"{run.expand_groups}/{run.project_groups}",
+            run.squeeze_ratio or "–", run.activation, f"{side}×{side}",
+            sum(c.parameters for c in parts), sum(c.multiply_adds for c in parts)]  # fmt: skip
+
+
+table(
+    ["block", "kernels", "stride", "expand", "channels", "1×1 groups", "squeeze", "activation",
+     "output", "parameters", "multiply-adds"],
+    [block_row(index) for index in range(len(model.blocks))],
+)  # fmt: skip
+
+# %% [markdown]
+# (Parameters of convolutions; batch normalisation adds two for each channel.) Read the kernel column: small kernels while the image is large, mixes up to 11 once it is small. A stride-2 block has the widest mix of its stage.
+#
+# ## Figure 8, from the code
+#
+# > **Paper.** Figure 8 draws S and M as rows of blocks with their kernel sizes.
+#
+# > **Official code.** What is built differs. For MixNet-S the last two blocks at 14×14 have kernels 3, 5, 7, 9, where the figure has 3, 5, 7. And the figure shows neither the squeeze-and-excitation gates, nor swish, nor the grouped 1×1 convolutions, nor the expansion ratios.
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+figure, axes = plt.subplots(2, 1, figsize=(8.4, 4.6))
+for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict=True):
+    side = 112
+    for column, run in enumerate(unroll(config)):
+        if run.stride == 2:
+            axis.axvline(column - 0.5, color="#bbbbbb", linewidth=1)
+        if run.stride == 2 or column == 0:
+            side //= run.stride
+            axis.text(column - 0.42, 5.55, f"{side}×{side}", fontsize=8, color="#777777")
+        for row, k in enumerate(run.kernel_sizes):
+            axis.add_patch(plt.Rectangle((column - 0.4, row), 0.8, 0.94, color=kernel_color(k)))
+            axis.text(column, row + 0.45, str(k), color="white", ha="center", va="center",
+                      fontsize=8, weight="bold")  # fmt: skip
+        marks = ("+" if run.squeeze_ratio else "") + ("g" if run.expand_groups > 1 else "")
+        axis.text(column, -0.65, f"e{run.expand_ratio}\n{marks}", ha="center", va="center",
+                  fontsize=7)  # fmt: skip
+        if name == "S" and column in (11, 12):
+            box = plt.Rectangle((column - 0.46, -0.06), 0.92, 4.1, fill=False, linestyle="--")
+            axis.add_patch(box)
+    axis.set(xlim=(-1.6, 18.7), ylim=(-1.1, 6), xticks=[], yticks=[])
+    axis.set_ylabel(f"MixNet-{name}", rotation=0, ha="left", va="center", weight="bold")
+    axis.spines[:].set_visible(False)
+show(
+    figure,
+    "figure_8_from_code.png",
+    "MixNet-S and MixNet-M as rows of 16 and 19 blocks, each a stack of its kernel sizes. Grey "
+    "lines mark the stride-2 blocks; sizes go from 112×112 to 7×7. Under each block its expansion "
+    "ratio, a plus for squeeze-and-excitation and a g for a grouped expansion. Two blocks of "
+    "MixNet-S are framed: the paper's figure has kernels 3, 5, 7 there, the code 3, 5, 7, 9.",
+)
+
+
+# %% [markdown]
+# Below each block: its expansion, **+** for a squeeze-and-excitation gate, **g** for a grouped expansion. The dashed frames are where figure and code differ.
+
+# %% [markdown]
+# ## What it costs
+#
+# Multiply-adds by type of layer. The counts were taken from the official TensorFlow graph too, so here they can be compared type by type, not only in sum.
+
+# %%
+def by_type(model: nn.Module) -> dict[str, int]:
+    sums = {"stem and pointwise": 0, "depthwise": 0, "squeeze-and-excitation": 0, "classifier": 0}
+    for cost in count_costs(model, torch.zeros(1, 3, 224, 224)):
+        kind = {"depthwise": "depthwise", "linear": "classifier"}.get(
+            cost.kind, "stem and pointwise"
+        )
+        kind = "squeeze-and-excitation" if "squeeze_excite" in cost.name else kind
+        sums[kind] += cost.multiply_adds
+    return sums
+
+
+counts = {name: by_type(model) for name, model in networks.items()}
+official = {"S": [197_881_600, 38_989_104, 766_656, 1_536_000],
+            "M": [271_806_528, 64_758_400, 1_071_744, 1_536_000]}  # fmt: skip
+assert all(list(counts[name].values()) == official[name] for name in official)
+table(["network", *counts["S"], "sum"],
+      [[f"MixNet-{n}", *c.values(), sum(c.values())] for n, c in counts.items()])  # fmt: skip
+
+# %% [markdown]
+# > **Paper.** Table 2 prints 256M for S, 360M for M and 565M for L.
+#
+# The paper's figures are higher, and no way of counting that we tried explains the difference. The official code's own graph has the sums above. Parameters do agree. Accuracies are cited.
+
+# %%
+import json
+from pathlib import Path
+
+paper = json.loads(Path("../tests/data/paper.json").read_text())["table_2"]
+table(
+    ["network", "parameters, ours", "paper", "multiply-adds, ours", "paper", "top-1 (cited)"],
+    [
+        [f"MixNet-{n}", f"{parameters(m) / 1e6:.1f}M", f"{paper[f'MixNet-{n}'][0]}M",
+         f"{sum(counts[n].values()) / 1e6:.1f}M", f"{paper[f'MixNet-{n}'][1]}M",
+         f"{paper[f'MixNet-{n}'][2]}%"]
+        for n, m in networks.items()
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# And against PyTorch's own counter:
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    model(torch.zeros(1, 3, 224, 224))
+counter.get_total_flops() == 2 * sum(counts["S"].values())
+
+
+# %% [markdown]
+# ## A photograph goes through
+#
+# The network expects what it would be trained on: RGB images with the mean of ImageNet's pixels taken away, divided by their spread.
+
+# %%
+#| export mixnet.py
+def preprocess(image: Tensor) -> Tensor:
+    """Normalise RGB images as MixNet's training did, with ImageNet's mean and spread.
+
+    Shape:
+        Input and output `(N, 3, H, W)`; input values 0 to 1.
+
+    Raises:
+        ValueError: if there are not three channels.
+    """
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
+    mean, spread = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    return (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+
+
+# %%
+from mixconv.teaching import photograph
+
+image = preprocess(photograph(224))
+print(tuple(image.shape), [f"{value:.1f}" for value in (image.min(), image.mean(), image.max())])
+
+# %% [markdown]
+# Watch block 3, the first with three kernel sizes. A hook keeps what its depthwise layer gives. The weights are random: **this network is untrained**, so the maps show what random kernels of each size respond to, not what MixNet has learned.
+
+# %%
+seen = {}
+layer = model.blocks[3].depthwise.conv
+hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(maps=output))
+with torch.no_grad():
+    logits = model(image)
+hook.remove()
+print(layer)
+print("feature maps", tuple(seen["maps"].shape), "logits", tuple(logits.shape))
+
+# %% tags=["drawing"]
+figure, axes = plt.subplots(3, 6, figsize=(7.6, 4.0))
+groups = seen["maps"][0].split(layer.partition)
+for row, (k, group) in zip(axes, zip(layer.kernel_sizes, groups, strict=True), strict=True):
+    strongest = group.flatten(1).std(dim=1).argsort(descending=True)[:6]
+    for axis, channel in zip(row, strongest.sort().values, strict=True):
+        axis.imshow(group[channel], cmap="gray")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    row[0].set_ylabel(f"{k}×{k}", color=kernel_color(k), weight="bold")
+show(
+    figure,
+    "feature_maps.png",
+    "Six feature maps of each kernel size from block 3 of an untrained MixNet-S on the "
+    "photograph, 28×28 pixels each. The outline of the head and shoulders shows in all; the "
+    "7×7 maps are smoother than the 3×3 maps.",
+)
+
+# %% [markdown]
+# The five sizes that a detector would take, and the logits. Untrained logits mean nothing, and one class is as good as another:
+
+# %%
+with torch.no_grad():
+    pyramid = model.features(image)
+table(
+    ["stride", "channels", "feature map", "from"],
+    [[info["reduction"], info["num_chs"], tuple(f.shape), info["module"]]
+     for info, f in zip(model.feature_info, pyramid, strict=True)],
+)  # fmt: skip
+
+# %% [markdown]
+# ## Weights from the official code
+#
+# How do we know that this is the official network, and not one that looks like it? By its numbers.
+# The repository holds what the *unmodified* official TensorFlow code computed with weights made from a recipe: variable $i$ is drawn by NumPy from seed $1000 + i$. With the same weights our network must give the same numbers.
+#
+# The weights come in TensorFlow's layout. Kernels are (rows, columns, in, out) there and (out, in, rows, columns) here. Depthwise kernels are (rows, columns, channels, multiplier), and dense ones (in, out). A grouped layer is one tensor here and several there.
+#
+# A *slot* says where one official variable belongs.
+
+# %%
+#| export weights.py
+"""Weights in and out: the official TensorFlow variables, timm, files (chapter 6)."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.blocks import ConvNormActivation, SqueezeExcite
+from mixconv.layer import MixConv2d
+from mixconv.mixnet import MixNet
+
+Layout = Literal["conv", "depthwise", "dense", "vector"]
+_ORDER = {"conv": (3, 2, 0, 1), "depthwise": (2, 3, 0, 1), "dense": (1, 0), "vector": (0,)}
+
+
+@dataclass
+class _Slot:
+    """Where one official variable goes: a tensor, or a part of one, and its layout there."""
+
+    target: Tensor
+    layout: Layout
+
+    def to_torch(self, value: Tensor) -> Tensor:
+        """The variable in PyTorch's layout.
+
+        Raises:
+            ValueError: if the shape does not fit.
+        """
+        order = _ORDER[self.layout]
+        if value.dim() == len(order):
+            turned = value.permute(order)
+            if self.layout == "depthwise":
+                turned = turned.reshape(-1, 1, *turned.shape[2:])
+            if turned.shape == self.target.shape:
+                return turned
+        raise ValueError(f"shape {tuple(value.shape)} does not fit {tuple(self.target.shape)}")
+
+
+# %%
+_Slot(torch.empty(8, 1, 3, 3), "depthwise").to_torch(torch.zeros(3, 3, 8, 1)).shape
+
+
+# %% [markdown]
+# The slots of a whole network, in the order in which the official code creates its variables: stem, each block (expand, depthwise, squeeze, excite, project, with batch normalisations between), head, classifier.
+
+# %%
+#| export weights.py
+def _conv_slots(conv: nn.Module) -> Iterator[_Slot]:
+    """The kernels of a layer, one for each group of MixConv or of 1×1 convolutions."""
+    if isinstance(conv, MixConv2d):
+        for part in conv.convs:
+            yield from _conv_slots(part)
+    elif isinstance(conv, nn.Conv2d):
+        depthwise = conv.groups == conv.in_channels and conv.groups > 1
+        groups = 1 if depthwise else conv.groups
+        for part in conv.weight.detach().chunk(groups):
+            yield _Slot(part, "depthwise" if depthwise else "conv")
+        if conv.bias is not None:
+            yield _Slot(conv.bias.detach(), "vector")
+
+
+def _norm_slots(norm: nn.Module) -> Iterator[_Slot]:
+    """Scale, shift, running mean, running variance."""
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        yield _Slot(cast("Tensor", getattr(norm, name)).detach(), "vector")
+
+
+def _unit_slots(unit: nn.Module) -> Iterator[_Slot]:
+    if isinstance(unit, ConvNormActivation):
+        yield from _conv_slots(unit.conv)
+        yield from _norm_slots(unit.norm)
+    elif isinstance(unit, SqueezeExcite):
+        yield from _conv_slots(unit.squeeze)
+        yield from _conv_slots(unit.excite)
+
+
+# %%
+#| export weights.py
+def _slots(model: MixNet) -> list[_Slot]:
+    """Every official variable's place, in the official order of creation."""
+    units: list[nn.Module] = [model.stem]
+    for block in model.blocks:
+        units += [block.expand, block.depthwise, block.squeeze_excite, block.project]  # type: ignore[list-item]
+    slots = [slot for unit in [*units, model.head] for slot in _unit_slots(unit)]
+    if isinstance(model.classifier, nn.Linear):
+        slots.append(_Slot(model.classifier.weight.detach(), "dense"))
+        slots.append(_Slot(model.classifier.bias.detach(), "vector"))
+    return slots
+
+
+# %%
+variables = json.loads(Path("../tests/data/variables.json").read_text())["mixnet-s"]["variables"]
+print(len(_slots(model)), "slots,", len(variables), "official variables; the first few:")
+table(["role", "TensorFlow shape", "our shape"],
+      [[role, tuple(shape), tuple(slot.target.shape)]
+       for (role, shape, _), slot in list(zip(variables, _slots(model), strict=True))[5:8]])  # fmt: skip
+
+# %% [markdown]
+# A checkpoint is read by names, in any order. Within one scope, such as `blocks_4`, Keras numbers its layers in order of creation: `conv2d_13` before `conv2d_14`. So sorting by scope, kind and number gives the order back. Training leftovers (step counters, optimiser slots) are passed over, and moving averages of weights preferred, as in the official evaluation.
+
+# %%
+#| export weights.py
+_VARIABLE = re.compile(
+    r"(?:^|/)(?P<scope>stem|blocks_(?P<block>\d+)|head)/(?P<se>se/)?"
+    r"(?P<kind>depthwise_conv2d|conv2d|batch_normalization|dense)(?:_(?P<number>\d+))?/"
+    r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
+)
+_NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
+_AVERAGE = "/ExponentialMovingAverage"
+
+
+def _creation_key(name: str, model: MixNet) -> tuple[int, ...] | None:
+    """A key that sorts TensorFlow variable names into order of creation; None for leftovers."""
+    match = _VARIABLE.search(name)
+    if match is None:
+        return None
+    scope = {"stem": -1, "head": len(model.blocks)}.get(match["scope"], int(match["block"] or 0))
+    number = int(match["number"] or 0)
+    return (
+        scope,
+        match["kind"] == "dense",
+        2 * bool(match["se"]),
+        number,
+        _NAMES.index(match["name"]),
+    )
+
+
+# %% [markdown]
+# That key is not yet the order: in a block, convolutions and normalisations alternate, and their numbers count separately. So the layers of a scope are collected by kind, and dealt out as the block needs them.
+
+# %%
+#| export weights.py
+def _in_creation_order(variables: Mapping[str, Any], model: MixNet) -> list[Any]:
+    """The variables of a checkpoint in the order of `_slots`."""
+    plain = {name.removesuffix(":0"): value for name, value in variables.items()}
+    averaged = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
+    plain = {n: v for n, v in plain.items() if not n.endswith(_AVERAGE)} | averaged
+    queues: dict[tuple[int, str], list[tuple[tuple[int, ...], Any]]] = {}
+    for name, value in plain.items():
+        key, match = _creation_key(name, model), _VARIABLE.search(name)
+        if key is not None and match is not None:
+            kind = "gate" if match["se"] else match["kind"]
+            queues.setdefault((key[0], kind), []).append((key, value))
+    for queue in queues.values():
+        queue.sort(key=lambda item: item[0], reverse=True)
+    ordered: list[Any] = []
+    for scope, kind, count in _demand(model):
+        queue = queues.get((scope, kind), [])
+        ordered += [queue.pop()[1] for _ in range(min(count, len(queue)))]
+    return ordered + [value for queue in queues.values() for _, value in queue]
+
+
+def _demand(model: MixNet) -> Iterator[tuple[int, str, int]]:
+    """Which kind of layer each unit takes from its scope, and how many variables."""
+    units: list[tuple[int, nn.Module]] = [(-1, model.stem)]
+    for index, block in enumerate(model.blocks):
+        names = ("expand", "depthwise", "squeeze_excite", "project")
+        units += [(index, cast("nn.Module", getattr(block, name))) for name in names]
+    for scope, unit in [*units, (len(model.blocks), model.head)]:
+        if isinstance(unit, SqueezeExcite):
+            yield scope, "gate", 4
+        elif isinstance(unit, ConvNormActivation):
+            slots = list(_conv_slots(unit.conv))
+            kind = "depthwise_conv2d" if slots[0].layout == "depthwise" else "conv2d"
+            yield scope, kind, len(slots)
+            yield scope, "batch_normalization", 4
+    yield len(model.blocks), "dense", 2
+
+
+# %% [markdown]
+# Loading checks everything before it changes anything.
+
+# %%
+#| export weights.py
+def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
+    """Load the official TensorFlow variables into a MixNet.
+
+    Args:
+        model: a MixNet of the same configuration, with the official padding and epsilon.
+        variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
+            or by TensorFlow name, as `tf.train.load_checkpoint` gives them. Moving averages of
+            the weights are preferred; optimiser slots and counters are passed over.
+
+    Raises:
+        ValueError: if the number of variables or a shape differs; the model is then unchanged.
+
+    Source: creation order of the official `mixnet_model.py`. Chapter 6.
+    """
+    slots = _slots(model)
+    named = isinstance(variables, Mapping)
+    values = _in_creation_order(variables, model) if named else list(variables)
+    if len(values) != len(slots):
+        raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
+    turned = []
+    for index, (slot, value) in enumerate(zip(slots, values, strict=True)):
+        try:
+            turned.append(slot.to_torch(torch.as_tensor(value)))
+        except ValueError as error:
+            raise ValueError(f"variable {index}: {error}") from None
+    with torch.no_grad():
+        for slot, value in zip(slots, turned, strict=True):
+            slot.target.copy_(value)
+
+
+# %% [markdown]
+# ## The proof
+#
+# Recipe weights in, recipe images in, and every endpoint compared with what TensorFlow gave: after the stem, after each block, at each change of size before and after squeeze-and-excitation, and the logits. First at 224×224.
+
+# %%
+import runpy
+
+import numpy as np
+
+recipe = runpy.run_path("../tests/data/recipe.py")
+truth = np.load("../tests/data/official.npz")
+specification = json.loads(Path("../tests/data/variables.json").read_text())
+
+
+def official_weights(name: str) -> list[np.ndarray]:
+    roles = specification[name]["variables"]
+    arrays = [recipe["value"](i, role, tuple(shape)) for i, (role, shape, _) in enumerate(roles)]
+    assert recipe["digest"](arrays) == specification[name]["weights_sha256"]
+    return arrays
+
+
+# %%
+def endpoints(model: MixNet, images: Tensor) -> dict[str, Tensor]:
+    found, ends = {}, {str(info["module"]): i for i, info in enumerate(model.feature_info, 1)}
+    x = found["stem"] = model.stem(images)
+    for index, block in enumerate(model.blocks):
+        inside = block.squeeze_excite(block.depthwise(block.expand(x)))
+        x = found[f"block_{index}"] = block(x)
+        if (number := ends.get(f"blocks.{index}")) is not None:
+            found[f"reduction_{number}"] = x
+            found[f"reduction_{number}.expansion_output"] = inside
+    found["logits"] = model(images)
+    return found
+
+
+# %%
+def compare(name: str, model: MixNet, height: int, width: int) -> tuple[int, bool]:
+    images = torch.from_numpy(recipe["make_input"](height, width)).permute(0, 3, 1, 2)
+    key = f"{name}_{height}x{width}|"
+    with torch.no_grad():
+        found = endpoints(model, images)
+    close = [np.allclose(found["logits"], truth[key + "logits"], atol=1e-5, rtol=1e-5)]
+    for i, endpoint in enumerate(truth[key + "names"]):
+        values = found[str(endpoint)].permute(0, 2, 3, 1).flatten().numpy()
+        summary = [values.mean(), values.std(), *values[:16], *values[-16:]]
+        expected = np.concatenate(
+            [truth[key + part][i] for part in ("mean_std", "first16", "last16")]
+        )
+        close.append(np.allclose(summary, expected, atol=1e-5, rtol=1e-5))
+    return len(close), all(close)
+
+
+results = {}
+for name, build in (("mixnet-s", mixnet_s), ("mixnet-m", mixnet_m)):
+    parity = build().eval()
+    load_official(parity, official_weights(name))
+    for height, width in ((224, 224), (131, 170)):
+        results[name, height, width] = compare(name, parity, height, width)
+assert all(equal for _, equal in results.values())
+table(["network", "size", "endpoints compared", "all within 1e-5"],
+      [[name, f"{h}×{w}", count, equal] for (name, h, w), (count, equal) in results.items()])  # fmt: skip
+
+# %% [markdown]
+# The second size is odd, even and not square on its way down: with the wrong padding nothing would agree. And the batch-norm epsilon? The same comparison with 1e-5 in place of 1e-3:
+
+# %%
+wrong = mixnet_s(norm_eps=1e-5).eval()
+load_official(wrong, official_weights("mixnet-s"))
+compare("mixnet-s", wrong, 224, 224)[1]
+
+
+# %% [markdown]
+# ## Weights from timm
+#
+# Trained weights are published for timm. Its network is the same; its names are not. The table of names goes both ways: for each of our tensors, the timm tensors whose concatenation it is.
+#
+# timm groups blocks into stages, and a stage ends where the number of channels changes.
+
+# %%
+#| export weights.py
+def _block_names(model: MixNet) -> list[str]:
+    """timm's name of each block: stage and position."""
+    names, stage, position, channels = [], 0, 0, None
+    for block in model.blocks:
+        if channels is not None and block.out_channels != channels:
+            stage, position = stage + 1, 0
+        channels = cast("int", block.out_channels)
+        names.append(f"blocks.{stage}.{position}")
+        position += 1
+    return names
+
+
+# %%
+" ".join(_block_names(model))
+
+# %% [markdown]
+# Inside a block, timm numbers batch normalisations, and a block without expansion has one fewer:
+#
+# | ours | timm | timm, no expansion |
+# |---|---|---|
+# | `expand.conv`, `expand.norm` | `conv_pw`, `bn1` | |
+# | `depthwise.conv`, `depthwise.norm` | `conv_dw`, `bn2` | `conv_dw`, `bn1` |
+# | `squeeze_excite.squeeze`, `.excite` | `se.conv_reduce`, `se.conv_expand` | the same |
+# | `project.conv`, `project.norm` | `conv_pwl`, `bn3` | `conv_pw`, `bn2` |
+
+# %%
+#| export weights.py
+_WIDE = {"expand.conv": "conv_pw", "expand.norm": "bn1", "depthwise.conv": "conv_dw",
+         "depthwise.norm": "bn2", "project.conv": "conv_pwl", "project.norm": "bn3"}  # fmt: skip
+_PLAIN = {"depthwise.conv": "conv_dw", "depthwise.norm": "bn1",
+          "project.conv": "conv_pw", "project.norm": "bn2"}  # fmt: skip
+_GATE = {"squeeze_excite.squeeze": "se.conv_reduce", "squeeze_excite.excite": "se.conv_expand"}
+_ENDS = {"stem.conv": "conv_stem", "stem.norm": "bn1", "head.conv": "conv_head",
+         "head.norm": "bn2", "classifier": "classifier"}  # fmt: skip
+
+
+def _layer_names(model: MixNet) -> dict[str, str]:
+    """timm's name for each of our layers that holds tensors."""
+    names = dict(_ENDS)
+    for index, (block, prefix) in enumerate(zip(model.blocks, _block_names(model), strict=True)):
+        inner = _PLAIN if isinstance(block.expand, nn.Identity) else _WIDE
+        names |= {f"blocks.{index}.{k}": f"{prefix}.{v}" for k, v in (inner | _GATE).items()}
+    return names
+
+
+# %%
+#| export weights.py
+def _timm_names(model: MixNet) -> dict[str, list[str]]:
+    """For each key of our state dict the timm keys whose concatenation it is."""
+    layers = _layer_names(model)
+    names: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        layer, _, tensor = key.rpartition(".")
+        base, _, part = layer.partition(".convs.")
+        module = model.get_submodule(layer)
+        groups = module.groups if isinstance(module, nn.Conv2d) else 1
+        timm = layers[base]
+        if part:
+            names[key] = [f"{timm}.{part}.{tensor}"]
+        elif isinstance(module, nn.Conv2d) and 1 < groups < module.in_channels:
+            names[key] = [f"{timm}.{group}.{tensor}" for group in range(groups)]
+        else:
+            names[key] = [f"{timm}.{tensor}"]
+    return names
+
+
+def to_timm(model: MixNet) -> dict[str, Tensor]:
+    """The model's weights under timm's names, for `load_state_dict` of timm's MixNets.
+
+    Source: `EfficientNet` of timm 1.0. Chapter 6.
+    """
+    state = model.state_dict()
+    result: dict[str, Tensor] = {}
+    for key, names in _timm_names(model).items():
+        parts = state[key].chunk(len(names)) if len(names) > 1 else (state[key],)
+        result |= zip(names, parts, strict=True)
+    return result
+
+
+# %%
+renamed = to_timm(model)
+[name for name in renamed if name.startswith("blocks.1.0.conv")]
+
+# %% [markdown]
+# ## Files, state dicts, hub names
+#
+# One function takes whatever holds weights. It recognises timm's names (the old gen-efficientnet names are the same) and our own, checks all of them, and only then changes the model.
+
+# %%
+#| export weights.py
+import os
+from pathlib import Path
+
+_HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
+_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+
+
+def read_state_dict(weights: Any) -> dict[str, Tensor]:
+    """Tensors by name from a file, a hub name, or a state dict.
+
+    Files are read as data only: nothing in them is executed.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else, or the name is no hub name.
+        FileNotFoundError: if there is no such file.
+        ImportError: naming the extra to install, for `.safetensors` files and hub names.
+    """
+    if isinstance(weights, Mapping):
+        return _unwrap(weights, "the state dict")
+    if not isinstance(weights, str | os.PathLike):
+        raise TypeError(
+            f"weights must be a path, a name or a state dict, got {type(weights).__name__}"
+        )
+    path = Path(weights)
+    if isinstance(weights, str) and not path.exists() and not weights.endswith(_FILE_ENDINGS):
+        path = _download(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {str(path)!r}")
+    return _unwrap(_read_file(path), str(path))
+
+
+# %%
+#| export weights.py
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        message = "reading .safetensors needs safetensors: pip install 'mixconv[hub]'"
+        raise ImportError(message) from None
+    except Exception as error:  # damaged files fail in many ways; all mean the same
+        raise ValueError(f"{path} holds no readable weights: {error}") from error
+
+
+def _download(name: str) -> Path:
+    match = _HUB_NAME.match(name)
+    if match is None:
+        raise ValueError(
+            f"weights must be a file that exists or a hub name such as "
+            f"'timm/tf_mixnet_s.in1k', got {name!r}"
+        )
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError:
+        message = "hub names need huggingface_hub: pip install 'mixconv[hub]'"
+        raise ImportError(message) from None
+    try:
+        return Path(hf_hub_download(match["repository"], "model.safetensors"))
+    except Exception as error:  # offline, unknown name, no permission
+        raise ValueError(
+            f"could not get {match['repository']!r} from the hub, nor from its cache on this "
+            f"machine: {error}"
+        ) from error
+
+
+def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError(f"{where} holds no state dict of tensors")
+    return {str(key).removeprefix("module."): value for key, value in data.items()}
+
+
+# %% [markdown]
+# timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. A name tells which.
+
+# %%
+#| export weights.py
+from mixconv.mixnet import MixNetOptions
+
+
+def matching_options(weights: Any) -> MixNetOptions:
+    """The MixNet options that timm weights of this name were trained with; empty if unknown.
+
+    `tf_mixnet_*` (the official weights) want TensorFlow's padding and epsilon 1e-3, plain
+    `mixnet_*` symmetric padding and 1e-5.
+    """
+    if not isinstance(weights, str | os.PathLike):
+        return {}
+    name = Path(weights).name
+    if name.startswith("tf_mixnet"):
+        return {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
+    if name.startswith("mixnet"):
+        return {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
+    return {}
+
+
+# %%
+#| export weights.py
+import warnings
+
+
+def load_weights(model: MixNet, weights: Any) -> None:
+    """Load weights into a MixNet; everything is checked before anything changes.
+
+    A classifier of another size is left out, with a warning.
+
+    Args:
+        model: a MixNet of the configuration that the weights belong to. Padding and epsilon are
+            the model's own; `mixnet_s(weights=...)` picks them by the weights' name.
+        weights: a path to `.safetensors` or `.pth`, a hub name, or a state dict, under our names
+            or timm's.
+
+    Raises:
+        ValueError: listing what is missing, unexpected, or of another shape.
+        FileNotFoundError: if there is no such file.
+        ImportError: naming the extra that is needed.
+    """
+    given = read_state_dict(weights)
+    names = _timm_names(model) if "conv_stem.weight" in given else {}
+    own = model.state_dict()
+    sources = {key: names.get(key, [key]) for key in own}
+    skipped = _drop_classifier(given, own)
+    found, problems = {}, list[str]()
+    for key, parts in sources.items():
+        missing = [part for part in parts if part not in given]
+        if key in skipped or (missing and key.endswith("num_batches_tracked")):
+            continue
+        if missing:
+            problems += [f"missing {part}" for part in missing]
+            continue
+        value = torch.cat([given[part] for part in parts]) if len(parts) > 1 else given[parts[0]]
+        if value.shape != own[key].shape:
+            problems.append(f"{parts[0]} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
+        found[key] = value
+    known = {part for parts in sources.values() for part in parts} | skipped
+    problems += [f"unexpected {name}" for name in given if name not in known]
+    if problems:
+        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
+        raise ValueError(f"these weights do not fit: {'; '.join(problems[:12])}{more}")
+    model.load_state_dict(own | found)
+
+
+# %%
+#| export weights.py
+def _drop_classifier(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> set[str]:
+    """Names of classifier tensors to leave out because the number of classes differs."""
+    ours, theirs = own.get("classifier.weight"), given.get("classifier.weight")
+    if theirs is None or (ours is not None and ours.shape[0] == theirs.shape[0]):
+        return set()
+    classes = 0 if ours is None else ours.shape[0]
+    warnings.warn(
+        f"the weights are for {theirs.shape[0]} classes, the model has {classes}: "
+        "its classifier keeps its own weights",
+        stacklevel=4,
+    )
+    return {"classifier.weight", "classifier.bias"}
+
+
+# %% [markdown]
+# Out to timm's names and in again, into a network that started with other weights:
+
+# %%
+from mixconv.teaching import check
+
+again = mixnet_s().eval()
+load_weights(again, to_timm(model))
+with torch.no_grad():
+    check(again(image), logits, "logits after a round trip through timm's names")
+
+# %% [markdown]
+# What a mismatch says:
+
+# %%
+try:
+    load_weights(mixnet_m(), to_timm(model))
+except ValueError as error:
+    print(str(error)[:260], "…")
+
+# %% [markdown]
+# ## Ours, official, timm
+#
+# All three side by side. The first two columns are computed in this chapter. That timm's own model, given our weights, returns our logits and gradients, and the other way round, is tested in `tests/test_timm.py`.
+#
+# | | ours | official code | timm `tf_mixnet_*` | timm `mixnet_*` |
+# |---|---|---|---|---|
+# | parameters of S, M, L | 4,134,606 · 5,014,382 · 7,329,252 | the same | the same | the same |
+# | padding | 'SAME', or symmetric | 'SAME' | 'SAME' | symmetric |
+# | batch-norm epsilon | 1e-3, or any | 1e-3 | 1e-3 | 1e-5 |
+# | logits on recipe weights | within 1e-5 of official | – | within 1e-5 of ours | |
+# | two 1×1 groups | one grouped convolution | two convolutions, concatenated | two convolutions, concatenated | the same |
+# | unequal partitions | yes | no | no | no |
+
+# %% [markdown]
+# ## Exercises
+#
+# **6.1** Write the block string of one block with kernels 3, 5, 7, 9, ungrouped, stride 2, expansion 4, from 64 to 96 channels, squeeze ratio 0.25, swish.
+
+# %%
+from mixconv.teaching import attempt
+
+
+def my_block() -> str:
+    raise NotImplementedError
+
+
+def test_block(answer) -> None:
+    assert decode_block(answer()) == BlockConfig(
+        64, 96, (3, 5, 7, 9), stride=2, expand_ratio=4, squeeze_ratio=0.25, activation="swish"
+    )
+
+
+attempt(my_block, test_block)
+
+
+# %% tags=["solution"]
+def my_block_solution() -> str:
+    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25_sw"
+
+
+attempt(my_block_solution, test_block)
+
+
+# %% [markdown]
+# **6.2** Make MixNet-S without mixing: every block keeps only its smallest kernel. Return that network. (The test computes how many parameters the larger kernels cost.)
+
+# %%
+def without_mixing() -> MixNet:
+    raise NotImplementedError
+
+
+def test_plain(answer) -> None:
+    plain = answer()
+    large = [c.parameters - 9 * c.output_shape[1] for c in costs if c.kind == "depthwise"]
+    assert parameters(plain) == 4_134_606 - sum(large)
+    assert all(run.kernel_sizes == (3,) for run in unroll(plain.config))
+
+
+attempt(without_mixing, test_plain)
+
+
+# %% tags=["solution"]
+def without_mixing_solution() -> MixNet:
+    runs = [decode_block(text) for text in MIXNET_S.blocks]
+    plain = tuple(replace(run, kernel_sizes=run.kernel_sizes[:1]) for run in runs)
+    return MixNet(replace(MIXNET_S, blocks=plain))
+
+
+attempt(without_mixing_solution, test_plain)
+
+# %% [markdown]
+# ## Takeaways
+# - A MixNet is a list of strings, a stem and a head.
+# - Default construction is the official network; every endpoint agrees with the official code within 1e-5.
+# - The paper's figure leaves things out. The code is what the published numbers came from.
+# - Weights go in from TensorFlow and timm, and out to timm.
+#
+# Previous: [5 · MobileNets](05_mobilenets.ipynb)

@@ -43,7 +43,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
-import torch
 from torch import Tensor, nn
 
 
@@ -371,7 +370,7 @@ class MixNet(ConvNet):
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
         head = make_conv2d(runs[-1].out_channels, config.head_channels, 1)
         rates = [drop_path_rate * index / len(runs) for index in range(len(runs))]
-        blocks = [_make_block(run, rate, padding, norm) for run, rate in zip(runs, rates)]
+        blocks = [_make_block(run, rate, padding, norm) for run, rate in zip(runs, rates, strict=True)]
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -476,7 +475,7 @@ table(
 )  # fmt: skip
 
 # %% [markdown]
-# (Parameters of convolutions; batch normalisation adds two for each channel.) Read the kernel column: small kernels while the image is large, mixes up to 11 once it is small. A stride-2 block has the widest mix of its stage.
+# (Parameters of convolutions; batch normalisation adds two for each channel.) Read the kernel column: small kernels while the image is large, mixes up to 11 once it is small. A stride-2 block has a wider mix than the blocks around it.
 #
 # ## Figure 8, from the code
 #
@@ -498,7 +497,7 @@ for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict
             axis.axvline(column - 0.5, color="#bbbbbb", linewidth=1)
         if run.stride == 2 or column == 0:
             side //= run.stride
-            axis.text(column - 0.42, 5.55, f"{side}×{side}", fontsize=8, color="#777777")
+            axis.text(column - 0.42, 5.55, f"{side}²", fontsize=8, color="#777777")
         for row, k in enumerate(run.kernel_sizes):
             axis.add_patch(plt.Rectangle((column - 0.4, row), 0.8, 0.94, color=kernel_color(k)))
             axis.text(column, row + 0.45, str(k), color="white", ha="center", va="center",
@@ -509,8 +508,8 @@ for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict
         if name == "S" and column in (11, 12):
             box = plt.Rectangle((column - 0.46, -0.06), 0.92, 4.1, fill=False, linestyle="--")
             axis.add_patch(box)
-    axis.set(xlim=(-1.6, 18.7), ylim=(-1.1, 6), xticks=[], yticks=[])
-    axis.set_ylabel(f"MixNet-{name}", rotation=0, ha="left", va="center", weight="bold")
+    axis.set(xlim=(-0.6, 18.7), ylim=(-1.1, 6), xticks=[], yticks=[])
+    axis.set_title(f"MixNet-{name}", loc="left")
     axis.spines[:].set_visible(False)
 show(
     figure,
@@ -599,7 +598,8 @@ def preprocess(image: Tensor) -> Tensor:
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
     mean, spread = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    return (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+    normalised: Tensor = (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+    return normalised
 
 
 # %%
@@ -635,8 +635,7 @@ show(
     figure,
     "feature_maps.png",
     "Six feature maps of each kernel size from block 3 of an untrained MixNet-S on the "
-    "photograph, 28×28 pixels each. The outline of the head and shoulders shows in all; the "
-    "7×7 maps are smoother than the 3×3 maps.",
+    "photograph, 28×28 pixels each. Head and shoulders can be made out in most of them.",
 )
 
 # %% [markdown]
@@ -721,8 +720,8 @@ def _conv_slots(conv: nn.Module) -> Iterator[_Slot]:
     elif isinstance(conv, nn.Conv2d):
         depthwise = conv.groups == conv.in_channels and conv.groups > 1
         groups = 1 if depthwise else conv.groups
-        for part in conv.weight.detach().chunk(groups):
-            yield _Slot(part, "depthwise" if depthwise else "conv")
+        for kernel in conv.weight.detach().chunk(groups):
+            yield _Slot(kernel, "depthwise" if depthwise else "conv")
         if conv.bias is not None:
             yield _Slot(conv.bias.detach(), "vector")
 
@@ -735,8 +734,8 @@ def _norm_slots(norm: nn.Module) -> Iterator[_Slot]:
 
 def _unit_slots(unit: nn.Module) -> Iterator[_Slot]:
     if isinstance(unit, ConvNormActivation):
-        yield from _conv_slots(unit.conv)
-        yield from _norm_slots(unit.norm)
+        yield from _conv_slots(unit.get_submodule("conv"))
+        yield from _norm_slots(unit.get_submodule("norm"))
     elif isinstance(unit, SqueezeExcite):
         yield from _conv_slots(unit.squeeze)
         yield from _conv_slots(unit.excite)
@@ -758,10 +757,12 @@ def _slots(model: MixNet) -> list[_Slot]:
 
 # %%
 variables = json.loads(Path("../tests/data/variables.json").read_text())["mixnet-s"]["variables"]
-print(len(_slots(model)), "slots,", len(variables), "official variables; the first few:")
-table(["role", "TensorFlow shape", "our shape"],
-      [[role, tuple(shape), tuple(slot.target.shape)]
-       for (role, shape, _), slot in list(zip(variables, _slots(model), strict=True))[5:8]])  # fmt: skip
+print(len(_slots(model)), "slots,", len(variables), "official variables; three of them:")
+pairs = list(zip(variables, _slots(model), strict=True))[5:8]
+table(
+    ["role", "TensorFlow shape", "our shape"],
+    [[role, tuple(shape), tuple(slot.target.shape)] for (role, shape, _), slot in pairs],
+)
 
 # %% [markdown]
 # A checkpoint is read by names, in any order. Within one scope, such as `blocks_4`, Keras numbers its layers in order of creation: `conv2d_13` before `conv2d_14`. So sorting by scope, kind and number gives the order back. Training leftovers (step counters, optimiser slots) are passed over, and moving averages of weights preferred, as in the official evaluation.
@@ -828,7 +829,7 @@ def _demand(model: MixNet) -> Iterator[tuple[int, str, int]]:
         if isinstance(unit, SqueezeExcite):
             yield scope, "gate", 4
         elif isinstance(unit, ConvNormActivation):
-            slots = list(_conv_slots(unit.conv))
+            slots = list(_conv_slots(unit.get_submodule("conv")))
             kind = "depthwise_conv2d" if slots[0].layout == "depthwise" else "conv2d"
             yield scope, kind, len(slots)
             yield scope, "batch_normalization", 4
@@ -855,8 +856,9 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
     Source: creation order of the official `mixnet_model.py`. Chapter 6.
     """
     slots = _slots(model)
-    named = isinstance(variables, Mapping)
-    values = _in_creation_order(variables, model) if named else list(variables)
+    if isinstance(variables, Mapping):
+        variables = _in_creation_order(variables, model)
+    values = list(variables)
     if len(values) != len(slots):
         raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
     turned = []
@@ -930,8 +932,10 @@ for name, build in (("mixnet-s", mixnet_s), ("mixnet-m", mixnet_m)):
     for height, width in ((224, 224), (131, 170)):
         results[name, height, width] = compare(name, parity, height, width)
 assert all(equal for _, equal in results.values())
-table(["network", "size", "endpoints compared", "all within 1e-5"],
-      [[name, f"{h}×{w}", count, equal] for (name, h, w), (count, equal) in results.items()])  # fmt: skip
+table(
+    ["network", "size", "endpoints compared", "all within 1e-5"],
+    [[name, f"{h}×{w}", *result] for (name, h, w), result in results.items()],
+)
 
 # %% [markdown]
 # The second size is odd, even and not square on its way down: with the wrong padding nothing would agree. And the batch-norm epsilon? The same comparison with 1e-5 in place of 1e-3:
@@ -952,7 +956,7 @@ compare("mixnet-s", wrong, 224, 224)[1]
 # %%
 #| export weights.py
 def _block_names(model: MixNet) -> list[str]:
-    """timm's name of each block: stage and position."""
+    """The name of each block in timm: stage and position."""
     names, stage, position, channels = [], 0, 0, None
     for block in model.blocks:
         if channels is not None and block.out_channels != channels:
@@ -988,7 +992,7 @@ _ENDS = {"stem.conv": "conv_stem", "stem.norm": "bn1", "head.conv": "conv_head",
 
 
 def _layer_names(model: MixNet) -> dict[str, str]:
-    """timm's name for each of our layers that holds tensors."""
+    """The name in timm of each of our layers that holds tensors."""
     names = dict(_ENDS)
     for index, (block, prefix) in enumerate(zip(model.blocks, _block_names(model), strict=True)):
         inner = _PLAIN if isinstance(block.expand, nn.Identity) else _WIDE

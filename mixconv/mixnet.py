@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
-import torch
 from torch import Tensor, nn
 
 from mixconv.blocks import ConvNormActivation, MixConvBlock, NormLayer
@@ -283,7 +282,9 @@ class MixNet(ConvNet):
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
         head = make_conv2d(runs[-1].out_channels, config.head_channels, 1)
         rates = [drop_path_rate * index / len(runs) for index in range(len(runs))]
-        blocks = [_make_block(run, rate, padding, norm) for run, rate in zip(runs, rates)]
+        blocks = [
+            _make_block(run, rate, padding, norm) for run, rate in zip(runs, rates, strict=True)
+        ]
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -352,4 +353,5 @@ def preprocess(image: Tensor) -> Tensor:
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
     mean, spread = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    return (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+    normalised: Tensor = (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+    return normalised

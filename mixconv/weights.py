@@ -63,8 +63,8 @@ def _conv_slots(conv: nn.Module) -> Iterator[_Slot]:
     elif isinstance(conv, nn.Conv2d):
         depthwise = conv.groups == conv.in_channels and conv.groups > 1
         groups = 1 if depthwise else conv.groups
-        for part in conv.weight.detach().chunk(groups):
-            yield _Slot(part, "depthwise" if depthwise else "conv")
+        for kernel in conv.weight.detach().chunk(groups):
+            yield _Slot(kernel, "depthwise" if depthwise else "conv")
         if conv.bias is not None:
             yield _Slot(conv.bias.detach(), "vector")
 
@@ -77,8 +77,8 @@ def _norm_slots(norm: nn.Module) -> Iterator[_Slot]:
 
 def _unit_slots(unit: nn.Module) -> Iterator[_Slot]:
     if isinstance(unit, ConvNormActivation):
-        yield from _conv_slots(unit.conv)
-        yield from _norm_slots(unit.norm)
+        yield from _conv_slots(unit.get_submodule("conv"))
+        yield from _norm_slots(unit.get_submodule("norm"))
     elif isinstance(unit, SqueezeExcite):
         yield from _conv_slots(unit.squeeze)
         yield from _conv_slots(unit.excite)
@@ -153,7 +153,7 @@ def _demand(model: MixNet) -> Iterator[tuple[int, str, int]]:
         if isinstance(unit, SqueezeExcite):
             yield scope, "gate", 4
         elif isinstance(unit, ConvNormActivation):
-            slots = list(_conv_slots(unit.conv))
+            slots = list(_conv_slots(unit.get_submodule("conv")))
             kind = "depthwise_conv2d" if slots[0].layout == "depthwise" else "conv2d"
             yield scope, kind, len(slots)
             yield scope, "batch_normalization", 4
@@ -175,8 +175,9 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
     Source: creation order of the official `mixnet_model.py`. Chapter 6.
     """
     slots = _slots(model)
-    named = isinstance(variables, Mapping)
-    values = _in_creation_order(variables, model) if named else list(variables)
+    if isinstance(variables, Mapping):
+        variables = _in_creation_order(variables, model)
+    values = list(variables)
     if len(values) != len(slots):
         raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
     turned = []
@@ -191,7 +192,7 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 
 
 def _block_names(model: MixNet) -> list[str]:
-    """timm's name of each block: stage and position."""
+    """The name of each block in timm: stage and position."""
     names, stage, position, channels = [], 0, 0, None
     for block in model.blocks:
         if channels is not None and block.out_channels != channels:
@@ -215,7 +216,7 @@ _ENDS = {"stem.conv": "conv_stem", "stem.norm": "bn1", "head.conv": "conv_head",
 
 
 def _layer_names(model: MixNet) -> dict[str, str]:
-    """timm's name for each of our layers that holds tensors."""
+    """The name in timm of each of our layers that holds tensors."""
     names = dict(_ENDS)
     for index, (block, prefix) in enumerate(zip(model.blocks, _block_names(model), strict=True)):
         inner = _PLAIN if isinstance(block.expand, nn.Identity) else _WIDE

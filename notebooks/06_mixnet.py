@@ -370,7 +370,9 @@ class MixNet(ConvNet):
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
         head = make_conv2d(runs[-1].out_channels, config.head_channels, 1)
         rates = [drop_path_rate * index / len(runs) for index in range(len(runs))]
-        blocks = [_make_block(run, rate, padding, norm) for run, rate in zip(runs, rates, strict=True)]
+        blocks = [
+            _make_block(run, rate, padding, norm) for run, rate in zip(runs, rates, strict=True)
+        ]
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -435,6 +437,9 @@ def mixnet_l(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
 
 
 # %%
+import torch
+
+
 def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 

@@ -10,7 +10,7 @@
 #
 # **Know first:** [chapter 4](04_blocks.ipynb).
 #
-# **Time:** 30 minutes to read. Runs in under 20 seconds on two cores.
+# **Time:** 30 minutes to read. Runs in under 30 seconds on two cores.
 
 # %% [markdown]
 # ## The common shape

@@ -11,7 +11,7 @@
 #
 # **Know first:** [chapter 4](04_blocks.ipynb) and [chapter 5](05_mobilenets.ipynb).
 #
-# **Time:** 35 minutes to read. Runs in under 25 seconds on two cores.
+# **Time:** 35 minutes to read. Runs in under 30 seconds on two cores.
 
 # %% [markdown]
 # ## A block string, by hand
@@ -1237,7 +1237,7 @@ except ValueError as error:
 # %% [markdown]
 # ## Ours, official, timm
 #
-# All three side by side. The first two columns are computed in this chapter. That timm's own model, given our weights, returns our logits and gradients, and the other way round, is tested in `tests/test_timm.py`.
+# All three side by side. The first two columns are computed in this chapter. That timm's own model, given our weights, returns our logits and gradients, and the other way round, is tested in `tests/peers/test_timm.py`.
 #
 # | | ours | official code | timm `tf_mixnet_*` | timm `mixnet_*` |
 # |---|---|---|---|---|
@@ -1312,4 +1312,4 @@ attempt(without_mixing_solution, test_plain)
 # - The paper's figure leaves things out. The code is what the published numbers came from.
 # - Weights go in from TensorFlow and timm, and out to timm.
 #
-# Previous: [5 · MobileNets](05_mobilenets.ipynb)
+# Previous: [5 · MobileNets](05_mobilenets.ipynb) · Next: [9 · Using it](09_using_it.ipynb)

@@ -105,7 +105,7 @@ def add_cell(module: Module, source: str, where: str) -> None:
         if module.docstring == "":
             if not is_string(node):
                 raise BookError(f"{where}: {module.name} must begin with its docstring")
-            module.docstring = "\n".join(lines[start:end])
+            module.docstring = "\n".join([*above, *lines[start:end]]).strip()
         elif isinstance(node, ast.Import | ast.ImportFrom):
             add_import(module, node, where)
             module.imports.append("\n".join([*above, *lines[start:end]]))

@@ -1,0 +1,181 @@
+# Generated from notebooks/09_using_it.ipynb by `make book`. Edit the notebook, not this file.
+
+"""`python -m mixconv`: push an image through a network and print its stages (chapter 9)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.formulation import count_costs
+from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s, preprocess
+from mixconv.mobilenet import ConvNet, mobilenet_v1, mobilenet_v2
+
+__all__ = [
+    "build",
+    "main",
+    "output_shapes",
+    "parse",
+    "read_image",
+    "report",
+    "stage_rows",
+    "stages",
+]
+
+
+def stages(model: ConvNet) -> list[tuple[str, list[str]]]:
+    """The stages of a network: a title, and the names of the modules in it."""
+    ends = [str(info["module"]) for info in model.feature_info]
+    members: list[list[str]] = [["stem"]]
+    for index in range(len(model.blocks)):
+        if members[-1][-1] in ends:
+            members.append([])
+        members[-1].append(f"blocks.{index}")
+    titles = [f"stride {info['reduction']}" for info in model.feature_info]
+    named = list(zip(titles, members, strict=True))
+    last = [name for name in ("head", "classifier") if list(model.get_submodule(name).parameters())]
+    return named + [(name, [name]) for name in last]
+
+
+def output_shapes(model: nn.Module, names: Sequence[str], x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of what the named modules return when the model runs on `x`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: shapes.update({name: tuple(output.shape)})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return [shapes[name] for name in names]
+
+
+def stage_rows(model: ConvNet, x: Tensor) -> list[list[object]]:
+    """Title, last module, output shape, parameters and multiply-adds of each stage, and a sum."""
+    parts = stages(model)
+    shapes = output_shapes(model, [members[-1] for _, members in parts], x)
+    costs = count_costs(model, x)
+    rows: list[list[object]] = []
+    for (title, members), shape in zip(parts, shapes, strict=True):
+        inside = tuple(f"{name}." for name in members)
+        work = sum(c.multiply_adds for c in costs if f"{c.name}.".startswith(inside))
+        weights = sum(p.numel() for name in members for p in model.get_submodule(name).parameters())
+        rows.append([title, members[-1], "×".join(map(str, shape)), weights, work])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return [*rows, ["sum", "", "", total, sum(cost.multiply_adds for cost in costs)]]
+
+
+def read_image(path: str, height: int, width: int) -> Tensor:
+    """An image file as a normalised batch of one: largest centred crop, scaled, normalised.
+
+    Args:
+        path: a file that Pillow can read.
+        height: rows wanted.
+        width: columns wanted.
+
+    Raises:
+        ValueError: if the file cannot be read as an image.
+        ImportError: if Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError:
+        raise ImportError("--image needs Pillow: pip install pillow") from None
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"--image {path}: {error}") from error
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return preprocess(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
+
+
+_MIXNETS = {"mixnet_s": mixnet_s, "mixnet_m": mixnet_m, "mixnet_l": mixnet_l}
+
+_MOBILENETS = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mixconv",
+        description="Push an image through a network; print shapes and costs stage by stage.",
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=[*_MOBILENETS, *_MIXNETS],
+        default=["mobilenet_v2", "mixnet_s"], help="one or more networks")  # fmt: skip
+    add("--size", nargs="+", type=int, default=[224], metavar="N",
+        help="height and width, or one number for both (224)")  # fmt: skip
+    add("--kernel-sizes", nargs="+", type=int, default=[3, 5, 7], metavar="K",
+        help="kernel mix of the MobileNets (3 5 7)")  # fmt: skip
+    add("--partition", default="equal", choices=["equal", "exponential", "logarithmic"],
+        help="how the MobileNets split channels (equal)")  # fmt: skip
+    add("--image", metavar="PATH", help="a picture to use in place of a black image")
+    add("--weights", metavar="PATH", help="weights of a MixNet; untrained without")
+    options = parser.parse_args(arguments)
+    if len(options.size) > 2 or min(options.size) < 1:
+        parser.error(f"--size takes one or two positive numbers, got {options.size}")
+    if options.weights and any(name in _MOBILENETS for name in options.model):
+        parser.error("--weights are for MixNets; name one with --model")
+    return options
+
+
+def build(name: str, options: argparse.Namespace) -> ConvNet:
+    """The network of that name, in evaluation mode."""
+    torch.manual_seed(0)
+    if name in _MIXNETS:
+        return _MIXNETS[name](options.weights).eval()
+    make = _MOBILENETS[name]
+    return make(tuple(options.kernel_sizes), partition=options.partition).eval()
+
+
+def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) -> None:
+    """Print the table of a network and, for an image, its highest scores."""
+    kernels = "" if name in _MIXNETS else f", kernels {tuple(options.kernel_sizes)}"
+    print(f"\n{name}{kernels}, input {'×'.join(map(str, x.shape))}")
+    header = ["stage", "ends with", "output", "parameters", "multiply-adds"]
+    lines = [header, *([*row[:3], f"{row[3]:,}", f"{row[4]:,}"] for row in stage_rows(model, x))]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(5)]
+    for line in lines:
+        cells = [str(cell) for cell in line]
+        left = "  ".join(
+            cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)
+        )
+        right = "  ".join(
+            cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)
+        )
+        print(f"{left}  {right}")
+    if options.image:
+        with torch.no_grad():
+            top = model(x)[0].softmax(0).topk(5)
+        if not options.weights:
+            print("the weights are random: these scores mean nothing")
+        scores = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        print("highest scores:", ", ".join(f"class {i} {score:.1%}" for i, score in scores))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = parse(arguments)
+    height, width = options.size[0], options.size[-1]
+    try:
+        for name in options.model:
+            model = build(name, options)
+            if options.image:
+                x = read_image(options.image, height, width)
+            else:
+                x = torch.zeros(1, 3, height, width)
+            report(name, model, x, options)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        print(f"python -m mixconv: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__" and __package__:  # run as a command, not in the notebook
+    sys.exit(main())

@@ -1,0 +1,448 @@
+# %% [markdown]
+# # 9 · Using it
+#
+# From a tutorial to a product: the command line, weights, features, fine-tuning, export, and MixConv in a network of your own.
+#
+# **You will be able to**
+# - print what any of the networks does to an image, stage by stage, from a terminal;
+# - load and save weights, take features out, and set up fine-tuning;
+# - export to `torch.export` and ONNX with free batch and image sizes;
+# - swap MixConv into a model that is not from this book.
+#
+# **Know first:** [chapter 3](03_layer.ipynb) for the layer, [chapter 6](06_mixnet.ipynb) for the networks.
+#
+# **Time:** 15 minutes to read. Runs in under 60 seconds on two cores.
+
+# %% [markdown]
+# ## Install
+#
+# ```bash
+# pip install .                # the package; needs torch, nothing else
+# pip install ".[hub]"         # reads .safetensors files and hub names
+# pip install ".[export]"      # ONNX export and ONNX Runtime
+# ```
+
+# %% [markdown]
+# ## From the terminal
+#
+# `python -m mixconv` pushes a black image through a network and prints what comes out of each stage: shape, parameters and multiply-adds. A stage ends where the stride changes. Here is how that is put together.
+#
+# First, the stages of a network, as the modules that belong to each:
+
+# %%
+#| export __main__.py
+"""`python -m mixconv`: push an image through a network and print its stages (chapter 9)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.formulation import count_costs
+from mixconv.mobilenet import ConvNet
+
+
+def stages(model: ConvNet) -> list[tuple[str, list[str]]]:
+    """The stages of a network: a title, and the names of the modules in it."""
+    ends = [str(info["module"]) for info in model.feature_info]
+    members: list[list[str]] = [["stem"]]
+    for index in range(len(model.blocks)):
+        if members[-1][-1] in ends:
+            members.append([])
+        members[-1].append(f"blocks.{index}")
+    titles = [f"stride {info['reduction']}" for info in model.feature_info]
+    named = list(zip(titles, members, strict=True))
+    last = [name for name in ("head", "classifier") if list(model.get_submodule(name).parameters())]
+    return named + [(name, [name]) for name in last]
+
+
+# %%
+from mixconv import mixnet_s
+
+torch.manual_seed(0)
+model = mixnet_s().eval()
+[(title, f"{modules[0]} to {modules[-1]}") for title, modules in stages(model)]
+
+
+# %% [markdown]
+# Then a row for each: shape of the output from a forward hook, costs from chapter 1's counter.
+
+# %%
+#| export __main__.py
+def output_shapes(model: nn.Module, names: Sequence[str], x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of what the named modules return when the model runs on `x`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: shapes.update({name: tuple(output.shape)})
+        )
+        for name in names
+    ]
+    with torch.no_grad():
+        model(x)
+    for hook in hooks:
+        hook.remove()
+    return [shapes[name] for name in names]
+
+
+def stage_rows(model: ConvNet, x: Tensor) -> list[list[object]]:
+    """Title, last module, output shape, parameters and multiply-adds of each stage, and a sum."""
+    parts = stages(model)
+    shapes = output_shapes(model, [members[-1] for _, members in parts], x)
+    costs = count_costs(model, x)
+    rows: list[list[object]] = []
+    for (title, members), shape in zip(parts, shapes, strict=True):
+        inside = tuple(f"{name}." for name in members)
+        work = sum(c.multiply_adds for c in costs if f"{c.name}.".startswith(inside))
+        weights = sum(p.numel() for name in members for p in model.get_submodule(name).parameters())
+        rows.append([title, members[-1], "×".join(map(str, shape)), weights, work])
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return [*rows, ["sum", "", "", total, sum(cost.multiply_adds for cost in costs)]]
+
+
+# %%
+from mixconv.teaching import table
+
+rows = stage_rows(model, torch.zeros(1, 3, 224, 224))
+assert rows[-1][3:] == [4_134_606, 239_173_360]
+table(["stage", "ends with", "output", "parameters", "multiply-adds"], rows)
+
+
+# %% [markdown]
+# A photograph instead of a black image: cut to a square, scaled, normalised. Reading the file needs Pillow, which is not a requirement of the package.
+
+# %%
+#| export __main__.py
+def read_image(path: str, height: int, width: int) -> Tensor:
+    """An image file as a normalised batch of one: largest centred crop, scaled, normalised.
+
+    Args:
+        path: a file that Pillow can read.
+        height: rows wanted.
+        width: columns wanted.
+
+    Raises:
+        ValueError: if the file cannot be read as an image.
+        ImportError: if Pillow is not installed.
+    """
+    try:
+        from PIL import Image, ImageOps
+    except ModuleNotFoundError:
+        raise ImportError("--image needs Pillow: pip install pillow") from None
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise ValueError(f"--image {path}: {error}") from error
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return preprocess(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
+
+
+# %% [markdown]
+# The rest is arguments.
+
+# %%
+#| export __main__.py
+from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s, preprocess
+from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
+
+_MIXNETS = {"mixnet_s": mixnet_s, "mixnet_m": mixnet_m, "mixnet_l": mixnet_l}
+_MOBILENETS = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m mixconv",
+        description="Push an image through a network; print shapes and costs stage by stage.",
+    )
+    add = parser.add_argument
+    add("--model", nargs="+", choices=[*_MOBILENETS, *_MIXNETS],
+        default=["mobilenet_v2", "mixnet_s"], help="one or more networks")  # fmt: skip
+    add("--size", nargs="+", type=int, default=[224], metavar="N",
+        help="height and width, or one number for both (224)")  # fmt: skip
+    add("--kernel-sizes", nargs="+", type=int, default=[3, 5, 7], metavar="K",
+        help="kernel mix of the MobileNets (3 5 7)")  # fmt: skip
+    add("--partition", default="equal", choices=["equal", "exponential", "logarithmic"],
+        help="how the MobileNets split channels (equal)")  # fmt: skip
+    add("--image", metavar="PATH", help="a picture to use in place of a black image")
+    add("--weights", metavar="PATH", help="weights of a MixNet; untrained without")
+    options = parser.parse_args(arguments)
+    if len(options.size) > 2 or min(options.size) < 1:
+        parser.error(f"--size takes one or two positive numbers, got {options.size}")
+    if options.weights and any(name in _MOBILENETS for name in options.model):
+        parser.error("--weights are for MixNets; name one with --model")
+    return options
+
+
+# %%
+#| export __main__.py
+def build(name: str, options: argparse.Namespace) -> ConvNet:
+    """The network of that name, in evaluation mode."""
+    torch.manual_seed(0)
+    if name in _MIXNETS:
+        return _MIXNETS[name](options.weights).eval()
+    make = _MOBILENETS[name]
+    return make(tuple(options.kernel_sizes), partition=options.partition).eval()
+
+
+def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) -> None:
+    """Print the table of a network and, for an image, its highest scores."""
+    kernels = "" if name in _MIXNETS else f", kernels {tuple(options.kernel_sizes)}"
+    print(f"\n{name}{kernels}, input {'×'.join(map(str, x.shape))}")
+    header = ["stage", "ends with", "output", "parameters", "multiply-adds"]
+    lines = [header, *([*row[:3], f"{row[3]:,}", f"{row[4]:,}"] for row in stage_rows(model, x))]
+    widths = [max(len(str(line[i])) for line in lines) for i in range(5)]
+    for line in lines:
+        cells = [str(cell) for cell in line]
+        left = "  ".join(
+            cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)
+        )
+        right = "  ".join(
+            cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)
+        )
+        print(f"{left}  {right}")
+    if options.image:
+        with torch.no_grad():
+            top = model(x)[0].softmax(0).topk(5)
+        if not options.weights:
+            print("the weights are random: these scores mean nothing")
+        scores = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        print("highest scores:", ", ".join(f"class {i} {score:.1%}" for i, score in scores))
+
+
+# %%
+#| export __main__.py
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = parse(arguments)
+    height, width = options.size[0], options.size[-1]
+    try:
+        for name in options.model:
+            model = build(name, options)
+            if options.image:
+                x = read_image(options.image, height, width)
+            else:
+                x = torch.zeros(1, 3, height, width)
+            report(name, model, x, options)
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        print(f"python -m mixconv: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__" and __package__:  # run as a command, not in the notebook
+    sys.exit(main())
+
+# %%
+status = main(["--model", "mobilenet_v1", "--kernel-sizes", "3", "5", "7", "--size", "160"])
+
+# %%
+import matplotlib.cbook
+
+photo = str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+status = main(["--model", "mixnet_s", "--image", photo])
+
+# %% [markdown]
+# ## Weights
+#
+# Save and load as with any module. `mixnet_s` takes the file by itself, checks it, and says what is wrong if it does not fit.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from mixconv import mixnet_m
+
+folder = tempfile.TemporaryDirectory()
+file = Path(folder.name) / "mine.pth"
+torch.save(model.state_dict(), file)
+again = mixnet_s(weights=file).eval()
+x = torch.randn(1, 3, 96, 96)
+with torch.no_grad():
+    print("same logits:", torch.equal(model(x), again(x)))
+try:
+    mixnet_m(weights=file)
+except ValueError as error:
+    print(str(error)[:120], "…")
+
+# %% [markdown]
+# With the `hub` extra and a network connection, `mixnet_s(weights="timm/tf_mixnet_s.in1k")` downloads the official ImageNet weights once, in timm's conversion, and keeps them in a cache. The name decides padding and epsilon. It is not run here: nothing in this book is downloaded.
+#
+# ## Features
+#
+# Without classes the network ends with the mean over pixels. `features` gives the five sizes for a detector.
+
+# %%
+from mixconv import mobilenet_v2
+
+backbone = mobilenet_v2((3, 5, 7), num_classes=0, in_channels=1).eval()
+with torch.no_grad():
+    gray = torch.zeros(2, 1, 128, 160)
+    print("features for retrieval:", tuple(backbone(gray).shape))
+    for info, maps in zip(backbone.feature_info, backbone.features(gray), strict=True):
+        print(info, tuple(maps.shape))
+
+# %% [markdown]
+# ## Fine-tuning
+#
+# A new classifier, and a choice of what to train: here the classifier and the MixConv layers. A single backward pass shows that gradients arrive there and nowhere else. (This book trains nothing.)
+
+# %%
+from mixconv import MixConv2d
+
+model.reset_classifier(10)
+model.requires_grad_(False)
+for module in model.modules():
+    if isinstance(module, MixConv2d) or module is model.classifier:
+        module.requires_grad_(True)
+loss = torch.nn.functional.cross_entropy(model.train()(torch.randn(4, 3, 64, 64)), torch.arange(4))
+loss.backward()
+trained = {name for name, p in model.named_parameters() if p.grad is not None}
+print(len(trained), "of", len(list(model.parameters())), "tensors have a gradient")
+assert all(".convs." in name or name.startswith("classifier") for name in trained)
+
+# %% [markdown]
+# Optimisers for these networks do not decay the weights of normalisations and biases. Two groups of parameters do it: exercise 9.2.
+#
+# ## Export
+#
+# `torch.export` records the network once and leaves batch and image size free. That includes TensorFlow's padding, which depends on the size. The exported program is then tried on a size it never saw, odd in one direction.
+
+# %%
+from torch.export import Dim, export
+
+model = mixnet_s(num_classes=10).eval()
+free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+program = export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,))
+other = torch.randn(3, 3, 75, 128)
+with torch.no_grad():
+    torch.testing.assert_close(program.module()(other), model(other))
+print("exported once, equal at", tuple(other.shape))
+
+# %% [markdown]
+# The same for ONNX, for one layer with all that is difficult in it: four kernel sizes, stride 2, TensorFlow's padding. (`tests/peers` does it for the whole network.)
+
+# %%
+import numpy as np
+import onnxruntime
+
+layer = MixConv2d(16, (3, 5, 7, 9), stride=2, padding="same").eval()
+path = str(Path(folder.name) / "layer.onnx")
+sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+torch.onnx.export(layer, (torch.randn(2, 16, 12, 14),), path, dynamo=True, dynamic_shapes=sizes,
+                  verbose=False)  # fmt: skip
+session = onnxruntime.InferenceSession(path)
+x = torch.randn(1, 16, 9, 20)
+with torch.no_grad():
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    print("equal in ONNX Runtime:", np.allclose(result, layer(x).numpy(), atol=1e-5), result.shape)
+
+# %% [markdown]
+# ## MixConv in your own model
+#
+# Write it in, as a depthwise layer with several kernel sizes:
+
+# %%
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix = MixConv2d(channels, (3, 5, 7), bias=True)
+        self.norm = nn.GroupNorm(1, channels)
+        self.widen = nn.Conv2d(channels, 4 * channels, 1)
+        self.narrow = nn.Conv2d(4 * channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.narrow(nn.functional.gelu(self.widen(self.norm(self.mix(x)))))
+
+
+tuple(Block(24)(torch.zeros(1, 24, 14, 14)).shape)
+
+# %% [markdown]
+# Or swap it into a model that exists and may be trained. Ask for kernels at least as large as the old ones, and the model computes what it did before. Read the report: it names what was left alone.
+
+# %%
+from mixconv import replace_depthwise
+
+yours = nn.Sequential(
+    nn.Conv2d(3, 24, 4, stride=4), nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.ReLU(),
+    nn.Conv2d(24, 24, 3, stride=2, padding=1, groups=24), nn.AdaptiveAvgPool2d(1),
+)  # fmt: skip
+x = torch.randn(1, 3, 64, 64)
+before = yours(x)
+print(replace_depthwise(yours, (5, 7, 9)))
+torch.testing.assert_close(yours(x), before)
+
+# %% [markdown]
+# ## Exercises
+#
+# **9.1** A detector wants maps of stride 8 and 16 from MixNet-M on pictures with one channel. Return the two maps.
+
+# %%
+from mixconv.teaching import attempt
+
+
+def two_maps(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+def test_maps(answer) -> None:
+    with torch.no_grad():
+        eight, sixteen = answer(torch.zeros(1, 1, 64, 96))
+    assert tuple(eight.shape) == (1, 40, 8, 12)
+    assert tuple(sixteen.shape) == (1, 120, 4, 6)
+
+
+attempt(two_maps, test_maps)
+
+
+# %% tags=["solution"]
+def two_maps_solution(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    _, _, eight, sixteen, _ = mixnet_m(in_channels=1).eval().features(pictures)
+    return eight, sixteen
+
+
+attempt(two_maps_solution, test_maps)
+
+
+# %% [markdown]
+# **9.2** Return two parameter groups for an optimiser: weights of convolutions and the classifier with `weight_decay` 1e-5, and everything with one dimension (normalisations, biases) with 0.
+
+# %%
+def groups(model: nn.Module) -> list[dict[str, object]]:
+    raise NotImplementedError
+
+
+def test_groups(answer) -> None:
+    decayed, free = answer(mixnet_s())
+    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-5, 0)
+    assert all(p.dim() > 1 for p in decayed["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(mixnet_s().parameters()))
+
+
+attempt(groups, test_groups)
+
+
+# %% tags=["solution"]
+def groups_solution(model: nn.Module) -> list[dict[str, object]]:
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    free = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": 1e-5}, {"params": free, "weight_decay": 0.0}]
+
+
+attempt(groups_solution, test_groups)
+folder.cleanup()
+
+# %% [markdown]
+# ## Takeaways
+# - `python -m mixconv` shows what a network does, and what it costs, stage by stage.
+# - `weights=`, `num_classes=0`, `features`, `reset_classifier`: the names you know.
+# - Export keeps batch and size free, with either padding.
+# - In your own model, write `MixConv2d` or call `replace_depthwise`, and read its report.
+#
+# Previous: [6 · MixNet](06_mixnet.ipynb)

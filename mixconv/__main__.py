@@ -14,6 +14,7 @@ from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s, preprocess
 from mixconv.mobilenet import ConvNet, mobilenet_v1, mobilenet_v2
 
 __all__ = [
+    "StageRow",
     "build",
     "main",
     "output_shapes",
@@ -55,19 +56,22 @@ def output_shapes(model: nn.Module, names: Sequence[str], x: Tensor) -> list[tup
     return [shapes[name] for name in names]
 
 
-def stage_rows(model: ConvNet, x: Tensor) -> list[list[object]]:
+StageRow = tuple[str, str, str, int, int]
+
+
+def stage_rows(model: ConvNet, x: Tensor) -> list[StageRow]:
     """Title, last module, output shape, parameters and multiply-adds of each stage, and a sum."""
     parts = stages(model)
     shapes = output_shapes(model, [members[-1] for _, members in parts], x)
     costs = count_costs(model, x)
-    rows: list[list[object]] = []
+    rows: list[StageRow] = []
     for (title, members), shape in zip(parts, shapes, strict=True):
         inside = tuple(f"{name}." for name in members)
         work = sum(c.multiply_adds for c in costs if f"{c.name}.".startswith(inside))
         weights = sum(p.numel() for name in members for p in model.get_submodule(name).parameters())
-        rows.append([title, members[-1], "×".join(map(str, shape)), weights, work])
+        rows.append((title, members[-1], "×".join(map(str, shape)), weights, work))
     total = sum(parameter.numel() for parameter in model.parameters())
-    return [*rows, ["sum", "", "", total, sum(cost.multiply_adds for cost in costs)]]
+    return [*rows, ("sum", "", "", total, sum(cost.multiply_adds for cost in costs))]
 
 
 def read_image(path: str, height: int, width: int) -> Tensor:
@@ -138,23 +142,18 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
     """Print the table of a network and, for an image, its highest scores."""
     kernels = "" if name in _MIXNETS else f", kernels {tuple(options.kernel_sizes)}"
     print(f"\n{name}{kernels}, input {'×'.join(map(str, x.shape))}")
-    header = ["stage", "ends with", "output", "parameters", "multiply-adds"]
-    lines = [header, *([*row[:3], f"{row[3]:,}", f"{row[4]:,}"] for row in stage_rows(model, x))]
-    widths = [max(len(str(line[i])) for line in lines) for i in range(5)]
+    lines = [("stage", "ends with", "output", "parameters", "multiply-adds")]
+    lines += [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in stage_rows(model, x)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        cells = [str(cell) for cell in line]
-        left = "  ".join(
-            cell.ljust(width) for cell, width in zip(cells[:3], widths[:3], strict=True)
-        )
-        right = "  ".join(
-            cell.rjust(width) for cell, width in zip(cells[3:], widths[3:], strict=True)
-        )
-        print(f"{left}  {right}")
-    if options.image:
+        cells = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
+        cells += [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
+        print("  ".join(cells).rstrip())
+    if options.image and not options.weights:
+        print("the weights are random: no scores to show (give some with --weights)")
+    elif options.image:
         with torch.no_grad():
             top = model(x)[0].softmax(0).topk(5)
-        if not options.weights:
-            print("the weights are random: these scores mean nothing")
         scores = zip(top.indices.tolist(), top.values.tolist(), strict=True)
         print("highest scores:", ", ".join(f"class {i} {score:.1%}" for i, score in scores))
 

@@ -103,7 +103,8 @@ def make_conv2d(
 class MixConv2d(nn.Module):
     """Mixed depthwise convolution: groups of channels with kernel sizes of their own.
 
-    A drop-in for a depthwise `nn.Conv2d(channels, channels, k, groups=channels)`.
+    With one kernel size it is the depthwise layer `nn.Conv2d(channels, channels, k,
+    padding=k // 2, groups=channels, bias=False)`.
 
     Args:
         channels: input channels.
@@ -211,13 +212,29 @@ class MixConv2d(nn.Module):
             parts.append("bias=False")
         return f"MixConv2d({', '.join(parts)})"
 
+    def _check_centres(self) -> None:
+        """Raise unless the windows of all kernels have the same centres."""
+        if self.padding == "symmetric" or len(self.kernel_sizes) == 1:
+            return
+        for k, spread in self._kernels():
+            if any(d * (k - 1) < s - 1 for d, s in zip(spread, self.stride, strict=True)):
+                raise ValueError(
+                    f"cannot merge kernel size {k} at stride {self.stride} with padding 'same': "
+                    "(k - 1) * dilation must be at least stride - 1"
+                )
+
     @torch.no_grad()
     def merged(self) -> nn.Conv2d:
         """The same operation as one depthwise convolution with zero-embedded kernels.
 
         Returns:
             A new `nn.Conv2d` with copies of the weights; the layer is not changed.
+
+        Raises:
+            ValueError: with padding "same", if a kernel is too small for the stride: its windows
+                are then centred elsewhere than those of the larger kernels.
         """
+        self._check_centres()
         convs, size = self._convolutions(), max(self.kernel_sizes)
         merged = make_conv2d(
             self.in_channels, self.out_channels, size, self.stride, dilation=self.dilation,

@@ -49,7 +49,7 @@ _METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logari
 
 
 def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
-    """Kernel sizes as a tuple, one a group; a single integer means one group.
+    """Kernel sizes as a tuple, one per group; a single integer means one group.
 
     Raises:
         TypeError: if a size is not an integer.
@@ -80,7 +80,7 @@ def partition_channels(
 
     Args:
         channels: how many channels to split.
-        kernel_sizes: one odd size a group, such as `(3, 5, 7)`.
+        kernel_sizes: one odd size per group, such as `(3, 5, 7)`.
         method: "equal" (`channels // groups` each), "exponential" (half, a quarter, an eighth …,
             the last as much as the one before it) or "logarithmic" (proportional to log k).
             Shares are rounded down; what is left over goes to group 0.
@@ -118,7 +118,7 @@ def resolve_partition(
 
     Args:
         channels: how many channels to split.
-        kernel_sizes: one odd size a group.
+        kernel_sizes: one odd size per group.
         partition: a method of `partition_channels`, or the channels of each group.
 
     Raises:

@@ -66,8 +66,10 @@ def check_rewrite(
         results.append([output, *torch.autograd.grad(output, leaves, ramp)])
     names = ["output", *(f"gradient {i}" for i in range(len(tensors)))]
     for name, expected, actual in zip(names, *results, strict=True):
-        label = f"{what}, {name}: ".__add__
-        torch.testing.assert_close(actual, expected, msg=label)
+        try:
+            torch.testing.assert_close(actual, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{what}, {name}: {error}") from None
     print(f"equal: {what}, output {tuple(output.shape)}, gradients: {len(tensors)}")
 
 

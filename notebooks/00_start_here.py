@@ -2,7 +2,11 @@
 # # 0 · Start here
 #
 # MixConv is one idea: in a depthwise convolution, give different channels kernels of different sizes.
-# This book takes the paper apart (Tan and Le, *MixConv: Mixed Depthwise Convolutional Kernels*, BMVC 2019), from the formula on its third page to the MixNet networks on its last, and builds a package, `mixconv`, on the way.
+# This book takes the paper apart (Tan and Le, *MixConv: Mixed Depthwise Convolutional Kernels*, BMVC 2019), from the formula of its section 3.1 to the networks of its section 4, and builds a package, `mixconv`, on the way.
+#
+# ![Sixteen channels are split into four groups; each passes through a depthwise convolution with its own kernel size, 3×3 to 9×9, and the results are concatenated.](../figures/mixconv_overview.png)
+#
+# Sixteen channels, four groups, four kernel sizes: 656 weights, where 9×9 kernels everywhere would have 1,296.
 #
 # **You will be able to**
 # - read, run and change every chapter;
@@ -14,29 +18,41 @@
 # **Time:** 10 minutes to read. Runs in under 10 seconds on two cores.
 
 # %% [markdown]
+# ## The way through
+#
+# | | chapter | you build |
+# |---|---|---|
+# | 1 | [Formulation](01_formulation.ipynb) | the operation as loops and as tensor operations; its cost |
+# | 2 | [Partitioning](02_partitioning.ipynb) | who gets which kernel size |
+# | 3 | [The layer](03_layer.ipynb) | `MixConv2d`, where a depthwise `nn.Conv2d` was |
+# | 4 | [Blocks](04_blocks.ipynb) | what stands around it in a network |
+# | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, and MixConv for any model |
+# | 6 | [MixNet](06_mixnet.ipynb) | the networks that the search found, equal to the official ones |
+# | 9 | [Using it](09_using_it.ipynb) | command line, weights, features, export |
+#
 # ## Three ways to use this book
 #
 # | you want to | do this |
 # |---|---|
 # | read | open the `.md` pages on GitHub; they hold every output and figure |
-# | run | `make lab`, then run the cells from top to bottom |
+# | run | clone the repository, then `make lab` in it. Needs Python 3.11 or newer. The first time it installs what the notebooks need: over 1 GB, mostly PyTorch |
 # | change | edit a notebook in JupyterLab (or its `.py` text), then `make book` |
 #
 # A chapter is one notebook. Its cells that begin with `#| export layer.py` are the source of `mixconv/layer.py`: the package is made from the book, so what you read is what runs.
 # `make book` runs the notebooks again and remakes the package, the pages and the figures. `make test` fails when any of them is out of date.
 #
-# Each chapter imports what the chapters before it built. Nothing is downloaded.
+# Each chapter imports what the chapters before it built. Once installed, nothing is downloaded: no weights, no data.
 
 # %% [markdown]
 # ## Three voices
 #
 # Where a statement comes from matters, because the paper and its code do not always agree. Three labels tell you:
 #
-# > **Paper.** What Tan and Le wrote, with its section.
+# > 📄 **Paper.** What Tan and Le wrote, with its section.
 #
-# > **Official code.** What the authors' TensorFlow code does: the folder `models/official/mnasnet/mixnet` of the `tensorflow/tpu` repository. Where it differs from the paper, this book follows the code, since the published numbers came from it.
+# > ⚙️ **Official code.** What the authors' TensorFlow code does: the folder `models/official/mnasnet/mixnet` of the `tensorflow/tpu` repository. Where it differs from the paper, this book follows the code, since the published numbers came from it.
 #
-# > **Ours.** A choice or an addition of this book.
+# > ✏️ **Ours.** A choice or an addition of this book.
 #
 # Nothing here is trained. Accuracies need ImageNet, so they are always cited, and said to be cited.
 
@@ -51,14 +67,18 @@
 # | $Y$ | `y` | `(N, m·C, H', W')` | output |
 # | $c$ | `channels` | integer | input channels of a layer |
 # | $m$ | `channel_multiplier` | integer, mostly 1 | outputs computed from each input channel |
-# | $g$ | `len(kernel_sizes)` | 1 to 5 in the paper | number of groups |
+# | $g$ | `len(kernel_sizes)` | 1 to 5 in MixNets, up to 6 in the paper's MobileNets | number of groups |
 # | $c_t$ | `partition[t]` | sums to $c$ | channels of group $t$ |
 # | $k_t$ | `kernel_sizes[t]` | odd: 3, 5, 7, … | kernel size of group $t$ |
-# | $W^{(t)}$ | `weights[t]` | `(m·c_t, 1, k_t, k_t)` | kernels of group $t$ |
-# | | `stride` | 1 or 2 | step between two outputs |
+# | $W^t$ | `weights[t]` | `(m·c_t, 1, k_t, k_t)` | kernels of group $t$ |
+# | $s$ | `stride` | 1 or 2 | step between two outputs |
+# | $d$ | `dilation` | 1, 2, … | step between two taps of a kernel |
+# | $r$ | `receptive_field(…)` | pixels | side of the window that an output sees |
 # | | `dilated` | true or false | spread a 3×3 kernel over a k×k window |
 # | | `expand_ratio` | 1, 3, 6 | how much a block widens before its depthwise layer |
 # | | `squeeze_ratio` | 0.25, 0.5 | how much squeeze-and-excitation narrows |
+#
+# Shapes are written as PyTorch's documentation writes them: `C` is $c$, and `W` beside `H` is a width, not a weight.
 #
 # The paper's "FLOPS" are multiply-adds: one multiplication and one addition count as one. So do ours.
 
@@ -115,7 +135,7 @@ except AssertionError as error:
 #
 # A layer is trained through its gradient, so equal outputs are half of the proof.
 # `check_rewrite` takes two functions of the same tensors. It compares what they return, and the gradient with respect to every tensor.
-# The output gradient it sends back is a fixed ramp from −1 to 1: a constant would hide errors that cancel in a sum.
+# It differentiates `(output * ramp).sum()`, with a fixed ramp from −1 to 1: a constant in its place would hide errors that cancel in a sum.
 
 # %%
 #| export teaching.py
@@ -141,8 +161,10 @@ def check_rewrite(
         results.append([output, *torch.autograd.grad(output, leaves, ramp)])
     names = ["output", *(f"gradient {i}" for i in range(len(tensors)))]
     for name, expected, actual in zip(names, *results, strict=True):
-        label = f"{what}, {name}: ".__add__
-        torch.testing.assert_close(actual, expected, msg=label)
+        try:
+            torch.testing.assert_close(actual, expected)
+        except AssertionError as error:
+            raise AssertionError(f"{what}, {name}: {error}") from None
     print(f"equal: {what}, output {tuple(output.shape)}, gradients: {len(tensors)}")
 
 
@@ -258,10 +280,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 
 # %%
-table(["kernel", "weights a channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7, 9, 11, 13)])
+table(["kernel", "weights per channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7, 9, 11, 13)])
 
 # %% [markdown]
-# ## Tool 5: `show`, and one colour a kernel size
+# ## Tool 5: `show`, and one colour per kernel size
 #
 # A colour means the same kernel size in every figure of the book. The six colours are told apart by readers with any common colour blindness (the palette is by Okabe and Ito).
 

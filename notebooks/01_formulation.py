@@ -24,23 +24,23 @@
 # **MixConv** is a depthwise convolution in which the kernel size depends on the channel.
 # The channels are split into groups. Each group has a kernel size of its own.
 #
-# > **Paper.** Section 3.1 defines a depthwise convolution with channel multiplier $m$ as
+# > 📄 **Paper.** Section 3.1. The next three formulas are the paper's: a depthwise convolution with channel multiplier $m$, the same for group $t$ of a MixConv, and the concatenation.
 #
 # $$
-# Y_{x,y,z} = \sum_{-\frac{k}{2} \le i,j \le \frac{k}{2}} X_{x+i,\,y+j,\,z/m} \cdot W_{i,j,z}, \qquad z = 1, \dots, m \cdot c
-# $$
-#
-# and MixConv, for groups $t = 1, \dots, g$ of $c_t$ channels, as the same sum over a part of the channels and with a kernel size $k_t$ for each part:
-#
-# $$
-# \hat{Y}^{t}_{x,y,z} = \sum_{-\frac{k_t}{2} \le i,j \le \frac{k_t}{2}} X^{t}_{x+i,\,y+j,\,z/m} \cdot W^{t}_{i,j,z}, \qquad z = 1, \dots, m \cdot c_t
+# Y_{x,y,z} = \sum_{-\frac{k}{2} \le i,j \le \frac{k}{2}} X_{x+i,\ y+j,\ z/m} \cdot W_{i,j,z}, \qquad z = 1, \dots, m \cdot c
 # $$
 #
 # $$
-# Y = \mathrm{Concat}\left(\hat{Y}^{1}, \dots, \hat{Y}^{g}\right), \qquad c_1 + \dots + c_g = c
+# Y^t_{x,y,z} = \sum_{-\frac{k_t}{2} \le i,j \le \frac{k_t}{2}} X^t_{x+i,\ y+j,\ z/m} \cdot W^t_{i,j,z}, \qquad z = 1, \dots, m \cdot c_t
 # $$
 #
-# The fractions round towards zero: for $k = 3$, the index $i$ runs over −1, 0, 1. Positions outside the image count as zero, so the output has the size of the input.
+# $$
+# Y = \mathrm{Concat}\left(Y^1, \dots, Y^g\right), \qquad c_1 + \dots + c_g = c
+# $$
+#
+# What they leave open, we fix as the official code does. $k/2$ rounds down: for $k = 3$, the index $i$ runs over −1, 0, 1.
+# The paper counts $z$ from 1, so $z/m$ rounds up: with $m = 2$, outputs 1 and 2 read input 1. Python counts from 0, and there it is `z // m`.
+# Positions outside the image count as zero, so the output is as large as the input. Like `nn.Conv2d`, this does not flip the kernel.
 
 # %% [markdown]
 # ## By hand
@@ -75,13 +75,16 @@ for axis, (channel, k, row, column) in zip(axes, windows, strict=True):
     axis.set(xlim=(-2.6, 4.6), ylim=(4.6, -2.6), xticks=[], yticks=[], aspect="equal")
     axis.set_title(f"channel {channel}, {k}×{k}\nat ({row}, {column})", fontsize=9)
     axis.add_patch(plt.Rectangle((-0.5, -0.5), 5, 5, fill=False, color="black", linewidth=0.8))
+    inside = x[channel, max(0, row - k // 2) : row + k // 2 + 1, max(0, column - k // 2) :]
+    total = inside[:, : column + k // 2 + 1 - max(0, column - k // 2)].sum()
+    axis.set_xlabel(f"sum {total:.0f}", weight="bold")
     axis.spines[:].set_visible(False)
 show(
     figure,
     "by_hand.png",
     "Four copies of a 5×5 grid of numbers with the window of one output shaded: a 3×3 window at "
     "the centre and at a corner of channel 0, a 5×5 window at the centre and corner of channel 1. "
-    "At the corner, part of each window lies outside the grid.",
+    "At the corner, part of each window lies outside the grid. The sums: 108, 12, 25 and 9.",
 )
 
 # %% [markdown]
@@ -97,7 +100,7 @@ show(
 # %% [markdown]
 # ## As loops
 #
-# The equation, symbol for symbol, for one image. Counting from zero, `z // multiplier` is the paper's $z/m$.
+# The equation, symbol for symbol, for one image.
 
 # %%
 #| export formulation.py
@@ -251,10 +254,6 @@ check_rewrite(
 # PyTorch has depthwise convolution too: `conv2d` with as many groups as channels. Beware of the word. PyTorch's `groups` of channels share a kernel *size*. MixConv's groups differ in it, so one call of `conv2d` cannot do it.
 
 # %%
-import torch.nn.functional as F
-
-from mixconv.formulation import depthwise_reference
-
 check_rewrite(
     lambda x, w: F.conv2d(x, w, padding=2, groups=6),
     depthwise_reference,
@@ -306,7 +305,7 @@ show(
 # ## What MixConv is not
 #
 # YOLOv5 has a class `MixConv2d` that cites the same paper. In it *every* branch convolves *all* input channels, and the branches' outputs are concatenated.
-# Here are both, reduced to the wiring, with 8 channels and kernels 3 and 5:
+# Here are both, reduced to the wiring, with 8 channels and kernels 3 and 5. In the second, 8 inputs are shared among the 4 outputs of a branch (`groups=4`), so each output reads two channels, and the branch reads all eight.
 
 # %%
 from torch import nn
@@ -319,7 +318,7 @@ designs = {
 }
 
 # %% [markdown]
-# Which input channel reaches which output channel? Ask the gradient: it is zero where there is no wire.
+# Which input channel reaches which output channel? Feed images that are constant in each channel: 8 numbers in, 8 sums out. The Jacobian of that is an 8×8 table, zero where there is no wire. Wires into each output:
 
 # %%
 wires = {}
@@ -337,10 +336,12 @@ for axis, (name, wired) in zip(axes, wires.items(), strict=True):
         for channel in range(8):
             color = kernel_color(3 if z < 4 else 5) if wired[z, channel] else "#eeeeee"
             axis.add_patch(plt.Rectangle((channel, z), 0.9, 0.9, color=color))
-    axis.set(xlim=(-0.1, 8), ylim=(8, -0.1), aspect="equal", title=name)
+    axis.set(xlim=(-0.1, 9.6), ylim=(8, -0.1), aspect="equal", title=name)
     axis.set(xlabel="input channel", ylabel="output channel")
     axis.set(xticks=[0.45, 7.45], xticklabels=["0", "7"], yticks=[0.45, 7.45])
     axis.set_yticklabels(["0", "7"])
+    for z, k in ((1.9, 3), (5.9, 5)):
+        axis.text(8.2, z, f"{k}×{k}", color=kernel_color(k), weight="bold", va="center")
     axis.spines[:].set_visible(False)
 show(
     figure,
@@ -357,8 +358,10 @@ show(
 # %% [markdown]
 # ## Receptive field
 #
-# How many input pixels can one output see, along one axis? One layer with kernel size $k$ sees $k$.
-# Each further layer adds $k - 1$ steps, and a step is as long as all strides before it multiplied, times its own dilation:
+# How many input pixels can one output see, along one axis? One layer with kernel size $k$ sees $k$: one pixel and $k - 1$ steps to the next.
+# Each further layer adds $k - 1$ steps of its own. With *dilation* $d$ the taps of a kernel are $d$ pixels of that layer's input apart. And one such pixel is worth as many image pixels as all earlier strides multiplied.
+#
+# By hand, for a 5×5 of stride 2, a 3×3 of dilation 2, and a 3×3: 1 + 4·1·1 + 2·2·2 + 2·1·2 = 17. As a formula:
 #
 # $$
 # r = 1 + \sum_{l} (k_l - 1) \cdot d_l \cdot \prod_{j < l} s_j
@@ -398,7 +401,7 @@ def receptive_field(
 )
 
 # %% [markdown]
-# Three 3×3 layers see as far as one 7×7. The formula against a measurement, for a 5×5 of stride 2, a 3×3 of dilation 2 and a 3×3: send a gradient back from one output and measure how wide it arrives.
+# Three 3×3 layers see as far as one 7×7. And the stack from above, measured: send a gradient back from one output and count how wide it arrives.
 
 # %%
 stack = nn.Sequential(
@@ -414,10 +417,10 @@ seen
 # %% [markdown]
 # ## What it costs
 #
-# Group $t$ has $m \, c_t$ kernels of $k_t^2$ weights, and each weight is used once for each of the $H' \cdot W'$ output positions:
+# Group $t$ has $m \cdot c_t$ kernels of $k_t^2$ weights, and each weight is used once for each of the $H' \cdot W'$ output positions:
 #
 # $$
-# \mathrm{parameters} = m \sum_{t} c_t \, k_t^2 \qquad \mathrm{multiply\ adds} = H' W' \cdot m \sum_{t} c_t \, k_t^2
+# \mathrm{parameters} = m \sum_t c_t \cdot k_t^2 \qquad \mathrm{multiply\text{-}adds} = H' \cdot W' \cdot m \sum_t c_t \cdot k_t^2
 # $$
 
 # %%
@@ -489,7 +492,7 @@ counter.get_total_flops() == 2 * mixconv_multiply_adds((8,) * 4, (3, 5, 7, 9), 1
 channels = 240
 share = {k: k * k / (k * k + channels) for k in (3, 5, 7, 9, 11, 13)}
 table(
-    ["kernel", "multiply-adds a pixel, depthwise", "pointwise", "depthwise share"],
+    ["kernel", "multiply-adds per pixel, depthwise", "pointwise", "depthwise share"],
     [[f"{k}×{k}", k * k * channels, channels**2, f"{share[k]:.0%}"] for k in share],
 )
 
@@ -500,21 +503,21 @@ for position, k in enumerate(share):
     axis.bar(position, k * k * channels, bottom=channels**2, color=kernel_color(k))
     axis.text(position, (channels + k * k) * channels + 1500, f"{share[k]:.0%}", ha="center")
 axis.set_xticks(range(6), [f"{k}×{k}" for k in share])
+axis.text(0, channels**2 / 2, "pointwise", ha="center", va="center", color="#555555")
 axis.set(
-    ylabel="multiply-adds a pixel",
-    title="Depthwise (colour) on top of pointwise (grey), 240 channels",
+    ylabel="multiply-adds per pixel", title="Share of the depthwise layer in the pair, 240 channels"
 )
 show(
     figure,
     "depthwise_share.png",
-    "Stacked bars of the multiply-adds a pixel for kernels 3×3 to 13×13 at 240 channels. The grey "
-    "pointwise part is the same; the coloured depthwise part grows from 4 percent to 41 percent.",
+    "Stacked bars of the multiply-adds per pixel for kernels 3×3 to 13×13 at 240 channels. The "
+    "grey pointwise part is the same; the coloured depthwise part grows from 4 percent to 41 percent.",
 )
 
 # %% [markdown]
-# Going from 3×3 to 5×5 costs little. Going to 13×13 costs as much again as two thirds of the pointwise layer. MixConv pays for large kernels in a few channels only.
+# Going from 3×3 to 5×5 adds (25 − 9) · 240 = 3,840 to the pair's 59,760: 6%. Going to 13×13 adds 38,400: 64%. MixConv pays for large kernels in some of the channels only.
 #
-# > **Paper.** Section 1 and Figure 1: for MobileNets the accuracy rises from 3×3 to 7×7 or 9×9 and then falls; the largest kernels hurt both cost and accuracy (cited; it takes ImageNet to show).
+# > 📄 **Paper.** Section 1 and Figure 1: for MobileNets the accuracy rises from 3×3 to 7×7 or 9×9 and then falls; the largest kernels hurt both cost and accuracy (cited; it takes ImageNet to show).
 
 # %% [markdown]
 # ## Counting a whole network
@@ -624,7 +627,7 @@ sum(c.multiply_adds for c in costs)
 # **1.1** A MixConv layer has stride $s$ on an input of H×W. Its output has ⌈H/s⌉ × ⌈W/s⌉ positions. How many multiply-adds is that?
 
 # %%
-from collections.abc import Sequence
+from mixconv.teaching import attempt
 
 
 def strided_cost(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride) -> int:
@@ -635,8 +638,6 @@ def test_strided(answer) -> None:
     assert answer((8, 8), (3, 5), 14, 14, 1) == 53_312
     assert answer((8, 8), (3, 5), 7, 9, 2) == 5_440
 
-
-from mixconv.teaching import attempt
 
 attempt(strided_cost, test_strided)
 
@@ -676,11 +677,38 @@ def embed_solution(weights: list[torch.Tensor]) -> torch.Tensor:
 
 attempt(embed_solution, test_embed)
 
+
+# %% [markdown]
+# **1.3** Channel multiplier $m = 3$, counting from zero: which input channel does output channel `z` read? And how many 3×3 layers of stride 1 see as far as one k×k layer? Return both.
+
+# %%
+def two_answers(z: int, k: int) -> tuple[int, int]:
+    raise NotImplementedError
+
+
+def test_answers(answer) -> None:
+    weight = torch.ones(6, 1, 3, 3, dtype=torch.double)
+    x = torch.stack([torch.zeros(3, 3), torch.ones(3, 3)]).double()
+    reads = [int(plane.abs().sum() > 0) for plane in depthwise_loops(x, weight)]
+    assert [answer(z, 3)[0] for z in range(6)] == reads
+    assert all(receptive_field([3] * answer(0, k)[1]) == k for k in (3, 5, 7, 13))
+
+
+attempt(two_answers, test_answers)
+
+
+# %% tags=["solution"]
+def two_answers_solution(z: int, k: int) -> tuple[int, int]:
+    return z // 3, (k - 1) // 2
+
+
+attempt(two_answers_solution, test_answers)
+
 # %% [markdown]
 # ## Takeaways
 # - MixConv: split the channels, one depthwise convolution with its own kernel size for each part, concatenate.
 # - It keeps channels apart. Only pointwise layers mix them.
-# - Its cost is $\sum_t c_t k_t^2$ for each output position: large kernels are affordable in some of the channels.
+# - Its cost is $\sum_t c_t \cdot k_t^2$ for each output position: large kernels are affordable in some of the channels.
 # - `mixconv_reference` is the definition that every later version is compared with.
 #
 # Previous: [0 · Start here](00_start_here.ipynb) · Next: [2 · Partitioning](02_partitioning.ipynb)

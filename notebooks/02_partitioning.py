@@ -15,7 +15,7 @@
 # %% [markdown]
 # ## Which kernel sizes
 #
-# > **Paper.** Section 3.2: kernel sizes start at 3 and grow by 2, so that group $i$ has size $2i + 1$. Two groups never share a size: they could be one group. Four groups are a safe choice for MobileNets. The MixNets that the search found use 1 to 5.
+# > 📄 **Paper.** Section 3.2: kernel sizes start at 3 and grow by 2, so that group $i$ has size $2i + 1$. Two groups never share a size: they could be one group. (Ours allows it; nothing breaks.) Four groups are a safe choice for MobileNets. The MixNets that the search found use 1 to 5.
 
 # %%
 #| export partition.py
@@ -44,28 +44,59 @@ def default_kernel_sizes(groups: int) -> tuple[int, ...]:
 # %%
 default_kernel_sizes(4)
 
-
 # %% [markdown]
-# ## By hand: 32 channels
+# ## By hand: 32 channels over 3, 5, 7, 9
 #
-# **Equal.** Four groups: 32 / 4 = 8 channels each.
+# **Equal.** 32 / 4 = 8 channels each.
 # With five groups 32 / 5 = 6, which makes 30. Two channels are left over. They go to the first group: 8, 6, 6, 6, 6.
 #
 # **Exponential.** Each group gets half of what the one before it got: 16, 8, 4. The last one gets as much as the one before it, so that the sum is right: 16, 8, 4, 4.
 #
-# **Logarithmic.** The share grows with the kernel: proportional to log k. For 3, 5, 7 the logarithms are 1.10, 1.61 and 1.95, together 4.65.
-# 32 · 1.10 / 4.65 = 7.6, 32 · 1.61 / 4.65 = 11.1 and 32 · 1.95 / 4.65 = 13.4. Rounded down: 7, 11, 13. One channel is left over, and it goes to the first group: 8, 11, 13.
+# **Logarithmic.** The share grows with the kernel: proportional to log k, to any base. The natural logarithms of 3, 5, 7, 9 are 1.10, 1.61, 1.95 and 2.20, together 6.85.
+# 32 · 1.10 / 6.85 = 5.1, then 7.5, 9.1 and 10.3. Rounded down: 5, 7, 9, 10. One channel is left over, and it goes to the first group: 6, 7, 9, 10.
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+sizes = (3, 5, 7, 9)
+splits = {"equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6, 7, 9, 10)}
+figure, axis = plt.subplots(figsize=(7.2, 2.3))
+for row, split in enumerate(splits.values()):
+    left = 0
+    for k, count in zip(sizes, split, strict=True):
+        ink = "black" if k in (5, 9) else "white"
+        axis.barh(row, count, left=left, color=kernel_color(k), edgecolor="white", height=0.75)
+        axis.text(left + count / 2, row - 0.12, f"{count}", ha="center", va="center", color=ink,
+                  weight="bold")  # fmt: skip
+        axis.text(left + count / 2, row + 0.2, f"{k}×{k}", ha="center", va="center", color=ink,
+                  fontsize=8)  # fmt: skip
+        left += count
+axis.set_yticks(range(3), splits)
+axis.set(ylim=(2.5, -0.5), xlabel="channels", xlim=(0, 32))
+axis.spines["left"].set_visible(False)
+axis.tick_params(axis="y", length=0)
+show(
+    figure,
+    "partition_bars.png",
+    "Three bars of 32 channels split over kernels 3×3, 5×5, 7×7 and 9×9. Equal: 8 each. "
+    "Exponential: 16, 8, 4, 4. Logarithmic: 6, 7, 9, 10.",
+)
+
+
+# %% [markdown]
+# > 📄 **Paper.** Section 3.2 has *equal* and *exponential* (group $i$ gets about $2^{-i}$ of the channels). It finds neither better everywhere.
 #
-# > **Paper.** Section 3.2 has *equal* and *exponential* (group $i$ gets about $2^{-i}$ of the channels). It finds neither better everywhere.
+# > ⚙️ **Official code.** Splits equally, and gives the remainder to group 0. MixNets use nothing else.
 #
-# > **Official code.** Splits equally, and gives the remainder to group 0. MixNets use nothing else.
-#
-# > **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential.
+# > ✏️ **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential.
 
 # %% [markdown]
 # ## The three rules
 #
-# A rule returns shares rounded down. What is left over goes to group 0, the smallest kernel, where a channel costs least.
+# A rule returns shares rounded down. What is left over goes to group 0, normally the smallest kernel, where a channel costs least.
 
 # %%
 #| export partition.py
@@ -87,18 +118,18 @@ def _logarithmic(channels: int, kernel_sizes: Sequence[int]) -> list[int]:
 _METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logarithmic}
 
 # %%
-[_exponential(32, (3, 5, 7, 9)), _equal(32, (3, 5, 7, 9, 11)), _logarithmic(32, (3, 5, 7))]
+[_exponential(32, (3, 5, 7, 9)), _equal(32, (3, 5, 7, 9, 11)), _logarithmic(32, (3, 5, 7, 9))]
 
 
 # %% [markdown]
-# The last two are still short of 32. The function that callers use checks its arguments, applies a rule, and hands out the remainder. An empty group would be a layer without output, so it is an error.
+# The last two are still short of 32: 30 and 31. The function that callers use checks its arguments, applies a rule, and hands out the remainder. An empty group would be a layer without output, so it is an error.
 #
 # First the arguments. A kernel must be odd to have a centre.
 
 # %%
 #| export partition.py
 def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
-    """Kernel sizes as a tuple, one a group; a single integer means one group.
+    """Kernel sizes as a tuple, one per group; a single integer means one group.
 
     Raises:
         TypeError: if a size is not an integer.
@@ -131,7 +162,7 @@ def partition_channels(
 
     Args:
         channels: how many channels to split.
-        kernel_sizes: one odd size a group, such as `(3, 5, 7)`.
+        kernel_sizes: one odd size per group, such as `(3, 5, 7)`.
         method: "equal" (`channels // groups` each), "exponential" (half, a quarter, an eighth …,
             the last as much as the one before it) or "logarithmic" (proportional to log k).
             Shares are rounded down; what is left over goes to group 0.
@@ -165,11 +196,11 @@ def partition_channels(
 # %%
 assert partition_channels(32, (3, 5, 7, 9)) == (8, 8, 8, 8)
 assert partition_channels(32, (3, 5, 7, 9), "exponential") == (16, 8, 4, 4)
-assert partition_channels(32, (3, 5, 7), "logarithmic") == (8, 11, 13)
+assert partition_channels(32, (3, 5, 7, 9), "logarithmic") == (6, 7, 9, 10)
 partition_channels(32, default_kernel_sizes(5))
 
 # %% [markdown]
-# As by hand. A larger case that the official code meets with remainders, 528 channels in 5 groups:
+# As by hand. A larger case, with remainders: 528 channels in 5 groups. (The published MixNets never need the remainder: each of their depthwise layers divides evenly. Other widths do.)
 
 # %%
 from mixconv.teaching import table
@@ -190,42 +221,13 @@ for arguments in [(8, (3, 5, 7, 9, 11), "exponential"), (32, (3, 4)), (32, (3, 5
         print(error)
 
 # %% [markdown]
-# ## The bars
-#
-# 32 channels over four kernel sizes, three ways:
+# The function gives the bars of the figure above:
 
-# %% tags=["drawing"]
-import matplotlib.pyplot as plt
-
-from mixconv.teaching import kernel_color, show, use_style
-
-use_style()
+# %%
 sizes = (3, 5, 7, 9)
-splits = {method: partition_channels(32, sizes, method) for method in methods}
-assert splits == {
-    "equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6, 7, 9, 10),
-}  # fmt: skip
-figure, axis = plt.subplots(figsize=(7.2, 2.3))
-for row, (_, split) in enumerate(splits.items()):
-    left = 0
-    for k, count in zip(sizes, split, strict=True):
-        axis.barh(row, count, left=left, color=kernel_color(k), edgecolor="white", height=0.7)
-        axis.text(left + count / 2, row, f"{count}", ha="center", va="center", color="white",
-                  weight="bold")  # fmt: skip
-        if row == 0:
-            axis.text(left + count / 2, -0.62, f"{k}×{k}", ha="center", color=kernel_color(k),
-                      weight="bold")  # fmt: skip
-        left += count
-axis.set_yticks(range(3), splits)
-axis.set(ylim=(2.5, -0.95), xlabel="channels", xlim=(0, 32))
-axis.spines["left"].set_visible(False)
-axis.tick_params(axis="y", length=0)
-show(
-    figure,
-    "partition_bars.png",
-    "Three bars of 32 channels split over kernels 3×3, 5×5, 7×7 and 9×9. Equal: 8 each. "
-    "Exponential: 16, 8, 4, 4. Logarithmic: 6, 7, 9, 10.",
-)
+computed = {method: partition_channels(32, sizes, method) for method in methods}
+assert computed == splits
+computed
 
 # %% [markdown]
 # ## What each choice costs
@@ -236,7 +238,7 @@ show(
 from mixconv.formulation import mixconv_multiply_adds, mixconv_parameters
 
 table(
-    ["method", "parameters", "multiply-adds at 14×14", "to equal"],
+    ["method", "parameters", "multiply-adds at 14×14", "relative to equal"],
     [
         [m, mixconv_parameters(splits[m], sizes), mixconv_multiply_adds(splits[m], sizes, 14, 14),
          f"{mixconv_parameters(splits[m], sizes) / mixconv_parameters(splits['equal'], sizes):.2f}"]
@@ -268,20 +270,20 @@ for method, style in zip(methods, ("-", "--", "-."), strict=True):
     axis.text(6.12, cost[method][-1], method, va="center")
 labels = [f"{g}\n3…{2 * g + 1}" if g > 1 else "1\n3" for g in range(1, 7)]
 axis.set_xticks(range(1, 7), labels)
-axis.set(xlabel="groups, and their kernel sizes", ylabel="weights a channel", xlim=(0.8, 7.2))
+axis.set(xlabel="groups, and their kernel sizes", ylabel="weights per channel", xlim=(0.8, 7.2))
 show(
     figure,
     "partition_cost.png",
-    "Weights a channel against the number of groups, one to six. A single largest kernel rises to "
-    f"{largest[-1]}, logarithmic to {cost['logarithmic'][-1]:.0f}, equal to "
+    "Weights per channel against the number of groups, one to six. A single largest kernel "
+    f"rises to {largest[-1]}, logarithmic to {cost['logarithmic'][-1]:.0f}, equal to "
     f"{cost['equal'][-1]:.0f}. Exponential levels off, at {cost['exponential'][-1]:.0f}.",
 )
 
 
 # %% [markdown]
-# Exponential levels off. Each new kernel is larger but gets half as many channels, and the sum $\sum_i 2^{-i} (2i + 1)^2$ stays below 33 for any number of groups. Equal grows like the mean of $k^2$.
+# Exponential levels off. Each new kernel is larger but gets half as many channels: 9, 17, 23, 27, 29.5, 31, and so on, never reaching the full series $\sum_i 2^{-i} (2i + 1)^2 = 33$. Equal *is* the mean of $k^2$, and grows without bound.
 #
-# > **Paper.** Figure 6 compares equal and exponential on MobileNets: MixConv 3…13 costs 705M against 622M multiply-adds on MobileNetV1. Chapter 5 recomputes both axes it can.
+# > 📄 **Paper.** Figures 4 and 6 compare equal and exponential on MobileNets: on MobileNetV1, MixConv 3 to 13 costs about 705M against 622M multiply-adds (read off the plots). Chapter 5 recomputes the costs; the accuracies are cited.
 
 # %% [markdown]
 # ## A split of one's own
@@ -297,7 +299,7 @@ def resolve_partition(
 
     Args:
         channels: how many channels to split.
-        kernel_sizes: one odd size a group.
+        kernel_sizes: one odd size per group.
         partition: a method of `partition_channels`, or the channels of each group.
 
     Raises:
@@ -377,7 +379,7 @@ attempt(equal_weights_solution, test_equal_weights)
 
 # %% [markdown]
 # ## Takeaways
-# - Kernel sizes: 3, 5, 7, …; one a group.
+# - Kernel sizes: 3, 5, 7, …; one per group.
 # - Equal is what the official MixNets use. The remainder goes to group 0.
 # - Exponential levels off as groups are added. Logarithmic favours large kernels and costs most.
 # - No group is ever empty: that is an error, not a surprise.

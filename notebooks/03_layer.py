@@ -4,7 +4,7 @@
 # `MixConv2d`: a layer that goes where a depthwise `nn.Conv2d` went.
 #
 # **You will be able to**
-# - use `MixConv2d` with any kernel sizes, split, stride, padding and dilation;
+# - use `MixConv2d` with any odd kernel sizes, split, stride and dilation, and with two paddings;
 # - say what TensorFlow's 'SAME' padding does where PyTorch's habit does something else;
 # - prove the layer equal to the loops of chapter 1, and to *one* depthwise convolution.
 #
@@ -13,6 +13,75 @@
 # **Time:** 25 minutes to read. Runs in under 15 seconds on two cores.
 
 # %% [markdown]
+# ## In ten lines
+#
+# Chapter 1's MixConv as a PyTorch module: split, one depthwise `nn.Conv2d` for each group, concatenate.
+
+# %%
+import torch
+from torch import nn
+
+
+class TinyMixConv(nn.Module):
+    def __init__(self, partition: tuple[int, ...], kernel_sizes: tuple[int, ...]) -> None:
+        super().__init__()
+        self.partition = partition
+        self.convs = nn.ModuleList(
+            nn.Conv2d(c, c, k, padding=k // 2, groups=c, bias=False)
+            for c, k in zip(partition, kernel_sizes, strict=True)
+        )
+
+    def forward(self, x):
+        groups = x.split(self.partition, dim=1)
+        return torch.cat([conv(group) for conv, group in zip(self.convs, groups, strict=True)], 1)
+
+
+# %% [markdown]
+# By hand first. Chapter 1's example had a channel that counts from 0 to 24 under a 3×3 kernel of ones, and a channel of ones under a 5×5 kernel of ones. At the centre: 108 and 25. In the corner: 12 and 9.
+
+# %%
+tiny = TinyMixConv((1, 1), (3, 5))
+for conv in tiny.convs:
+    nn.init.ones_(conv.weight)
+x = torch.stack([torch.arange(25.0).view(5, 5), torch.ones(5, 5)])[None]
+with torch.no_grad():
+    y = tiny(x)[0]
+assert (y[0, 2, 2], y[1, 2, 2], y[0, 0, 0], y[1, 0, 0]) == (108, 25, 12, 9)
+y[:, 2, 2], y[:, 0, 0]
+
+# %% [markdown]
+# And on random numbers, forward and gradient, against the loops. `functional_call` runs a module with weights given from outside.
+
+# %%
+from torch.func import functional_call
+
+from mixconv.formulation import mixconv_loops, mixconv_reference
+from mixconv.teaching import check, check_rewrite
+
+
+def by(layer):
+    """The layer as a function of its input and its weights."""
+    names = [name for name, _ in layer.named_parameters()]
+    return lambda x, *w: functional_call(layer, dict(zip(names, w, strict=True)), x)
+
+
+def weights_of(layer):
+    return [parameter.detach() for parameter in layer.parameters()]
+
+
+torch.manual_seed(0)
+tiny = TinyMixConv((2, 1), (3, 5)).double()
+check_rewrite(
+    lambda x, *w: mixconv_loops(x[0], w)[None],
+    by(tiny),
+    torch.randn(1, 3, 4, 5).double(),
+    *weights_of(tiny),
+    what="loops and ten lines",
+)
+
+# %% [markdown]
+# That is the whole idea. A layer for real use must also answer: what happens at stride 2, with dilation, with a bias, on another device, with a bad argument? The rest of the chapter answers, padding first.
+#
 # ## Padding, by hand
 #
 # With stride 1 everybody agrees: put (k − 1) / 2 zeros on each side, and the output is as large as the input.
@@ -22,7 +91,7 @@
 #
 # **'SAME'** (TensorFlow): there must be ⌈6 / 2⌉ = 3 outputs, so the windows span (3 − 1) · 2 + 3 = 7 pixels. That is one more than there are. One zero is needed, and TensorFlow puts the odd one at the *end*. Windows are centred on pixels 1, 3 and 5.
 #
-# Both give three outputs. They look at different pixels. Weights trained with one are wrong with the other.
+# Both give three outputs, and they look at different pixels. Weights belong to the padding they were trained with.
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -30,33 +99,39 @@ import matplotlib.pyplot as plt
 from mixconv.teaching import kernel_color, show, use_style
 
 use_style()
-figure, axes = plt.subplots(2, 2, figsize=(7.2, 3.4), sharex=True)
-cases = [("symmetric", 6, 0), ("'SAME'", 6, 1), ("symmetric", 7, 0), ("'SAME'", 7, 0)]
-for axis, (habit, size, first) in zip(axes.flat, cases, strict=True):
+figure, axes = plt.subplots(3, 1, figsize=(6.6, 4.2))
+cases = [("6 pixels, symmetric", 6, 0), ("6 pixels, 'SAME'", 6, 1), ("7 pixels, both", 7, 0)]
+for axis, (title, size, first) in zip(axes, cases, strict=True):
     for pixel in range(first - 1, size + 1):
         inside = 0 <= pixel < size
-        face = "#dddddd" if inside else "white"
-        box = plt.Rectangle((pixel - 0.45, 0), 0.9, 0.9, facecolor=face, edgecolor="#999999")
-        axis.add_patch(box)
-        axis.text(pixel, 0.45, str(pixel) if inside else "0", ha="center", va="center",
-                  color="black" if inside else "#bbbbbb")  # fmt: skip
-    for number, centre in enumerate(range(first, size, 2)):
-        height = 1.2 + 0.3 * (number % 2)
-        axis.plot([centre - 1.4, centre + 1.4], [height] * 2, lw=4, color=kernel_color(3))
-        axis.plot(centre, height, "o", color="white", markersize=3)
-    axis.set(xlim=(-1.8, 7.8), ylim=(-0.1, 1.9), yticks=[], xticks=[])
-    axis.set_title(f"{size} pixels, {habit}", fontsize=10)
-    axis.spines[:].set_visible(False)
+        style = {"facecolor": "#e4e4e4"} if inside else {"facecolor": "white", "hatch": "////"}
+        corner = (pixel - 0.46, 0)
+        axis.add_patch(
+            plt.Rectangle(corner, 0.92, 0.7, edgecolor="#aaaaaa", linewidth=0.8, **style)
+        )
+        label = str(pixel) if inside else "pad"
+        axis.text(pixel, 0.35, label, ha="center", va="center", fontsize=9 if inside else 7)
+    centres = range(first, size, 2)
+    for number, centre in enumerate(centres):
+        height = 1.0 + 0.32 * (number % 2)
+        axis.plot([centre - 1.42, centre + 1.42], [height] * 2, lw=5, color=kernel_color(3))
+        axis.plot([centre] * 2, [0.62, height], color="black", lw=1.2)
+        axis.text(centre - 1.42, height + 0.1, f"output {number}", fontsize=8, va="bottom")
+    words = ", ".join(map(str, centres))
+    axis.text(8.2, 0.35, f"centres {words}", va="center", weight="bold")
+    axis.text(-1.9, 0.35, title, va="center", ha="right")
+    axis.set(xlim=(-5.2, 11.4), ylim=(-0.1, 1.8))
+    axis.axis("off")
 show(
     figure,
     "same_padding.png",
-    "Rows of six and seven pixels with the windows of a 3-kernel at stride 2. On six pixels, "
-    "symmetric padding centres them on pixels 0, 2, 4 and TensorFlow's on 1, 3, 5. On seven "
-    "pixels both centre on 0, 2, 4, 6.",
+    "Rows of pixels with the windows of a 3-kernel at stride 2. On six pixels, symmetric padding "
+    "centres them on pixels 0, 2, 4 and TensorFlow's 'SAME' on 1, 3, 5. On seven pixels both "
+    "centre on 0, 2, 4, 6.",
 )
 
 # %% [markdown]
-# On an odd number of pixels the two agree. On an even number, 'SAME' is shifted by one pixel. MixNet's 224×224 input is even all the way down to 14.
+# At stride 2, on an odd number of pixels the two agree. On an even number, 'SAME' is shifted by one pixel. MixNet's 224×224 input is even all the way down to 14.
 #
 # As formulas: the output has $\lceil H / s \rceil$ rows. The windows need $(\lceil H/s \rceil - 1) \cdot s + (k - 1) \cdot d + 1$ pixels. What is missing is added, the smaller half first.
 # Since $(\lceil H/s \rceil - 1) \cdot s = H - 1 - ((H - 1) \bmod s)$, the total shrinks to
@@ -64,6 +139,8 @@ show(
 # $$
 # \mathrm{total} = \max\left((k - 1) \cdot d - ((H - 1) \bmod s),\ 0\right)
 # $$
+#
+# The code writes the maximum only where it can matter, and as `torch.sym_max`: an exported model does not know its image size yet, and keeps the formula.
 
 # %%
 #| export layer.py
@@ -101,7 +178,7 @@ def same_padding(
 
 
 # %% [markdown]
-# The first two are the rows of the figure: (0, 1) and (1, 1).
+# The first two are in the figure: one zero after six pixels, one on each side of seven.
 #
 # `Conv2dSame` is `nn.Conv2d` with that rule. The zeros depend on the input size, so they are added in `forward`.
 
@@ -129,15 +206,14 @@ class Conv2dSame(nn.Conv2d):
 # Check it without TensorFlow. Stride 2 is stride 1 with every other output thrown away. By the figure, 'SAME' keeps the odd ones of an even axis and the even ones of an odd axis:
 
 # %%
-from mixconv.teaching import check
-
-torch.manual_seed(0)
-kernel = torch.randn(4, 4, 5, 5)
 strided = Conv2dSame(4, 4, 5, stride=2, bias=False)
-strided.weight = nn.Parameter(kernel)
-x = torch.randn(1, 4, 6, 7)
-everywhere = F.conv2d(x, kernel, padding=2)
-check(strided(x), everywhere[:, :, 1::2, 0::2], "'SAME' on 6×7 pixels")
+check_rewrite(
+    lambda x, w: F.conv2d(x, w, padding=2)[:, :, 1::2, 0::2],
+    by(strided),
+    torch.randn(1, 4, 6, 7).double(),
+    torch.randn(4, 4, 5, 5).double(),
+    what="'SAME' on 6×7 pixels",
+)
 
 # %% [markdown]
 # (That the official code agrees is tested against its own numbers in chapter 6.)
@@ -198,11 +274,12 @@ make_conv2d(8, 8, 5, padding="same"), make_conv2d(8, 8, 5, stride=2, padding="sa
 # %% [markdown]
 # ## The layer
 #
+# `MixConv2d` is `TinyMixConv` with every option. Two defaults differ from `nn.Conv2d`: there is no bias, since a batch normalisation mostly follows, and the padding keeps the image size.
 # The constructor checks its arguments, splits the channels as in chapter 2, and makes one depthwise convolution for each group.
 #
-# > **Paper.** Section 3.2: a large kernel may be replaced by a dilated 3×3 kernel.
+# > 📄 **Paper.** Section 3.2: a large kernel may be replaced by a dilated 3×3 kernel.
 #
-# > **Official code.** With `dilated`, a k×k kernel becomes 3×3 with dilation (k − 1) / 2, in layers of stride 1 only. Layers with a stride keep their full kernels. We follow the code.
+# > ⚙️ **Official code.** With `dilated`, a k×k kernel becomes 3×3 with dilation (k − 1) / 2, in layers of stride 1 only. Layers with a stride keep their full kernels. We follow the code.
 
 # %%
 #| export layer.py
@@ -215,7 +292,8 @@ from mixconv.partition import check_kernel_sizes, check_positive, resolve_partit
 class MixConv2d(nn.Module):
     """Mixed depthwise convolution: groups of channels with kernel sizes of their own.
 
-    A drop-in for a depthwise `nn.Conv2d(channels, channels, k, groups=channels)`.
+    With one kernel size it is the depthwise layer `nn.Conv2d(channels, channels, k,
+    padding=k // 2, groups=channels, bias=False)`.
 
     Args:
         channels: input channels.
@@ -368,40 +446,45 @@ layer
 # %% [markdown]
 # ## Proof: the layer is the loops
 #
-# Same weights, same input: output and every gradient must agree with chapter 1's loops.
-# `functional_call` runs a layer with weights given from outside.
+# Same weights, same input: output and every gradient must agree. With one kernel size, with PyTorch's own depthwise layer; with several, with chapter 1's loops.
 
 # %%
-from torch.func import functional_call
-
-from mixconv.formulation import mixconv_loops, mixconv_reference
-from mixconv.teaching import check_rewrite
-
+plain = MixConv2d(8, 5)
+check_rewrite(
+    lambda x, w: F.conv2d(x, w, padding=2, groups=8),
+    by(plain),
+    torch.randn(2, 8, 6, 6).double(),
+    torch.randn(8, 1, 5, 5).double(),
+    what="nn.Conv2d and MixConv2d with one size",
+)
 layer = MixConv2d(3, (3, 5, 7), dtype=torch.double)
-names = [name for name, _ in layer.named_parameters()]
-weights = [parameter.detach() for parameter in layer.parameters()]
-
-
-def by_layer(x, *weights):
-    return functional_call(layer, dict(zip(names, weights, strict=True)), x)
-
-
-image = torch.randn(3, 4, 5, dtype=torch.double)
-check_rewrite(lambda x, *w: mixconv_loops(x, w), by_layer, image, *weights, what="loops and layer")
+check_rewrite(
+    lambda x, *w: mixconv_loops(x, w),
+    by(layer),
+    torch.randn(3, 4, 5).double(),
+    *weights_of(layer),
+    what="loops and MixConv2d",
+)
 
 # %% [markdown]
-# Larger, where the loops would take too long: chapter 1's shifted images, with two outputs a channel.
+# Larger, where the loops would take too long: chapter 1's shifted images, with two outputs per channel. And with TensorFlow's padding at stride 2, on an even and an odd axis:
 
 # %%
 layer = MixConv2d(20, (3, 5, 7), channel_multiplier=2, partition="logarithmic", dtype=torch.double)
-names = [name for name, _ in layer.named_parameters()]
-weights = [parameter.detach() for parameter in layer.parameters()]
 check_rewrite(
     lambda x, *w: mixconv_reference(x, w, channel_multiplier=2),
-    by_layer,
-    torch.randn(2, 20, 14, 14, dtype=torch.double),
-    *weights,
-    what="shifted images and layer",
+    by(layer),
+    torch.randn(2, 20, 14, 14).double(),
+    *weights_of(layer),
+    what="shifted images and MixConv2d",
+)
+layer = MixConv2d(6, (3, 5, 7), stride=2, padding="same", dtype=torch.double)
+check_rewrite(
+    lambda x, *w: mixconv_reference(x, w)[:, :, 1::2, 0::2],
+    by(layer),
+    torch.randn(2, 6, 6, 7).double(),
+    *weights_of(layer),
+    what="the same at stride 2, 'SAME'",
 )
 
 # %% [markdown]
@@ -419,7 +502,7 @@ for column, k in enumerate((3, 5, 7, 9)):
                 inside = max(abs(i), abs(j)) <= reach
                 tap = inside and i % step == 0 and j % step == 0
                 shade = kernel_color(k) if tap else "#e8e8e8" if inside else "white"
-                axis.add_patch(plt.Rectangle((j - 0.45, i - 0.45), 0.9, 0.9, color=shade))
+                axis.add_patch(plt.Rectangle((j - 0.42, i - 0.42), 0.84, 0.84, color=shade, lw=0))
         axis.set(xlim=(-4.6, 4.6), ylim=(-4.6, 4.6), aspect="equal", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_xlabel(f"{9 if row else k * k} weights", fontsize=9)
@@ -454,7 +537,7 @@ for layer in (full, dilated, strided):
 # ## The merged form
 #
 # Exercise 1.2 had it: a 3×3 kernel is a 7×7 kernel with a border of zeros. So a MixConv layer is *one* depthwise convolution whose kernels are mostly zeros for the small groups.
-# It computes the same. It does more multiplications. Chapter 8 shows why it is often faster all the same: one call in place of g, and no split and concatenation.
+# It computes the same, with more multiplications, but in one call in place of g, without split and concatenation.
 #
 # A kernel with dilation $d$ is embedded with its taps $d$ apart.
 
@@ -483,7 +566,23 @@ embed_kernel(torch.arange(1.0, 10).view(1, 1, 3, 3), 5, dilation=(2, 2))[0, 0]
 
 
 # %% [markdown]
-# Does padding survive? With 'SAME' and stride 2 the window of *every* odd kernel is shifted by the same pixel (the figure above), so a small kernel in the middle of a large one stays where it was. The merged layer uses the padding of its largest kernel.
+# Does padding survive? Write $r = (H - 1) \bmod s$. 'SAME' puts $(k - 1) \cdot d / 2 - \lceil r / 2 \rceil$ zeros first, so the first window is centred on pixel $\lceil r / 2 \rceil$, whatever $k$ is. A small kernel in the middle of a large one stays where it was.
+# The exception is a kernel that would need fewer than no zeros: 1×1 at stride 2, or 3×3 at stride 4. There `merged` refuses.
+
+# %%
+#| export layer.py
+class MixConv2d(MixConv2d):
+    def _check_centres(self) -> None:
+        """Raise unless the windows of all kernels have the same centres."""
+        if self.padding == "symmetric" or len(self.kernel_sizes) == 1:
+            return
+        for k, spread in self._kernels():
+            if any(d * (k - 1) < s - 1 for d, s in zip(spread, self.stride, strict=True)):
+                raise ValueError(
+                    f"cannot merge kernel size {k} at stride {self.stride} with padding 'same': "
+                    "(k - 1) * dilation must be at least stride - 1"
+                )
+
 
 # %%
 #| export layer.py
@@ -494,7 +593,12 @@ class MixConv2d(MixConv2d):
 
         Returns:
             A new `nn.Conv2d` with copies of the weights; the layer is not changed.
+
+        Raises:
+            ValueError: with padding "same", if a kernel is too small for the stride: its windows
+                are then centred elsewhere than those of the larger kernels.
         """
+        self._check_centres()
         convs, size = self._convolutions(), max(self.kernel_sizes)
         merged = make_conv2d(
             self.in_channels, self.out_channels, size, self.stride, dilation=self.dilation,
@@ -517,21 +621,37 @@ x = torch.randn(2, 32, 15, 20)
 check(merged(x), layer(x), "layer and merged layer")
 sum(p.numel() for p in layer.parameters()), sum(p.numel() for p in merged.parameters())
 
+
 # %% [markdown]
-# Twice the weights here, half of them zeros. The rewrite, proved with gradients, for full and for dilated kernels:
+# Twice the weights here, half of them zeros. The rewrite, proved with gradients: full and dilated kernels at stride 1, and stride 2 with 'SAME'.
 
 # %%
-for dilated in (False, True):
-    layer = MixConv2d(8, (3, 5, 7, 9), dilated=dilated, dtype=torch.double)
-    names = [name for name, _ in layer.named_parameters()]
+def by_merged(layer):
+    """The merged layer as a function of its input and of the split layer's weights."""
     spreads = [conv.dilation for conv in layer.convs]
 
-    def by_merging(x, *weights, spreads=spreads):
-        embedded = [embed_kernel(w, 9, s) for w, s in zip(weights, spreads, strict=True)]
-        return F.conv2d(x, torch.cat(embedded), padding=4, groups=8)
+    def run(x, *weights):
+        size = max(layer.kernel_sizes)
+        pairs = zip(weights, spreads, strict=True)
+        kernel = torch.cat([embed_kernel(w, size, spread) for w, spread in pairs])
+        return functional_call(layer.merged(), {"weight": kernel}, x)
 
-    inputs = [torch.randn(2, 8, 10, 11).double(), *(p.detach() for p in layer.parameters())]
-    check_rewrite(by_layer, by_merging, *inputs, what=f"layer and merged, dilated={dilated}")
+    return run
+
+
+for options in ({}, {"dilated": True}, {"stride": 2, "padding": "same"}):
+    layer = MixConv2d(8, (3, 5, 7, 9), dtype=torch.double, **options)
+    inputs = [torch.randn(2, 8, 10, 11).double(), *weights_of(layer)]
+    check_rewrite(by(layer), by_merged(layer), *inputs, what=f"split and merged, {options}")
+
+# %% [markdown]
+# And the case that cannot be merged:
+
+# %%
+try:
+    MixConv2d(8, (1, 3), stride=2, padding="same").merged()
+except ValueError as error:
+    print(error)
 
 # %% [markdown]
 # ## At home in PyTorch
@@ -593,16 +713,19 @@ from mixconv.teaching import photograph
 picture = photograph(96).mean(dim=1, keepdim=True)
 with torch.no_grad():
     responses = layer(picture.expand(1, 4, 96, 96))[0]
-[f"{k}×{k}: {r.abs().mean():.3f}" for k, r in zip(layer.kernel_sizes, responses, strict=True)]
+tuple(responses.shape)
 
 # %% tags=["drawing"]
-figure, axes = plt.subplots(1, 5, figsize=(8, 2.1))
+figure, axes = plt.subplots(1, 6, figsize=(9, 2.0))
 axes[0].imshow(picture[0, 0], cmap="gray")
 axes[0].set_title("input")
+axes[0].add_patch(plt.Rectangle((30.5, 25.5), 22, 20, fill=False, color="white", linewidth=0.8))
+axes[1].imshow(picture[0, 0], cmap="gray")
+axes[1].set(xlim=(30.5, 52.5), ylim=(45.5, 25.5), title="windows")
 for k in (9, 7, 5, 3):
-    corner = (42 - k / 2, 43 - k / 2)
-    axes[0].add_patch(plt.Rectangle(corner, k, k, fill=False, color=kernel_color(k), linewidth=1.5))
-for axis, k, response in zip(axes[1:], (3, 5, 7, 9), responses, strict=True):
+    corner = (40 - k / 2, 35 - k / 2)
+    axes[1].add_patch(plt.Rectangle(corner, k, k, fill=False, color=kernel_color(k), linewidth=2))
+for axis, k, response in zip(axes[2:], (3, 5, 7, 9), responses, strict=True):
     axis.imshow(response, cmap="gray", vmin=-0.12, vmax=0.12)
     axis.set_title(f"{k}×{k}", color=kernel_color(k))
 for axis in axes:
@@ -611,38 +734,39 @@ for axis in axes:
 show(
     figure,
     "what_groups_see.png",
-    "The photograph at 96×96 pixels with nested 3×3 to 9×9 windows on one eye, and the four "
-    "groups' responses. The 3×3 group answers to thin edges such as the glasses; the 9×9 group "
-    "to eyes, mouth and the stars of the flag as whole spots.",
+    "The photograph at 96×96 pixels, a detail of it around one eye with nested 3×3 to 9×9 "
+    "windows, and the four groups' responses. The 3×3 group answers to thin edges such as the "
+    "rim of the glasses; the 9×9 group to larger shapes such as the stars of the flag.",
 )
 
 # %% [markdown]
-# One layer, four scales. A single kernel size would have to choose.
+# One layer, four scales, at 9 + 25 + 49 + 81 = 164 weights. A plain 9×9 layer could hold the same four filters, zeros around the small ones (that is `merged`), with 324. These filters are ours; training would find its own.
 
 # %% [markdown]
 # ## Exercises
 #
-# **3.1** An axis of 224 pixels, kernel 5, stride 2. How many zeros does TensorFlow put before and after it? Answer without `same_padding`, then compare.
+# **3.1** Kernel 9, stride 2. How many zeros does TensorFlow put before and after an axis of 28 pixels? And of 27? Work it out by hand.
 
 # %%
 from mixconv.teaching import attempt
 
 
-def zeros_by_hand() -> tuple[int, int]:
+def zeros_by_hand() -> tuple[tuple[int, int], tuple[int, int]]:
     raise NotImplementedError
 
 
 def test_zeros(answer) -> None:
-    assert answer() == same_padding(224, 5, 2)
+    assert answer() == (same_padding(28, 9, 2), same_padding(27, 9, 2))
 
 
 attempt(zeros_by_hand, test_zeros)
 
 
 # %% tags=["solution"]
-def zeros_by_hand_solution() -> tuple[int, int]:
-    # 112 outputs span 111 · 2 + 5 = 227 pixels; 3 are missing: 1 before, 2 after.
-    return (1, 2)
+def zeros_by_hand_solution() -> tuple[tuple[int, int], tuple[int, int]]:
+    # 28: 14 outputs span 13 · 2 + 9 = 35 pixels; 7 are missing, 3 before and 4 after.
+    # 27: 14 outputs span 35 pixels again; 8 are missing, 4 on each side.
+    return (3, 4), (4, 4)
 
 
 attempt(zeros_by_hand_solution, test_zeros)
@@ -671,6 +795,35 @@ def merging_ratio_solution(kernel_sizes: tuple[int, ...]) -> float:
 
 
 attempt(merging_ratio_solution, test_ratio)
+
+
+# %% [markdown]
+# **3.3** MixConv without a module: a function of an image batch and a list of kernels, one `F.conv2d` call for each group, stride 1.
+
+# %%
+def mixconv(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_mixconv(answer) -> None:
+    kernels = [torch.randn(c, 1, k, k).double() for c, k in ((3, 3), (2, 5), (1, 7))]
+    x = torch.randn(2, 6, 8, 9).double()
+    torch.testing.assert_close(answer(x, kernels), mixconv_reference(x, kernels))
+
+
+attempt(mixconv, test_mixconv)
+
+
+# %% tags=["solution"]
+def mixconv_solution(x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    groups = x.split([len(w) for w in weights], dim=1)
+    pairs = zip(groups, weights, strict=True)
+    return torch.cat(
+        [F.conv2d(g, w, padding=w.shape[-1] // 2, groups=len(w)) for g, w in pairs], dim=1
+    )
+
+
+attempt(mixconv_solution, test_mixconv)
 
 # %% [markdown]
 # ## Takeaways

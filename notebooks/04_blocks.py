@@ -18,7 +18,7 @@
 #
 # In all of these networks a convolution is followed by a batch normalisation and mostly by an activation. One small class holds the three, with names that say what is where in a `state_dict`.
 #
-# > **Official code.** MixNets use ReLU in their early, large layers and swish (`nn.SiLU` in PyTorch) later. MobileNetV2 uses ReLU6.
+# > ⚙️ **Official code.** MixNets use ReLU in their early, large layers and swish (`nn.SiLU` in PyTorch) later. MobileNetV2 uses ReLU6.
 
 # %%
 #| export blocks.py
@@ -193,9 +193,9 @@ cost_table(DepthwiseSeparableBlock(64, 128, (3, 5, 7), stride=2), 1, 64, 56, 56)
 # - **Excite.** A layer back to two values: say $(0 \cdot 2,\; 10 \cdot 2) = (0, 20)$, and the sigmoid of each: 0.5 and nearly 1.
 # - Multiply: channel 0 is halved, channel 1 stays.
 #
-# > **Paper.** Figure 8 and its text do not draw squeeze-and-excitation.
+# > 📄 **Paper.** Figure 8 and its text do not draw squeeze-and-excitation.
 #
-# > **Official code.** Most MixNet blocks have it. The width of the small layer is the squeeze ratio times the block's *input* channels, not of the wide ones that it gates. Its activation is the block's.
+# > ⚙️ **Official code.** Most MixNet blocks have it. The width of the small layer is the squeeze ratio times the block's *input* channels, not of the wide ones that it gates. Its activation is the block's.
 
 # %%
 #| export blocks.py
@@ -245,7 +245,7 @@ y
 #
 # The block strings of chapter 6 say `a1.1`: expand with *two* 1×1 convolutions, one on each half of the channels.
 #
-# > **Official code.** Splits the channels, convolves each part, concatenates: `GroupedConv2D` in `custom_layers.py`.
+# > ⚙️ **Official code.** Splits the channels, convolves each part, concatenates: `GroupedConv2D` in `custom_layers.py`.
 #
 # That is what PyTorch calls `groups=2`. Both groups have the same kernel size, so here PyTorch's grouping is enough.
 
@@ -381,7 +381,7 @@ show(
 # %% [markdown]
 # First a small helper. With *stochastic depth* a block is skipped, for some images, during training. It is off by default.
 #
-# > **Ours.** The official MixNet code has no stochastic depth. timm's has, and engineers expect the switch.
+# > ✏️ **Ours.** The official MixNet code has no stochastic depth. timm's has, and engineers expect the switch.
 
 # %%
 #| export blocks.py
@@ -425,7 +425,7 @@ DropPath(0.5).train()(torch.ones(6, 1, 1, 1)).flatten()
 # %% [markdown]
 # Now the block. `expand_ratio=1` leaves the first step out, `squeeze_ratio=0` the gate.
 #
-# > **Official code.** The activation after the projection is left out: the narrow ends are linear, as in MobileNetV2.
+# > ⚙️ **Official code.** The activation after the projection is left out: the narrow ends are linear, as in MobileNetV2.
 
 # %%
 #| export blocks.py

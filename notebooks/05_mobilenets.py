@@ -147,7 +147,7 @@ class ConvNet(ConvNet):
 # %% [markdown]
 # First weights. There is no training in this book, but the networks should be ready for it.
 #
-# > **Official code.** Convolution weights are drawn from a normal distribution of variance $2 / (k^2 \cdot o)$, where $o$ is the number of outputs *in the shape of the kernel*. For a depthwise kernel of shape (k, k, c, 1) that is 1, and for one of two 1×1 groups it is half of the layer's outputs. The classifier is uniform within $\pm 1/\sqrt{\mathrm{classes}}$. Biases are zero.
+# > ⚙️ **Official code.** Convolution weights are drawn from a normal distribution of variance $2 / (k^2 \cdot o)$, where $o$ is the number of outputs *in the shape of the kernel*. For a depthwise kernel of shape (k, k, c, 1) that is 1, and for one of two 1×1 groups it is half of the layer's outputs. The classifier is uniform within $\pm 1/\sqrt{\mathrm{classes}}$. Biases are zero.
 
 # %%
 #| export mobilenet.py
@@ -294,7 +294,7 @@ parameters(mobilenet_v1()), parameters(mobilenet_v1((3, 5, 7)))
 #
 # Seventeen inverted residuals. Each row: expansion, output channels, repeats, stride of the first.
 #
-# > **Paper (Sandler et al., 2018).** Table 2 of MobileNetV2. Its activation is ReLU6, and its head widens to 1280 channels.
+# > 📄 **Paper (Sandler et al., 2018).** Table 2 of MobileNetV2. Its activation is ReLU6, and its head widens to 1280 channels.
 
 # %%
 #| export mobilenet.py
@@ -416,7 +416,7 @@ def millions(build, kernel_sizes, **options) -> float:
 [f"{millions(mobilenet_v1, (3,)):.1f}M", f"{millions(mobilenet_v2, (3,)):.1f}M"]
 
 # %% [markdown]
-# > **Paper.** Figure 4 starts at 579M and 309M (read off the plot, within 2M).
+# > 📄 **Paper.** Figure 4 starts at 579M and 309M (read off the plot, within 2M).
 #
 # We count convolutions and the classifier. The paper's plots are about ten million higher, in every point. So the *growth* over the 3×3 baseline is what to compare.
 
@@ -485,7 +485,7 @@ table(["groups", *header[1:]], rows)
 # %% [markdown]
 # Here the difference grows with the number of groups, to 3M. Something in the paper's count grows with the dilation.
 #
-# > **Ours.** A guess that fits. TensorFlow computed dilated convolutions by *space to batch*: an H×H image is cut into $d^2$ smaller ones of $\lceil H/d \rceil$ pixels a side, padded where $d$ does not divide $H$. A counter that looks at the graph counts the padding too: a factor of $(d \lceil H/d \rceil / H)^2$. At 7×7 pixels and dilation 6 that is 12² for 7².
+# > ✏️ **Ours.** A guess that fits. TensorFlow computed dilated convolutions by *space to batch*: an H×H image is cut into $d^2$ smaller ones of $\lceil H/d \rceil$ pixels a side, padded where $d$ does not divide $H$. A counter that looks at the graph counts the padding too: a factor of $(d \lceil H/d \rceil / H)^2$. At 7×7 pixels and dilation 6 that is 12² for 7².
 
 # %%
 from math import ceil
@@ -556,9 +556,9 @@ show(
 #
 # ### Table 1
 #
-# > **Paper.** Table 1 puts these networks under a detector, on COCO. The rows differ by their backbones alone, so differences between rows are arithmetic again.
+# > 📄 **Paper.** Table 1 puts these networks under a detector, on COCO. The rows differ by their backbones alone, so differences between rows are arithmetic again.
 #
-# > **Ours.** We take 320×320 images, the usual size for that detector. The paper prints two decimals, so a difference of two of its numbers is good to ±0.01.
+# > ✏️ **Ours.** We take 320×320 images, the usual size for that detector. The paper prints two decimals, so a difference of two of its numbers is good to ±0.01.
 
 # %%
 def totals(build, sizes) -> tuple[float, float]:

@@ -16,7 +16,7 @@
 # %% [markdown]
 # ## A block string, by hand
 #
-# > **Official code.** `mixnet_builder.py` writes a network as strings, one for each run of equal blocks.
+# > ⚙️ **Official code.** `mixnet_builder.py` writes a network as strings, one for each run of equal blocks.
 #
 # `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw` is
 #
@@ -308,7 +308,7 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 # %% [markdown]
 # Then the network: chapter 5's `ConvNet`, filled with chapter 4's blocks.
 #
-# > **Official code.** Stem and head use ReLU. Padding is TensorFlow's 'SAME' everywhere. Batch normalisation has decay 0.99 and epsilon 0.001; PyTorch calls 1 − 0.99 = 0.01 the *momentum*.
+# > ⚙️ **Official code.** Stem and head use ReLU. Padding is TensorFlow's 'SAME' everywhere. Batch normalisation has decay 0.99 and epsilon 0.001; PyTorch calls 1 − 0.99 = 0.01 the *momentum*.
 
 # %%
 #| export mixnet.py
@@ -484,9 +484,9 @@ table(
 #
 # ## Figure 8, from the code
 #
-# > **Paper.** Figure 8 draws S and M as rows of blocks with their kernel sizes.
+# > 📄 **Paper.** Figure 8 draws S and M as rows of blocks with their kernel sizes.
 #
-# > **Official code.** What is built differs. For MixNet-S the last two blocks at 14×14 have kernels 3, 5, 7, 9, where the figure has 3, 5, 7. And the figure shows neither the squeeze-and-excitation gates, nor swish, nor the grouped 1×1 convolutions, nor the expansion ratios.
+# > ⚙️ **Official code.** What is built differs. For MixNet-S the last two blocks at 14×14 have kernels 3, 5, 7, 9, where the figure has 3, 5, 7. And the figure shows neither the squeeze-and-excitation gates, nor swish, nor the grouped 1×1 convolutions, nor the expansion ratios.
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -554,7 +554,7 @@ table(["network", *counts["S"], "sum"],
       [[f"MixNet-{n}", *c.values(), sum(c.values())] for n, c in counts.items()])  # fmt: skip
 
 # %% [markdown]
-# > **Paper.** Table 2 prints 256M for S, 360M for M and 565M for L.
+# > 📄 **Paper.** Table 2 prints 256M for S, 360M for M and 565M for L.
 #
 # The paper's figures are higher, and no way of counting that we tried explains the difference. The official code's own graph has the sums above. Parameters do agree. Accuracies are cited.
 

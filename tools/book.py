@@ -108,7 +108,7 @@ def build(root: Path = ROOT) -> int:
     notebooks: list[tuple[Chapter, Any]] = []
     for chapter in chapters:
         notebook = merge_pair(chapter)
-        format_code(notebook, root)
+        format_code(notebook, chapter.stem, root)
         notebooks.append((chapter, normalise(notebook)))
     sources = tangle([(chapter.stem, notebook) for chapter, notebook in notebooks], root)
 

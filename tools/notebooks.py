@@ -113,10 +113,10 @@ def from_text(text: str) -> Any:
     return jupytext.reads(text, fmt="py:percent")
 
 
-def format_code(notebook: Any, root: Path = ROOT) -> None:
+def format_code(notebook: Any, stem: str, root: Path = ROOT) -> None:
     """Format the code cells in place, by the same rules as the package."""
     result = subprocess.run(
-        [sys.executable, "-m", "ruff", "format", "--stdin-filename", "notebook.ipynb", "-"],
+        [sys.executable, "-m", "ruff", "format", "--stdin-filename", f"{stem}.ipynb", "-"],
         input=nbformat.writes(notebook),
         capture_output=True,
         text=True,

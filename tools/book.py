@@ -22,6 +22,7 @@ from tools.notebooks import (
     ROOT,
     BookError,
     Chapter,
+    check_round_trip,
     committed,
     digest,
     dump,
@@ -105,9 +106,12 @@ def warn_if_slow(notebook: Any, seconds: float) -> str:
 def build(root: Path = ROOT) -> int:
     """Build the book; returns how many files changed."""
     chapters = find_chapters(root)
+    sides = [path for c in chapters for path in (c.ipynb, c.py) if path.exists()]
+    read = {path: path.read_bytes() for path in sides}
     notebooks: list[tuple[Chapter, Any]] = []
     for chapter in chapters:
         notebook = merge_pair(chapter)
+        check_round_trip(notebook, chapter.stem, root)
         format_code(notebook, chapter.stem, root)
         notebooks.append((chapter, normalise(notebook)))
     sources = tangle([(chapter.stem, notebook) for chapter, notebook in notebooks], root)
@@ -125,6 +129,8 @@ def build(root: Path = ROOT) -> int:
     files = derive(notebooks, root)
     pages = {path: data for path, data in files.items() if path.suffix == ".md"}
     refuse_hand_edits(pages, root, record)
+    if late := [path.name for path, data in read.items() if path.read_bytes() != data]:
+        raise BookError(f"{', '.join(late)} changed during the build: run `make book` again")
     for chapter, notebook in notebooks:
         files[chapter.ipynb] = dump(notebook).encode()
     changed = [path for path, data in files.items() if write_atomically(path, data)]

@@ -17,7 +17,7 @@ import jupytext  # type: ignore[import-untyped]
 import nbformat
 from jupytext.config import load_jupytext_config  # type: ignore[import-untyped]
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError, CellTimeoutError
+from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL_TIMEOUT = 120
@@ -113,6 +113,14 @@ def from_text(text: str) -> Any:
     return jupytext.reads(text, fmt="py:percent")
 
 
+def check_round_trip(notebook: Any, where: str, root: Path = ROOT) -> None:
+    """Refuse a cell that would come back from the `py:percent` side as something else."""
+    again = from_text(to_text(notebook, root))
+    for number, (cell, back) in enumerate(zip(notebook.cells, again.cells), start=1):  # noqa: B905
+        if cell.source.rstrip() != back.source.rstrip():
+            raise BookError(f"{where}, cell {number}: does not survive as text; a line with # %%?")
+
+
 def format_code(notebook: Any, stem: str, root: Path = ROOT) -> None:
     """Format the code cells in place, by the same rules as the package."""
     result = subprocess.run(
@@ -144,8 +152,13 @@ def normalise(notebook: Any) -> Any:
             for output in new.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = new.execution_count
-        else:
+        elif cell.cell_type == "markdown" and not cell.get("attachments"):
             new = nbformat.v4.new_markdown_cell(cell.source.rstrip(), metadata=metadata)
+        else:
+            raise BookError(
+                f"cell {index + 1} is raw or holds a pasted image, which a .py file cannot keep;\n"
+                "use a Markdown cell, and a figure drawn by code"
+            )
         new.id = f"cell-{index:02d}"
         cells.append(new)
     result = nbformat.v4.new_notebook(cells=cells, metadata=METADATA)
@@ -188,7 +201,7 @@ def execute(notebook: Any, chapter: Chapter, package_parent: Path) -> None:
     )
     try:
         client.execute(env=environment, stderr=subprocess.DEVNULL)  # a TCP notice
-    except CellExecutionError as error:
+    except (CellExecutionError, DeadKernelError) as error:
         plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
         raise BookError(f"{chapter.stem}: a cell failed\n{plain}") from error
     except CellTimeoutError as error:
@@ -219,8 +232,8 @@ def read_record(root: Path = ROOT) -> dict[str, str]:
 def merge_pair(chapter: Chapter) -> Any:
     """The notebook that the two sides of a pair mean.
 
-    Where they differ, one is the edit: the side whose text is not that of the last build or,
-    before the first build here, of HEAD. File times are never asked: a checkout sets them at
+    Where they differ, one is the edit: the side whose text is not that of the last build here
+    or, where that tells nothing, of HEAD. File times are never asked: a checkout sets them at
     random.
 
     Raises:
@@ -235,14 +248,14 @@ def merge_pair(chapter: Chapter) -> Any:
     if sides[0] == sides[1]:
         return notebook
     name = chapter.py.relative_to(chapter.root).as_posix()
-    bases = {read_record(chapter.root).get(name)} - {None}
-    if not bases:
-        bases = {digest((committed(chapter.py, chapter.root) or "").encode())}
-    notebook_edited, text_edited = (digest(side.encode()) not in bases for side in sides)
-    if text_edited == notebook_edited:
-        raise BookError(
-            f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and it cannot be told\n"
-            f"which is the edit. Keep one: move notebooks/{chapter.stem}.py (or .ipynb) away,\n"
-            f"then run `make book` again; it makes the missing side from the other."
-        )
-    return from_text(sides[1]) if text_edited else notebook
+    last_build = read_record(chapter.root).get(name)
+    head = digest((committed(chapter.py, chapter.root) or "").encode())
+    for base in (last_build, head):
+        notebook_edited, text_edited = (digest(side.encode()) != base for side in sides)
+        if text_edited != notebook_edited:
+            return from_text(sides[1]) if text_edited else notebook
+    raise BookError(
+        f"notebooks/{chapter.stem}: the .ipynb and the .py differ, and it cannot be told\n"
+        f"which is the edit. Keep one: move notebooks/{chapter.stem}.py (or .ipynb) away,\n"
+        f"then run `make book` again; it makes the missing side from the other."
+    )

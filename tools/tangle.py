@@ -49,6 +49,8 @@ def export_target(source: str, where: str) -> str | None:
     """
     lines = source.splitlines()
     for number, line in enumerate(lines):
+        if re.match(r"\s*#\s+\|\s*export|\s+#\|", line):
+            raise BookError(f"{where}: {line!r} is not a marker; write `#| export NAME.py`")
         if not line.startswith("#|"):
             continue
         match = MARKER.match(line)
@@ -88,6 +90,9 @@ def tangle(notebooks: Iterable[tuple[str, Any]], root: Path = ROOT) -> dict[str,
                     f"{where}: {name} belongs to chapter {module.chapter}; one module, one chapter"
                 )
             add_cell(module, cell.source, where)
+    for module in modules.values():
+        if not module.docstring:
+            raise BookError(f"{module.chapter}: {module.name} has no docstring and no content")
     return {name: tidy(render(module), name, root) for name, module in modules.items()}
 
 
@@ -165,13 +170,12 @@ def add_piece(module: Module, piece: Piece) -> None:
     if isinstance(node, ast.ClassDef) and continues_itself(node):
         extend_class(module, node, piece)
         return
-    overloaded = isinstance(node, ast.FunctionDef) and any(
-        "overload" in ast.unparse(decorator) for decorator in node.decorator_list
-    )
     for name in defined_names(node):
+        if name in module.imported:
+            raise BookError(f"{piece.where}: {name} is imported already, as a thing of its own")
         for earlier in module.pieces:
-            was_overload = "overload" in earlier.text.split("def ")[0]
-            if name in defined_names(earlier.node) and not (overloaded or was_overload):
+            overloaded = is_accessor(node) or is_accessor(earlier.node)
+            if name in defined_names(earlier.node) and not overloaded:
                 raise BookError(
                     f"{piece.where}: {name} is exported already in {earlier.where}; "
                     f"to add to a class write `class {name}({name}):`"
@@ -226,7 +230,12 @@ def defined_names(node: ast.stmt) -> list[str]:
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
     if isinstance(node, ast.Assign):
-        return [target.id for target in node.targets if isinstance(target, ast.Name)]
+        names = (name for target in node.targets for name in ast.walk(target))
+        return [
+            name.id
+            for name in names
+            if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)
+        ]
     if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
         return [node.target.id]
     return []

@@ -34,6 +34,8 @@ def weave(notebook: Any, stem: str) -> tuple[str, dict[str, bytes]]:
                 cell.metadata.fold = summary
                 cell.metadata.fold_outputs = tag == "solution"
         for output in cell.outputs:
+            if "image/svg+xml" in output.get("data", {}):
+                raise BookError(f"{stem}, cell {number}: an SVG output; draw PNG, with show()")
             if "image/png" in output.get("data", {}):
                 name, image = take_figure(output, f"{stem}, cell {number}")
                 if figures.setdefault(name, image) != image:
@@ -57,6 +59,8 @@ def take_figure(output: Any, where: str) -> tuple[str, bytes]:
     name = output.metadata.get("filename", "")
     if not FIGURE_NAME.match(name):
         raise BookError(f"{where}: a figure needs a name such as bars.png, got {name!r}")
+    if re.search(r"[\[\]\n]", output.metadata.get("alt", "")):
+        raise BookError(f"{where}: the alt text of {name} has a bracket or a line break")
     if not output.metadata.get("alt", "").strip():
         raise BookError(f"{where}: {name} needs alt text that states what it shows")
     return name, base64.b64decode(output.data["image/png"])

@@ -19,6 +19,7 @@ __all__ = [
     "main",
     "output_shapes",
     "parse",
+    "print_stages",
     "read_image",
     "report",
     "stage_rows",
@@ -104,8 +105,7 @@ _MIXNETS = {"mixnet_s": mixnet_s, "mixnet_m": mixnet_m, "mixnet_l": mixnet_l}
 _MOBILENETS = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m mixconv",
         description="Push an image through a network; print shapes and costs stage by stage.",
@@ -121,6 +121,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="how the MobileNets split channels (equal)")  # fmt: skip
     add("--image", metavar="PATH", help="a picture to use in place of a black image")
     add("--weights", metavar="PATH", help="weights of a MixNet; untrained without")
+    return parser
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ends the program with a message if it makes no sense."""
+    parser = _parser()
     options = parser.parse_args(arguments)
     if len(options.size) > 2 or min(options.size) < 1:
         parser.error(f"--size takes one or two positive numbers, got {options.size}")
@@ -138,10 +144,8 @@ def build(name: str, options: argparse.Namespace) -> ConvNet:
     return make(tuple(options.kernel_sizes), partition=options.partition).eval()
 
 
-def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) -> None:
-    """Print the table of a network and, for an image, its highest scores."""
-    kernels = "" if name in _MIXNETS else f", kernels {tuple(options.kernel_sizes)}"
-    print(f"\n{name}{kernels}, input {'×'.join(map(str, x.shape))}")
+def print_stages(model: ConvNet, x: Tensor) -> None:
+    """Print the table of a network's stages, in columns."""
     lines = [("stage", "ends with", "output", "parameters", "multiply-adds")]
     lines += [(*row[:3], f"{row[3]:,}", f"{row[4]:,}") for row in stage_rows(model, x)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -149,6 +153,13 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
         cells = [cell.ljust(width) for cell, width in zip(line[:3], widths[:3], strict=True)]
         cells += [cell.rjust(width) for cell, width in zip(line[3:], widths[3:], strict=True)]
         print("  ".join(cells).rstrip())
+
+
+def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) -> None:
+    """Print what a network does to an input and, for an image, its highest scores."""
+    kernels = "" if name in _MIXNETS else f", kernels {tuple(options.kernel_sizes)}"
+    print(f"\n{name}{kernels}, input {'×'.join(map(str, x.shape))}")
+    print_stages(model, x)
     if options.image and not options.weights:
         print("the weights are random: no scores to show (give some with --weights)")
     elif options.image:
@@ -161,15 +172,11 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     options = parse(arguments)
-    height, width = options.size[0], options.size[-1]
+    size = (options.size[0], options.size[-1])
     try:
+        x = read_image(options.image, *size) if options.image else torch.zeros(1, 3, *size)
         for name in options.model:
-            model = build(name, options)
-            if options.image:
-                x = read_image(options.image, height, width)
-            else:
-                x = torch.zeros(1, 3, height, width)
-            report(name, model, x, options)
+            report(name, build(name, options), x, options)
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"python -m mixconv: {error}", file=sys.stderr)
         return 1

@@ -268,24 +268,20 @@ class MixConvBlock(nn.Module):
         skip: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= squeeze_ratio <= 1:
-            raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
         check_positive("expand_ratio", expand_ratio)
         self.stride, self.out_channels = stride, out_channels
         self.has_residual = skip and stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
-        expand = GroupedPointwise(in_channels, wide, expand_groups) if expand_ratio > 1 else None
+        self.expand: nn.Module = nn.Identity()
+        if expand_ratio > 1:
+            expand = GroupedPointwise(in_channels, wide, expand_groups)
+            self.expand = ConvNormActivation(expand, norm_layer, activation)
         mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
-        project = GroupedPointwise(wide, out_channels, project_groups)
-        squeezed = max(1, int(in_channels * squeeze_ratio))
-        gate = SqueezeExcite(wide, squeezed, activation) if squeeze_ratio else nn.Identity()
-        self.expand = (
-            ConvNormActivation(expand, norm_layer, activation) if expand else nn.Identity()
-        )
         self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
-        self.squeeze_excite = gate
+        self.squeeze_excite = _make_gate(in_channels, wide, squeeze_ratio, activation)
+        project = GroupedPointwise(wide, out_channels, project_groups)
         self.project = ConvNormActivation(project, norm_layer, None)
         self.drop_path = DropPath(drop_path_rate)
 
@@ -294,3 +290,12 @@ class MixConvBlock(nn.Module):
         y: Tensor = self.squeeze_excite(self.depthwise(self.expand(x)))
         y = self.project(y)
         return x + self.drop_path(y) if self.has_residual else y
+
+
+def _make_gate(channels: int, wide: int, squeeze_ratio: float, activation: str) -> nn.Module:
+    """Squeeze-and-excitation over `wide` channels of a block with `channels` input channels."""
+    if not 0 <= squeeze_ratio <= 1:
+        raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
+    if squeeze_ratio == 0:
+        return nn.Identity()
+    return SqueezeExcite(wide, max(1, int(channels * squeeze_ratio)), activation)

@@ -5,7 +5,8 @@
 Slow on purpose: these functions are what every faster version is compared with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "count_costs",
     "depthwise_loops",
     "depthwise_reference",
+    "evaluating",
     "layer_cost",
     "mixconv_loops",
     "mixconv_multiply_adds",
@@ -191,6 +193,18 @@ def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> Layer
     return LayerCost(name, kind, tuple(output.shape), parameters, multiply_adds)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model in evaluation mode; each layer's mode is restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     """Run a model once and report the cost of each convolution and linear layer, in order.
 
@@ -209,13 +223,10 @@ def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(*inputs)
+        with torch.no_grad(), evaluating(model):
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return costs

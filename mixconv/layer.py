@@ -150,8 +150,7 @@ class MixConv2d(nn.Module):
         check_positive("channel_multiplier", channel_multiplier)
         self.kernel_sizes = check_kernel_sizes(kernel_sizes)
         self.partition = resolve_partition(channels, self.kernel_sizes, partition)
-        self.in_channels = channels
-        self.out_channels = channels * channel_multiplier
+        self.in_channels, self.out_channels = channels, channels * channel_multiplier
         self.stride = _pair("stride", stride)
         self.dilation = _pair("dilation", dilation)
         self.padding = padding

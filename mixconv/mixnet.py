@@ -109,7 +109,9 @@ def decode_block(text: str) -> BlockConfig:
             tuple(int(k) for k in words[name].split(".")) for name in ("k", "a", "p")
         )
         rows, columns = (int(step) for step in words["s"])
-        config = BlockConfig(
+        if rows != columns or {*expand, *project} != {1} or rows == 0:
+            raise ValueError("strides must be equal and at least 1, a and p made of 1s")
+        return BlockConfig(
             in_channels=int(words["i"]), out_channels=int(words["o"]), kernel_sizes=kernels,
             stride=rows, expand_ratio=int(words["e"]), repeats=int(words["r"]),
             expand_groups=len(expand), project_groups=len(project),
@@ -119,12 +121,6 @@ def decode_block(text: str) -> BlockConfig:
         )  # fmt: skip
     except ValueError as error:
         raise ValueError(f"block string {text!r}: {error}") from None
-    if rows != columns or {*expand, *project} != {1} or 0 in (rows, config.repeats):
-        raise ValueError(
-            f"block string {text!r}: both strides must be equal, a and p made of 1s, "
-            "stride and repeats at least 1"
-        )
-    return config
 
 
 def encode_block(config: BlockConfig) -> str:
@@ -201,7 +197,6 @@ MIXNET_M = MixNetConfig(
     stem_channels=24,
     drop_rate=0.25,
 )
-
 
 MIXNET_L = replace(MIXNET_M, width_multiplier=1.3)
 

@@ -63,8 +63,7 @@ class ConvNet(nn.Module):
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
         self.head = head
-        self.num_features = num_features
-        self.drop_rate = drop_rate
+        self.num_features, self.drop_rate = num_features, drop_rate
         self.feature_info = describe_features(stem, blocks)
         self.reset_classifier(num_classes)
 
@@ -88,11 +87,9 @@ class ConvNet(nn.Module):
         if num_classes < 0:
             raise ValueError(f"num_classes must not be negative, got {num_classes}")
         self.num_classes = num_classes
-        like = next(self.stem.parameters())
-        if num_classes == 0:
-            self.classifier: nn.Module = nn.Identity()
-        else:
-            size = (self.num_features, num_classes)
+        self.classifier: nn.Module = nn.Identity()
+        if num_classes:
+            like, size = next(self.stem.parameters()), (self.num_features, num_classes)
             self.classifier = nn.Linear(*size, device=like.device, dtype=like.dtype)
             initialize(self.classifier)
 
@@ -227,6 +224,15 @@ _V2_BLOCKS = [
 ]  # fmt: skip
 
 
+def _unrolled_v2() -> list[tuple[int, int, int]]:
+    """Expansion, output channels and stride of each of the 17 blocks."""
+    return [
+        (expand_ratio, channels, stride if position == 0 else 1)
+        for expand_ratio, channels, repeats, stride in _V2_BLOCKS
+        for position in range(repeats)
+    ]
+
+
 def mobilenet_v2(
     kernel_sizes: int | Sequence[int] = (3,),
     *,
@@ -267,16 +273,12 @@ def mobilenet_v2(
     channels = round_channels(32, width_multiplier)
     stem_conv = make_conv2d(in_channels, channels, 3, 2, padding=padding)
     blocks: list[nn.Module] = []
-    for expand_ratio, out_channels, repeats, first_stride in _V2_BLOCKS:
-        wider = round_channels(out_channels, width_multiplier)
-        for stride in [first_stride] + [1] * (repeats - 1):
-            rate = drop_path_rate * len(blocks) / 17
-            blocks.append(
-                block(
-                    channels, wider, stride=stride, expand_ratio=expand_ratio, drop_path_rate=rate
-                )
-            )
-            channels = wider
+    for ratio, out_channels, stride in _unrolled_v2():
+        wider, rate = round_channels(out_channels, width_multiplier), drop_path_rate * len(blocks)
+        blocks.append(
+            block(channels, wider, stride=stride, expand_ratio=ratio, drop_path_rate=rate / 17)
+        )
+        channels = wider
     width = round_channels(1280, max(1.0, width_multiplier))
     head = ConvNormActivation(make_conv2d(channels, width, 1), activation="relu6")
     stem = ConvNormActivation(stem_conv, activation="relu6")
@@ -354,14 +356,9 @@ def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> 
     Raises:
         ValueError: saying why it cannot be done.
     """
-    height, width = conv.kernel_size
-    if height != width or height % 2 == 0:
-        raise ValueError(f"kernel {height}×{width} is not square and odd")
-    if torch.nn.utils.parametrize.is_parametrized(conv):
-        raise ValueError("its weight is parametrized")
-    found = _find_padding(conv) if padding is None else padding
     mixed = make(
-        conv.in_channels, stride=cast("tuple[int, int]", conv.stride), padding=found,
+        conv.in_channels, stride=cast("tuple[int, int]", conv.stride),
+        padding=_find_padding(conv) if padding is None else padding,
         channel_multiplier=conv.out_channels // conv.in_channels, bias=conv.bias is not None,
         dilation=cast("tuple[int, int]", conv.dilation),
         device=conv.weight.device, dtype=conv.weight.dtype,
@@ -369,7 +366,7 @@ def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> 
     for key, parameter in mixed.named_parameters():
         old = conv.bias if key.endswith("bias") else conv.weight
         parameter.requires_grad_(old is not None and old.requires_grad)
-    if conv.weight.stride(1) == 1 and height > 1:
+    if conv.weight.stride(1) == 1:
         mixed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return mixed.train(conv.training)
 
@@ -378,9 +375,7 @@ def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> 
 def _move_weights(conv: nn.Conv2d, mixed: MixConv2d) -> str:
     """Copy the weights of `conv` into `mixed`; returns why that is not exact, or nothing."""
     reason, start, size = "", 0, conv.kernel_size[0]
-    for part in mixed.modules():
-        if not isinstance(part, nn.Conv2d):
-            continue
+    for part in cast("list[nn.Conv2d]", list(mixed.convs)):
         stop = start + part.out_channels
         weight, k = conv.weight[start:stop], part.kernel_size[0]
         cut = max(0, (size - k) // 2)
@@ -432,26 +427,37 @@ def replace_depthwise(
     make(10_000, padding=padding or "symmetric", device="meta")  # bad arguments fail here, once
     if _is_depthwise(model):
         raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
-    report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d]()
+    report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
     inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
-    for name, conv in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(conv, MixConv2d):
-            report.layers.append(Replacement(name, str(conv), reason="it is a MixConv2d already"))
-        if not isinstance(conv, nn.Conv2d) or not _is_depthwise(conv) or conv in inside:
+    for name, layer in list(model.named_modules(remove_duplicate=False)):
+        if layer in inside or not (_is_depthwise(layer) or isinstance(layer, MixConv2d)):
             continue
-        if conv not in swapped:
-            try:
-                mixed = _convert(conv, make, padding)
-            except ValueError as error:
-                report.layers.append(Replacement(name, str(conv), reason=str(error)))
-                continue
-            reason = _move_weights(conv, mixed) if keep_center_weights else "fresh weights"
-            report.layers.append(Replacement(name, str(conv), str(mixed), not reason, reason))
-            swapped[conv] = mixed
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, swapped[conv])
+        if layer not in swapped:
+            swapped[layer], line = _replace(name, layer, make, padding, keep_center_weights)
+            report.layers.append(line)
+        if (mixed := swapped[layer]) is not None:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, mixed)
     return report
 
 
 def _is_depthwise(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _replace(
+    name: str, layer: nn.Module, make: partial[MixConv2d], padding: str | None, keep: bool
+) -> tuple[MixConv2d | None, Replacement]:
+    """The new layer, or None where there can be none, and the line for the report."""
+    try:
+        if not isinstance(layer, nn.Conv2d):
+            raise ValueError("it is a MixConv2d already")
+        if layer.kernel_size[0] != layer.kernel_size[1] or layer.kernel_size[0] % 2 == 0:
+            raise ValueError(f"kernel {layer.kernel_size} is not square and odd")
+        if torch.nn.utils.parametrize.is_parametrized(layer):
+            raise ValueError("its weight is parametrized")
+        mixed = _convert(layer, make, padding)
+    except ValueError as error:
+        return None, Replacement(name, str(layer), reason=str(error))
+    reason = _move_weights(layer, mixed) if keep else "fresh weights"
+    return mixed, Replacement(name, str(layer), str(mixed), not reason, reason)

@@ -8,97 +8,98 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, SqueezeExcite
+from mixconv.blocks import ConvNormActivation, GroupedPointwise, SqueezeExcite
 from mixconv.layer import MixConv2d
 from mixconv.mixnet import MixNet, MixNetOptions
 
-__all__ = [
-    "Layout",
-    "load_official",
-    "load_weights",
-    "matching_options",
-    "read_state_dict",
-    "to_timm",
-]
+__all__ = ["load_official", "load_weights", "matching_options", "read_state_dict", "to_timm"]
 
 
-Layout = Literal["conv", "depthwise", "dense", "vector"]
-
-_ORDER = {"conv": (3, 2, 0, 1), "depthwise": (2, 3, 0, 1), "dense": (1, 0), "vector": (0,)}
+_AXES = {"conv": (3, 2, 0, 1), "depthwise": (2, 3, 0, 1), "dense": (1, 0), "vector": (0,)}
 
 
 @dataclass
 class _Slot:
-    """Where one official variable goes: a tensor, or a part of one, and its layout there."""
+    """Where one official variable goes.
+
+    Attributes:
+        target: our tensor, or the part of it that holds this variable.
+        layout: "conv", "depthwise", "dense" or "vector".
+        scope: TensorFlow's name scope, such as "blocks_3".
+        kind: the Keras layer, such as "conv2d"; "se/conv2d" inside a gate.
+    """
 
     target: Tensor
-    layout: Layout
-
-    def to_torch(self, value: Tensor) -> Tensor:
-        """The variable in PyTorch's layout.
-
-        Raises:
-            ValueError: if the shape does not fit.
-        """
-        order = _ORDER[self.layout]
-        if value.dim() == len(order):
-            turned = value.permute(order)
-            if self.layout == "depthwise":
-                turned = turned.reshape(-1, 1, *turned.shape[2:])
-            if turned.shape == self.target.shape:
-                return turned
-        raise ValueError(f"shape {tuple(value.shape)} does not fit {tuple(self.target.shape)}")
+    layout: str
+    scope: str
+    kind: str
 
 
-def _conv_slots(conv: nn.Module) -> Iterator[_Slot]:
-    """The kernels of a layer, one for each group of MixConv or of 1×1 convolutions."""
-    if isinstance(conv, MixConv2d):
-        for part in conv.convs:
-            yield from _conv_slots(part)
-    elif isinstance(conv, nn.Conv2d):
-        depthwise = conv.groups == conv.in_channels and conv.groups > 1
-        groups = 1 if depthwise else conv.groups
-        for kernel in conv.weight.detach().chunk(groups):
-            yield _Slot(kernel, "depthwise" if depthwise else "conv")
-        if conv.bias is not None:
-            yield _Slot(conv.bias.detach(), "vector")
+def _to_torch(value: Tensor, slot: _Slot) -> Tensor:
+    """An official variable in PyTorch's layout.
+
+    Raises:
+        ValueError: if its shape does not fit the slot.
+    """
+    axes = _AXES[slot.layout]
+    turned = value.permute(axes) if value.dim() == len(axes) else value
+    if slot.layout == "depthwise" and value.dim() == 4:
+        turned = turned.reshape(-1, 1, *turned.shape[2:])
+    if turned.shape != slot.target.shape:
+        wanted = tuple(slot.target.shape)
+        raise ValueError(f"{slot.scope}/{slot.kind}: {tuple(value.shape)} does not fit {wanted}")
+    return turned
 
 
-def _norm_slots(norm: nn.Module) -> Iterator[_Slot]:
-    """Scale, shift, running mean, running variance."""
+def _conv_slots(conv: nn.Module, scope: str, prefix: str = "") -> Iterator[_Slot]:
+    parts = list(conv.convs) if isinstance(conv, MixConv2d) else [conv]
+    for part in cast("list[nn.Conv2d]", parts):
+        pointwise = isinstance(part, GroupedPointwise)
+        if not pointwise and part.groups == part.in_channels > 1:
+            yield _Slot(part.weight.detach(), "depthwise", scope, "depthwise_conv2d")
+        else:
+            for kernel in part.weight.detach().chunk(part.groups):
+                yield _Slot(kernel, "conv", scope, f"{prefix}conv2d")
+        if part.bias is not None:
+            yield _Slot(part.bias.detach(), "vector", scope, f"{prefix}conv2d")
+
+
+def _norm_slots(norm: nn.Module, scope: str) -> Iterator[_Slot]:
     for name in ("weight", "bias", "running_mean", "running_var"):
-        yield _Slot(cast("Tensor", getattr(norm, name)).detach(), "vector")
+        tensor = cast("Tensor", getattr(norm, name)).detach()
+        yield _Slot(tensor, "vector", scope, "batch_normalization")
 
 
-def _unit_slots(unit: nn.Module) -> Iterator[_Slot]:
+def _unit_slots(unit: nn.Module, scope: str) -> Iterator[_Slot]:
     if isinstance(unit, ConvNormActivation):
-        yield from _conv_slots(unit.get_submodule("conv"))
-        yield from _norm_slots(unit.get_submodule("norm"))
+        yield from _conv_slots(unit.get_submodule("conv"), scope)
+        yield from _norm_slots(unit.get_submodule("norm"), scope)
     elif isinstance(unit, SqueezeExcite):
-        yield from _conv_slots(unit.squeeze)
-        yield from _conv_slots(unit.excite)
+        yield from _conv_slots(unit.squeeze, scope, "se/")
+        yield from _conv_slots(unit.excite, scope, "se/")
 
 
 def _slots(model: MixNet) -> list[_Slot]:
     """Every official variable's place, in the official order of creation."""
-    units: list[nn.Module] = [model.stem]
-    for block in model.blocks:
-        units += [block.expand, block.depthwise, block.squeeze_excite, block.project]  # type: ignore[list-item]
-    slots = [slot for unit in [*units, model.head] for slot in _unit_slots(unit)]
+    slots = list(_unit_slots(model.stem, "stem"))
+    for index, block in enumerate(model.blocks):
+        for name in ("expand", "depthwise", "squeeze_excite", "project"):
+            slots += _unit_slots(block.get_submodule(name), f"blocks_{index}")
+    slots += _unit_slots(model.head, "head")
     if isinstance(model.classifier, nn.Linear):
-        slots.append(_Slot(model.classifier.weight.detach(), "dense"))
-        slots.append(_Slot(model.classifier.bias.detach(), "vector"))
+        slots.append(_Slot(model.classifier.weight.detach(), "dense", "head", "dense"))
+        slots.append(_Slot(model.classifier.bias.detach(), "vector", "head", "dense"))
     return slots
 
 
 _VARIABLE = re.compile(
-    r"(?:^|/)(?P<scope>stem|blocks_(?P<block>\d+)|head)/(?P<se>se/)?"
-    r"(?P<kind>depthwise_conv2d|conv2d|batch_normalization|dense)(?:_(?P<number>\d+))?/"
+    r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
+    r"(?P<kind>(?:se/)?(?:depthwise_conv2d|conv2d|batch_normalization|dense))(?:_(?P<number>\d+))?/"
     r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
 )
 
@@ -107,57 +108,38 @@ _NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", 
 _AVERAGE = "/ExponentialMovingAverage"
 
 
-def _creation_key(name: str, model: MixNet) -> tuple[int, ...] | None:
-    """A key that sorts TensorFlow variable names into order of creation; None for leftovers."""
-    match = _VARIABLE.search(name)
-    if match is None:
-        return None
-    scope = {"stem": -1, "head": len(model.blocks)}.get(match["scope"], int(match["block"] or 0))
-    number = int(match["number"] or 0)
-    return (
-        scope,
-        match["kind"] == "dense",
-        2 * bool(match["se"]),
-        number,
-        _NAMES.index(match["name"]),
-    )
+_Lines = dict[tuple[str, str], list[tuple[tuple[int, int], Any]]]
 
 
-def _in_creation_order(variables: Mapping[str, Any], model: MixNet) -> list[Any]:
-    """The variables of a checkpoint in the order of `_slots`."""
+def _stand_in_line(variables: Mapping[str, Any]) -> _Lines:
+    """The variables of each scope and kind, in order of creation, with what they sort by."""
     plain = {name.removesuffix(":0"): value for name, value in variables.items()}
-    averaged = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
-    plain = {n: v for n, v in plain.items() if not n.endswith(_AVERAGE)} | averaged
-    queues: dict[tuple[int, str], list[tuple[tuple[int, ...], Any]]] = {}
-    for name, value in plain.items():
-        key, match = _creation_key(name, model), _VARIABLE.search(name)
-        if key is not None and match is not None:
-            kind = "gate" if match["se"] else match["kind"]
-            queues.setdefault((key[0], kind), []).append((key, value))
-    for queue in queues.values():
-        queue.sort(key=lambda item: item[0], reverse=True)
-    ordered: list[Any] = []
-    for scope, kind, count in _demand(model):
-        queue = queues.get((scope, kind), [])
-        ordered += [queue.pop()[1] for _ in range(min(count, len(queue)))]
-    return ordered + [value for queue in queues.values() for _, value in queue]
+    averages = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
+    lines: _Lines = {}
+    for name, value in (plain | averages).items():
+        if match := _VARIABLE.search(name):
+            place = (int(match["number"] or 0), _NAMES.index(match["name"]))
+            lines.setdefault((match["scope"], match["kind"]), []).append((place, value))
+    return {key: sorted(line, key=lambda item: item[0]) for key, line in lines.items()}
 
 
-def _demand(model: MixNet) -> Iterator[tuple[int, str, int]]:
-    """Which kind of layer each unit takes from its scope, and how many variables."""
-    units: list[tuple[int, nn.Module]] = [(-1, model.stem)]
-    for index, block in enumerate(model.blocks):
-        names = ("expand", "depthwise", "squeeze_excite", "project")
-        units += [(index, cast("nn.Module", getattr(block, name))) for name in names]
-    for scope, unit in [*units, (len(model.blocks), model.head)]:
-        if isinstance(unit, SqueezeExcite):
-            yield scope, "gate", 4
-        elif isinstance(unit, ConvNormActivation):
-            slots = list(_conv_slots(unit.get_submodule("conv")))
-            kind = "depthwise_conv2d" if slots[0].layout == "depthwise" else "conv2d"
-            yield scope, kind, len(slots)
-            yield scope, "batch_normalization", 4
-    yield len(model.blocks), "dense", 2
+def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> list[Any]:
+    """The variables of a checkpoint in the order of the slots.
+
+    Raises:
+        ValueError: naming the scope and kind where variables are missing or left over.
+    """
+    lines = _stand_in_line(variables)
+    ordered = []
+    for slot in slots:
+        line = lines.get((slot.scope, slot.kind))
+        if not line:
+            raise ValueError(f"no variable left for {slot.scope}/{slot.kind}")
+        ordered.append(line.pop(0)[1])
+    surplus = sorted("/".join(key) for key, line in lines.items() if line)
+    if surplus:
+        raise ValueError(f"more variables than the model has in {', '.join(surplus)}")
+    return ordered
 
 
 def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
@@ -170,25 +152,19 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
             the weights are preferred; optimiser slots and counters are passed over.
 
     Raises:
-        ValueError: if the number of variables or a shape differs; the model is then unchanged.
+        ValueError: if the number of variables, a name or a shape differs; the model is then
+            unchanged.
 
-    Source: creation order of the official `mixnet_model.py`. Chapter 6.
+    Source: order of creation in the official `mixnet_model.py`. Chapter 6.
     """
     slots = _slots(model)
-    if isinstance(variables, Mapping):
-        variables = _in_creation_order(variables, model)
-    values = list(variables)
+    named = isinstance(variables, Mapping)
+    values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]
     if len(values) != len(slots):
         raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
-    turned = []
-    for index, (slot, value) in enumerate(zip(slots, values, strict=True)):
-        try:
-            turned.append(slot.to_torch(torch.as_tensor(value)))
-        except ValueError as error:
-            raise ValueError(f"variable {index}: {error}") from None
-    with torch.no_grad():
-        for slot, value in zip(slots, turned, strict=True):
-            slot.target.copy_(value)
+    turned = [_to_torch(torch.as_tensor(v), slot) for v, slot in zip(values, slots, strict=True)]
+    for slot, value in zip(slots, turned, strict=True):
+        slot.target.copy_(value)
 
 
 def _block_names(model: MixNet) -> list[str]:
@@ -363,39 +339,47 @@ def load_weights(model: MixNet, weights: Any) -> None:
         ImportError: naming the extra that is needed.
     """
     given = read_state_dict(weights)
-    names = _timm_names(model) if "conv_stem.weight" in given else {}
+    _drop_other_classifier(given, model.num_classes)
     own = model.state_dict()
-    sources = {key: names.get(key, [key]) for key in own}
-    skipped = _drop_classifier(given, own)
-    found, problems = {}, list[str]()
-    for key, parts in sources.items():
-        missing = [part for part in parts if part not in given]
-        if key in skipped or (missing and key.endswith("num_batches_tracked")):
-            continue
-        if missing:
-            problems += [f"missing {part}" for part in missing]
-            continue
-        value = torch.cat([given[part] for part in parts]) if len(parts) > 1 else given[parts[0]]
-        if value.shape != own[key].shape:
-            problems.append(f"{parts[0]} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
-        found[key] = value
-    known = {part for parts in sources.values() for part in parts} | skipped
-    problems += [f"unexpected {name}" for name in given if name not in known]
+    names = _timm_names(model) if "conv_stem.weight" in given else {key: [key] for key in own}
+    found, problems = _assemble(given, own, names)
     if problems:
         more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
         raise ValueError(f"these weights do not fit: {'; '.join(problems[:12])}{more}")
     model.load_state_dict(own | found)
 
 
-def _drop_classifier(given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> set[str]:
-    """Names of classifier tensors to leave out because the number of classes differs."""
-    ours, theirs = own.get("classifier.weight"), given.get("classifier.weight")
-    if theirs is None or (ours is not None and ours.shape[0] == theirs.shape[0]):
-        return set()
-    classes = 0 if ours is None else ours.shape[0]
-    warnings.warn(
-        f"the weights are for {theirs.shape[0]} classes, the model has {classes}: "
-        "its classifier keeps its own weights",
-        stacklevel=4,
-    )
-    return {"classifier.weight", "classifier.bias"}
+def _drop_other_classifier(given: dict[str, Tensor], num_classes: int) -> None:
+    """Remove a classifier for another number of classes, and say so."""
+    weight = given.get("classifier.weight")
+    if weight is None or weight.shape[0] == num_classes:
+        return
+    given.pop("classifier.weight")
+    given.pop("classifier.bias", None)
+    if num_classes:
+        warnings.warn(
+            f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
+            "its classifier keeps its own weights",
+            stacklevel=3,
+        )
+
+
+_OPTIONAL = ("num_batches_tracked", "classifier.weight", "classifier.bias")
+
+
+def _assemble(
+    given: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, list[str]]
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Our state dict from given tensors, and what is wrong with them."""
+    found, problems = {}, list[str]()
+    for key, parts in names.items():
+        missing = [part for part in parts if part not in given]
+        if missing:
+            problems += [f"missing {part}" for part in missing if not part.endswith(_OPTIONAL)]
+            continue
+        value = torch.cat([given[part] for part in parts]) if len(parts) > 1 else given[parts[0]]
+        if value.shape != own[key].shape:
+            problems.append(f"{parts[0]} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
+        found[key] = value
+    known = {part for parts in names.values() for part in parts}
+    return found, problems + [f"unexpected {name}" for name in given if name not in known]

@@ -571,6 +571,24 @@ def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> Layer
 
 # %%
 #| export formulation.py
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run a block with the model in evaluation mode; each layer's mode is restored afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+# %%
+#| export formulation.py
 def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     """Run a model once and report the cost of each convolution and linear layer, in order.
 
@@ -589,15 +607,12 @@ def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Conv2d | nn.Linear)
     ]
-    modes = [(module, module.training) for module in model.modules()]
     try:
-        with torch.no_grad():
-            model.eval()(*inputs)
+        with torch.no_grad(), evaluating(model):
+            model(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes:
-            module.training = mode
     return costs
 
 

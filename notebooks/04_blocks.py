@@ -344,14 +344,12 @@ from mixconv.teaching import kernel_color
 
 figure, axis = plt.subplots(figsize=(7.6, 2.7))
 arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#555555"}
+dark, light = "#dddddd", "#f0f0f0"
 steps = [  # left edge, half height, words, colour
-    (0.0, 0.35, "input\n40", "#dddddd"),
-    (1.9, 0.95, "expand\n1×1\n→ 240", "#f0f0f0"),
-    (3.8, 0.95, "MixConv\n3, 5, 7, 9\n240", "none"),
-    (5.7, 0.95, "squeeze,\nexcite\n240", "#f0f0f0"),
-    (7.6, 0.6, "project\n1×1\n→ 40", "#f0f0f0"),
-    (9.6, 0.35, "output\n40", "#dddddd"),
-]
+    (0.0, 0.35, "input\n40", dark), (1.9, 0.95, "expand\n1×1\n→ 240", light),
+    (3.8, 0.95, "MixConv\n3, 5, 7, 9\n240", "none"), (5.7, 0.95, "squeeze,\nexcite\n240", light),
+    (7.6, 0.6, "project\n1×1\n→ 40", light), (9.6, 0.35, "output\n40", dark),
+]  # fmt: skip
 for left, half, words, color in steps:
     axis.add_patch(
         plt.Rectangle((left, -half), 1.3, 2 * half, facecolor=color, edgecolor="#999999")
@@ -479,24 +477,20 @@ class MixConvBlock(nn.Module):
         skip: bool = True,
     ) -> None:
         super().__init__()
-        if not 0 <= squeeze_ratio <= 1:
-            raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
         check_positive("expand_ratio", expand_ratio)
         self.stride, self.out_channels = stride, out_channels
         self.has_residual = skip and stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
-        expand = GroupedPointwise(in_channels, wide, expand_groups) if expand_ratio > 1 else None
+        self.expand: nn.Module = nn.Identity()
+        if expand_ratio > 1:
+            expand = GroupedPointwise(in_channels, wide, expand_groups)
+            self.expand = ConvNormActivation(expand, norm_layer, activation)
         mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
-        project = GroupedPointwise(wide, out_channels, project_groups)
-        squeezed = max(1, int(in_channels * squeeze_ratio))
-        gate = SqueezeExcite(wide, squeezed, activation) if squeeze_ratio else nn.Identity()
-        self.expand = (
-            ConvNormActivation(expand, norm_layer, activation) if expand else nn.Identity()
-        )
         self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
-        self.squeeze_excite = gate
+        self.squeeze_excite = _make_gate(in_channels, wide, squeeze_ratio, activation)
+        project = GroupedPointwise(wide, out_channels, project_groups)
         self.project = ConvNormActivation(project, norm_layer, None)
         self.drop_path = DropPath(drop_path_rate)
 
@@ -506,6 +500,17 @@ class MixConvBlock(nn.Module):
 from mixconv.partition import check_positive
 
 
+def _make_gate(channels: int, wide: int, squeeze_ratio: float, activation: str) -> nn.Module:
+    """Squeeze-and-excitation over `wide` channels of a block with `channels` input channels."""
+    if not 0 <= squeeze_ratio <= 1:
+        raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
+    if squeeze_ratio == 0:
+        return nn.Identity()
+    return SqueezeExcite(wide, max(1, int(channels * squeeze_ratio)), activation)
+
+
+# %%
+#| export blocks.py
 class MixConvBlock(MixConvBlock):
     def forward(self, x: Tensor) -> Tensor:
         """Expand, mix, gate, project, and add the input where shapes allow."""

@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--partition", default="equal", choices=["equal", "exponential", "logarithmic"],
         help="how the MobileNets split channels (equal)")  # fmt: skip
     add("--image", metavar="PATH", help="a picture to use in place of a black image")
-    add("--weights", metavar="PATH", help="weights of a MixNet; untrained without")
+    add("--weights", metavar="PATH_OR_NAME", help="weights of a MixNet; untrained without")
     return parser
 
 

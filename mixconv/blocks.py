@@ -4,6 +4,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import cast
 
 import torch
@@ -229,7 +230,8 @@ class MixConvBlock(nn.Module):
         expand_ratio: wide channels for each input channel; 1 leaves the expansion out.
         expand_groups: groups of the expanding 1×1 convolution.
         project_groups: groups of the projecting 1×1 convolution.
-        squeeze_ratio: width of the gate's small layer to `in_channels`; 0 leaves the gate out.
+        squeeze_ratio: width of the gate's small layer as a fraction of `in_channels`; 0 leaves
+            the gate out.
         partition: how the wide channels are split; see `MixConv2d`.
         dilated: see `MixConv2d`.
         padding: "symmetric" or "same".
@@ -272,17 +274,16 @@ class MixConvBlock(nn.Module):
         self.stride, self.out_channels = stride, out_channels
         self.has_residual = skip and stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
+        unit = partial(ConvNormActivation, norm_layer=norm_layer, activation=activation)
         self.expand: nn.Module = nn.Identity()
         if expand_ratio > 1:
-            expand = GroupedPointwise(in_channels, wide, expand_groups)
-            self.expand = ConvNormActivation(expand, norm_layer, activation)
+            self.expand = unit(GroupedPointwise(in_channels, wide, expand_groups))
         mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
-        self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
+        self.depthwise = unit(mixed)
         self.squeeze_excite = _make_gate(in_channels, wide, squeeze_ratio, activation)
-        project = GroupedPointwise(wide, out_channels, project_groups)
-        self.project = ConvNormActivation(project, norm_layer, None)
+        self.project = unit(GroupedPointwise(wide, out_channels, project_groups), activation=None)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:

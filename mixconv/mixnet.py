@@ -3,13 +3,13 @@
 """MixNet-S, M and L from the official block strings (paper, section 4; chapter 6)."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, MixConvBlock, NormLayer
+from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d
 from mixconv.mobilenet import ConvNet, initialize, round_channels
 
@@ -140,8 +140,12 @@ def encode_block(config: BlockConfig) -> str:
     ]
     if config.squeeze_ratio:
         words.append(f"se{config.squeeze_ratio}")
-    words += ["noskip"] * (not config.skip) + ["sw"] * (config.activation == "swish")
-    return "_".join(words + ["dilated"] * config.dilated)
+    flags = {
+        "noskip": not config.skip,
+        "sw": config.activation == "swish",
+        "dilated": config.dilated,
+    }
+    return "_".join(words + [flag for flag, is_set in flags.items() if is_set])
 
 
 @dataclass(frozen=True)
@@ -213,25 +217,13 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     for entry in config.blocks:
         run = decode_block(entry) if isinstance(entry, str) else entry
         if run.in_channels != channels:
-            raise ValueError(f"{encode_block(run)} follows {channels} channels, not its i")
+            raise ValueError(f"{encode_block(run)} follows a block of {channels} channels")
+        wide_in, wide_out = width(run.in_channels), width(run.out_channels)
+        first = replace(run, in_channels=wide_in, out_channels=wide_out, repeats=1)
+        later = replace(first, in_channels=wide_out, stride=1)
+        blocks += [first] + [later] * (run.repeats - 1)
         channels = run.out_channels
-        first = replace(
-            run, in_channels=width(run.in_channels), out_channels=width(channels), repeats=1
-        )
-        blocks.append(first)
-        later = replace(first, in_channels=width(channels), stride=1)
-        blocks += [later] * (run.repeats - 1)
     return blocks
-
-
-def _make_block(config: BlockConfig, rate: float, padding: str, norm: NormLayer) -> MixConvBlock:
-    return MixConvBlock(
-        config.in_channels, config.out_channels, config.kernel_sizes, config.stride,
-        expand_ratio=config.expand_ratio, expand_groups=config.expand_groups,
-        project_groups=config.project_groups, squeeze_ratio=config.squeeze_ratio,
-        dilated=config.dilated, padding=padding, activation=config.activation,
-        norm_layer=norm, drop_path_rate=rate, skip=config.skip,
-    )  # fmt: skip
 
 
 class MixNet(ConvNet):
@@ -272,14 +264,18 @@ class MixNet(ConvNet):
     ) -> None:
         scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
         norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
-        runs = unroll(scaled)
+        configs = unroll(scaled)
         width = round_channels(config.stem_channels, scaled.width_multiplier)
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
-        head = make_conv2d(runs[-1].out_channels, config.head_channels, 1)
-        rates = [drop_path_rate * index / len(runs) for index in range(len(runs))]
-        blocks = [
-            _make_block(run, rate, padding, norm) for run, rate in zip(runs, rates, strict=True)
-        ]
+        blocks: list[nn.Module] = []
+        for block in configs:
+            arguments = asdict(block)
+            del arguments["repeats"]  # written out by unroll
+            rate = drop_path_rate * len(blocks) / len(configs)
+            blocks.append(
+                MixConvBlock(**arguments, padding=padding, norm_layer=norm, drop_path_rate=rate)
+            )
+        head = make_conv2d(configs[-1].out_channels, config.head_channels, 1)
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -305,11 +301,12 @@ class MixNetOptions(TypedDict, total=False):
 def _build(config: MixNetConfig, weights: Any, options: MixNetOptions) -> MixNet:
     if weights is None:
         return MixNet(config, **options)
-    from mixconv.weights import load_weights, matching_options  # weights.py builds on this module
+    from mixconv import weights as loading  # that module builds on this one
 
-    matched: MixNetOptions = {**matching_options(weights), **options}
+    state = loading.read_state_dict(weights)
+    matched: MixNetOptions = {**loading.matching_options(weights, state), **options}
     model = MixNet(config, **matched)
-    load_weights(model, weights)
+    loading.load_weights(model, state)
     return model
 
 
@@ -337,7 +334,7 @@ def mixnet_l(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
 
 
 def preprocess(image: Tensor) -> Tensor:
-    """Normalise RGB images as MixNet's training did, with ImageNet's mean and spread.
+    """Normalise RGB images as MixNet's training did, by ImageNet's mean and standard deviation.
 
     Shape:
         Input and output `(N, 3, H, W)`; input values 0 to 1.
@@ -347,6 +344,6 @@ def preprocess(image: Tensor) -> Tensor:
     """
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
-    mean, spread = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    normalised: Tensor = (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+    mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    normalised: Tensor = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     return normalised

@@ -331,6 +331,10 @@ class ReplacementReport:
         return "\n".join(lines)
 
 
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
 def _find_padding(conv: nn.Conv2d) -> str:
     """The padding of a depthwise layer in our terms.
 
@@ -366,7 +370,7 @@ def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> 
     for key, parameter in mixed.named_parameters():
         old = conv.bias if key.endswith("bias") else conv.weight
         parameter.requires_grad_(old is not None and old.requires_grad)
-    if conv.weight.stride(1) == 1:
+    if conv.weight.stride(1) == 1:  # channels last
         mixed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return mixed.train(conv.training)
 
@@ -409,7 +413,7 @@ def replace_depthwise(
         kernel_sizes: one odd size for each group.
         partition: "equal", "exponential" or "logarithmic".
         dilated: see `MixConv2d`; changes what the model computes.
-        padding: "symmetric" or "same"; found out for each layer if left out.
+        padding: "symmetric" or "same"; detected for each layer if left out.
         keep_center_weights: put the old kernels in the middle of the new ones. Otherwise the new
             layers start with fresh weights.
 
@@ -424,7 +428,8 @@ def replace_depthwise(
     """
     sizes = check_kernel_sizes(kernel_sizes)
     make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
-    make(10_000, padding=padding or "symmetric", device="meta")  # bad arguments fail here, once
+    enough = 1000 * len(sizes)  # channels for any mix, so that only bad arguments fail here
+    make(enough, padding=padding or "symmetric", device="meta")
     if _is_depthwise(model):
         raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
     report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
@@ -441,8 +446,11 @@ def replace_depthwise(
     return report
 
 
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
+    try:
+        return conv.stride != (1, 1) and _find_padding(conv) != padding
+    except ValueError:
+        return True
 
 
 def _replace(
@@ -460,4 +468,6 @@ def _replace(
     except ValueError as error:
         return None, Replacement(name, str(layer), reason=str(error))
     reason = _move_weights(layer, mixed) if keep else "fresh weights"
+    if padding is not None and not reason and _other_padding(layer, padding):
+        reason = "another padding"
     return mixed, Replacement(name, str(layer), str(mixed), not reason, reason)

@@ -6,7 +6,8 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mixconv.blocks import ConvNormActivation, GroupedPointwise, SqueezeExcite
 from mixconv.layer import MixConv2d
-from mixconv.mixnet import MixNet, MixNetOptions
+from mixconv.mixnet import MixNet, MixNetOptions, unroll
 
 __all__ = ["load_official", "load_weights", "matching_options", "read_state_dict", "to_timm"]
 
@@ -97,6 +98,31 @@ def _slots(model: MixNet) -> list[_Slot]:
     return slots
 
 
+def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
+    """Load the official TensorFlow variables into a MixNet.
+
+    Args:
+        model: a MixNet of the same configuration, with the official padding and epsilon.
+        variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
+            or by TensorFlow name, as `tf.train.load_checkpoint` gives them. Moving averages of
+            the weights are preferred; optimiser slots and counters are passed over.
+
+    Raises:
+        ValueError: if the number of variables, a name or a shape differs; the model is then
+            unchanged.
+
+    Source: order of creation in the official `mixnet_model.py`. Chapter 6.
+    """
+    slots = _slots(model)
+    named = isinstance(variables, Mapping)
+    values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]
+    if len(values) != len(slots):
+        raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
+    turned = [_to_torch(torch.as_tensor(v), slot) for v, slot in zip(values, slots, strict=True)]
+    for slot, value in zip(slots, turned, strict=True):
+        slot.target.copy_(value)
+
+
 _VARIABLE = re.compile(
     r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
     r"(?P<kind>(?:se/)?(?:depthwise_conv2d|conv2d|batch_normalization|dense))(?:_(?P<number>\d+))?/"
@@ -142,41 +168,11 @@ def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> 
     return ordered
 
 
-def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Load the official TensorFlow variables into a MixNet.
-
-    Args:
-        model: a MixNet of the same configuration, with the official padding and epsilon.
-        variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
-            or by TensorFlow name, as `tf.train.load_checkpoint` gives them. Moving averages of
-            the weights are preferred; optimiser slots and counters are passed over.
-
-    Raises:
-        ValueError: if the number of variables, a name or a shape differs; the model is then
-            unchanged.
-
-    Source: order of creation in the official `mixnet_model.py`. Chapter 6.
-    """
-    slots = _slots(model)
-    named = isinstance(variables, Mapping)
-    values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]
-    if len(values) != len(slots):
-        raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
-    turned = [_to_torch(torch.as_tensor(v), slot) for v, slot in zip(values, slots, strict=True)]
-    for slot, value in zip(slots, turned, strict=True):
-        slot.target.copy_(value)
-
-
 def _block_names(model: MixNet) -> list[str]:
     """The name of each block in timm: stage and position."""
-    names, stage, position, channels = [], 0, 0, None
-    for block in model.blocks:
-        if channels is not None and block.out_channels != channels:
-            stage, position = stage + 1, 0
-        channels = cast("int", block.out_channels)
-        names.append(f"blocks.{stage}.{position}")
-        position += 1
-    return names
+    plain = unroll(replace(model.config, width_multiplier=1.0))
+    stages = [list(run) for _, run in groupby(plain, key=lambda block: block.out_channels)]
+    return [f"blocks.{stage}.{i}" for stage, run in enumerate(stages) for i in range(len(run))]
 
 
 _WIDE = {"expand.conv": "conv_pw", "expand.norm": "bn1", "depthwise.conv": "conv_dw",
@@ -208,15 +204,21 @@ def _timm_names(model: MixNet) -> dict[str, list[str]]:
         layer, _, tensor = key.rpartition(".")
         base, _, part = layer.partition(".convs.")
         module = model.get_submodule(layer)
-        groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        timm = layers[base]
-        if part:
-            names[key] = [f"{timm}.{part}.{tensor}"]
-        elif isinstance(module, nn.Conv2d) and 1 < groups < module.in_channels:
-            names[key] = [f"{timm}.{group}.{tensor}" for group in range(groups)]
-        else:
-            names[key] = [f"{timm}.{tensor}"]
+        numbers = [part] if part else []
+        if isinstance(module, GroupedPointwise) and module.groups > 1:
+            numbers = [str(group) for group in range(module.groups)]
+        stems = [f"{layers[base]}.{number}" for number in numbers] or [layers[base]]
+        names[key] = [f"{stem}.{tensor}" for stem in stems]
     return names
+
+
+def _cut(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """A state dict of ours cut into the tensors that other names stand for; they are views."""
+    result: dict[str, Tensor] = {}
+    for key, parts in names.items():
+        tensors = state[key].chunk(len(parts)) if len(parts) > 1 else (state[key],)
+        result |= zip(parts, tensors, strict=True)
+    return result
 
 
 def to_timm(model: MixNet) -> dict[str, Tensor]:
@@ -224,12 +226,10 @@ def to_timm(model: MixNet) -> dict[str, Tensor]:
 
     Source: `EfficientNet` of timm 1.0. Chapter 6.
     """
-    state = model.state_dict()
-    result: dict[str, Tensor] = {}
-    for key, names in _timm_names(model).items():
-        parts = state[key].chunk(len(names)) if len(names) > 1 else (state[key],)
-        result |= zip(names, parts, strict=True)
-    return result
+    return {
+        name: tensor.clone()
+        for name, tensor in _cut(model.state_dict(), _timm_names(model)).items()
+    }
 
 
 _HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
@@ -306,13 +306,17 @@ def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
     return {str(key).removeprefix("module."): value for key, value in data.items()}
 
 
-def matching_options(weights: Any) -> MixNetOptions:
+def matching_options(weights: Any, state: Mapping[str, Tensor]) -> MixNetOptions:
     """The MixNet options that timm weights of this name were trained with; empty if unknown.
 
     `tf_mixnet_*` (the official weights) want TensorFlow's padding and epsilon 1e-3, plain
-    `mixnet_*` symmetric padding and 1e-5.
+    `mixnet_*` symmetric padding and 1e-5. Weights under our own names want the defaults.
+
+    Args:
+        weights: what the caller gave: a path, a hub name, or a state dict.
+        state: the tensors in it.
     """
-    if not isinstance(weights, str | os.PathLike):
+    if not isinstance(weights, str | os.PathLike) or "conv_stem.weight" not in state:
         return {}
     name = Path(weights).name
     if name.startswith("tf_mixnet"):
@@ -339,47 +343,44 @@ def load_weights(model: MixNet, weights: Any) -> None:
         ImportError: naming the extra that is needed.
     """
     given = read_state_dict(weights)
-    _drop_other_classifier(given, model.num_classes)
     own = model.state_dict()
     names = _timm_names(model) if "conv_stem.weight" in given else {key: [key] for key in own}
-    found, problems = _assemble(given, own, names)
-    if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"these weights do not fit: {'; '.join(problems[:12])}{more}")
-    model.load_state_dict(own | found)
+    expected = _cut(own, names)
+    for name in _other_classifier(given, model.num_classes):
+        given.pop(name, None)
+        expected.pop(name, None)
+    _check_fit(given, expected)
+    with torch.no_grad():
+        for name in given:
+            expected[name].copy_(given[name])
 
 
-def _drop_other_classifier(given: dict[str, Tensor], num_classes: int) -> None:
-    """Remove a classifier for another number of classes, and say so."""
+def _other_classifier(given: Mapping[str, Tensor], num_classes: int) -> tuple[str, ...]:
+    """The classifier's names, if the weights have one for another number of classes."""
     weight = given.get("classifier.weight")
     if weight is None or weight.shape[0] == num_classes:
-        return
-    given.pop("classifier.weight")
-    given.pop("classifier.bias", None)
+        return ()
     if num_classes:
         warnings.warn(
             f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
             "its classifier keeps its own weights",
-            stacklevel=3,
+            stacklevel=4,
         )
+    return ("classifier.weight", "classifier.bias")
 
 
-_OPTIONAL = ("num_batches_tracked", "classifier.weight", "classifier.bias")
-
-
-def _assemble(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, list[str]]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Our state dict from given tensors, and what is wrong with them."""
-    found, problems = {}, list[str]()
-    for key, parts in names.items():
-        missing = [part for part in parts if part not in given]
-        if missing:
-            problems += [f"missing {part}" for part in missing if not part.endswith(_OPTIONAL)]
-            continue
-        value = torch.cat([given[part] for part in parts]) if len(parts) > 1 else given[parts[0]]
-        if value.shape != own[key].shape:
-            problems.append(f"{parts[0]} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
-        found[key] = value
-    known = {part for parts in names.values() for part in parts}
-    return found, problems + [f"unexpected {name}" for name in given if name not in known]
+def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with what is missing, unexpected, or of another shape."""
+    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in expected if n in given}
+    problems = {
+        "missing": [n for n in expected if n not in given and not n.endswith("_batches_tracked")],
+        "unexpected": [n for n in given if n not in expected],
+        "of another shape": [f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b],
+    }
+    parts = [
+        f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"these weights do not fit; {'; '.join(parts)}")

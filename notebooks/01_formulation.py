@@ -511,7 +511,7 @@ show(
     figure,
     "depthwise_share.png",
     "Stacked bars of the multiply-adds per pixel for kernels 3×3 to 13×13 at 240 channels. The "
-    "grey pointwise part is the same; the coloured depthwise part grows from 4 percent to 41 percent.",
+    "grey pointwise part is the same; the coloured depthwise part grows from 4% to 41%.",
 )
 
 # %% [markdown]

@@ -167,7 +167,35 @@ class DepthwiseSeparableBlock(nn.Module):
 
 
 # %% [markdown]
-# What it costs, layer by layer, with chapter 1's counter. Stride 2 quarters the pixels *after* the depthwise layer, so both layers gain.
+# Its two steps written out, with gradients of the image and of both kernels:
+
+# %%
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from mixconv.teaching import check_rewrite
+
+torch.manual_seed(0)
+plain = DepthwiseSeparableBlock(4, 6, stride=2).double().eval()
+
+
+def by_block(x, depthwise, pointwise):
+    weights = {"depthwise.conv.weight": depthwise, "pointwise.conv.weight": pointwise}
+    return functional_call(plain, weights, x)
+
+
+def two_steps(x, depthwise, pointwise):
+    y = F.conv2d(x, depthwise, stride=2, padding=1, groups=4)
+    y = F.relu(plain.depthwise.norm(y))
+    return F.relu(plain.pointwise.norm(F.conv2d(y, pointwise)))
+
+
+shapes = [(2, 4, 8, 8), (4, 1, 3, 3), (6, 4, 1, 1)]
+tensors = [torch.randn(shape).double() for shape in shapes]
+check_rewrite(two_steps, by_block, *tensors, what="block and its two steps")
+
+# %% [markdown]
+# What it costs, layer by layer, with chapter 1's counter. With stride 2 both layers compute a quarter of the outputs.
 
 # %%
 from mixconv.formulation import count_costs
@@ -190,7 +218,7 @@ cost_table(DepthwiseSeparableBlock(64, 128, (3, 5, 7), stride=2), 1, 64, 56, 56)
 #
 # - **Squeeze.** Average each channel. Channel 0 holds 1, 2, 3, 6: mean 3. Channel 1 holds 0, 0, 2, 2: mean 1.
 # - A small layer from two values to one: say $s = \mathrm{relu}(1 \cdot 3 - 1 \cdot 1) = 2$.
-# - **Excite.** A layer back to two values: say $(0 \cdot 2,\; 10 \cdot 2) = (0, 20)$, and the sigmoid of each: 0.5 and nearly 1.
+# - **Excite.** A layer back to two values: say 0 · 2 = 0 and 10 · 2 = 20. The sigmoid makes them 0.5 and nearly 1.
 # - Multiply: channel 0 is halved, channel 1 stays.
 #
 # > 📄 **Paper.** Figure 8 and its text do not draw squeeze-and-excitation.
@@ -240,6 +268,7 @@ with torch.no_grad():
 assert torch.allclose(y[0, 0], x[0, 0] / 2)
 y
 
+
 # %% [markdown]
 # ## Two groups of 1×1 convolutions
 #
@@ -250,13 +279,6 @@ y
 # That is what PyTorch calls `groups=2`. Both groups have the same kernel size, so here PyTorch's grouping is enough.
 
 # %%
-import torch.nn.functional as F
-
-from mixconv.teaching import check_rewrite
-
-torch.manual_seed(0)
-
-
 def split_and_concatenate(x, first, second):
     low, high = x.chunk(2, dim=1)
     return torch.cat([F.conv2d(low, first), F.conv2d(high, second)], dim=1)
@@ -346,9 +368,9 @@ figure, axis = plt.subplots(figsize=(7.6, 2.7))
 arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#555555"}
 dark, light = "#dddddd", "#f0f0f0"
 steps = [  # left edge, half height, words, colour
-    (0.0, 0.35, "input\n40", dark), (1.9, 0.95, "expand\n1×1\n→ 240", light),
-    (3.8, 0.95, "MixConv\n3, 5, 7, 9\n240", "none"), (5.7, 0.95, "squeeze,\nexcite\n240", light),
-    (7.6, 0.6, "project\n1×1\n→ 40", light), (9.6, 0.35, "output\n40", dark),
+    (0.0, 0.35, "input\n80", dark), (1.9, 0.95, "expand\n1×1\n→ 480", light),
+    (3.8, 0.95, "", "none"), (5.7, 0.95, "squeeze,\nexcite\n480", light),
+    (7.6, 0.6, "project\n1×1\n→ 80", light), (9.6, 0.35, "output\n80", dark),
 ]  # fmt: skip
 for left, half, words, color in steps:
     axis.add_patch(
@@ -357,7 +379,9 @@ for left, half, words, color in steps:
     axis.text(left + 0.65, 0, words, ha="center", va="center", fontsize=9)
 for stripe, k in enumerate((9, 7, 5, 3)):
     corner = (3.8, -0.95 + 0.475 * stripe)
-    axis.add_patch(plt.Rectangle(corner, 1.3, 0.475, color=kernel_color(k), alpha=0.45, zorder=0))
+    axis.add_patch(plt.Rectangle(corner, 1.3, 0.475, color=kernel_color(k), alpha=0.5, lw=0))
+    axis.text(4.45, corner[1] + 0.22, f"{k}×{k}", ha="center", va="center", fontsize=9)
+axis.text(4.45, -1.2, "MixConv, 480", ha="center", va="center", fontsize=9)
 for (left, *_), (right, *_) in pairwise(steps):
     axis.add_patch(FancyArrowPatch((left + 1.3, 0), (right, 0), **arrow))
 circle = {"boxstyle": "circle,pad=0.1", "facecolor": "white", "edgecolor": "#999999"}
@@ -365,13 +389,13 @@ axis.text(9.25, 0, "+", ha="center", va="center", fontsize=13, bbox=circle)
 axis.plot([0.65, 0.65, 9.25], [0.35, 1.3, 1.3], color="#555555", linewidth=1)
 axis.add_patch(FancyArrowPatch((9.25, 1.3), (9.25, 0.2), **arrow))
 axis.text(4.9, 1.38, "residual, if stride 1 and equal channels", ha="center", fontsize=9)
-axis.set(xlim=(-0.2, 11.1), ylim=(-1.1, 1.7))
+axis.set(xlim=(-0.2, 11.1), ylim=(-1.35, 1.7))
 axis.axis("off")
 show(
     figure,
     "mixconv_block.png",
-    "The MixConv block: 40 input channels are expanded by a 1×1 convolution to 240, pass MixConv "
-    "and squeeze-and-excitation, and are projected back to 40. A residual connection adds the "
+    "The MixConv block: 80 input channels are expanded by a 1×1 convolution to 480, pass MixConv "
+    "and squeeze-and-excitation, and are projected back to 80. A residual connection adds the "
     "input to the output when stride is 1 and the channels are equal.",
 )
 
@@ -419,14 +443,18 @@ class DropPath(nn.Module):
 torch.manual_seed(0)
 DropPath(0.5).train()(torch.ones(6, 1, 1, 1)).flatten()
 
-
 # %% [markdown]
-# Now the block. `expand_ratio=1` leaves the first step out, `squeeze_ratio=0` the gate.
+# Now the block, signature first. `expand_ratio=1` leaves the first step out, `squeeze_ratio=0` the gate.
 #
 # > ⚙️ **Official code.** The activation after the projection is left out: the narrow ends are linear, as in MobileNetV2.
 
 # %%
 #| export blocks.py
+from functools import partial
+
+from mixconv.partition import check_positive
+
+
 class MixConvBlock(nn.Module):
     """Inverted residual block: expand, MixConv, squeeze-and-excitation, project, add.
 
@@ -438,7 +466,8 @@ class MixConvBlock(nn.Module):
         expand_ratio: wide channels for each input channel; 1 leaves the expansion out.
         expand_groups: groups of the expanding 1×1 convolution.
         project_groups: groups of the projecting 1×1 convolution.
-        squeeze_ratio: width of the gate's small layer to `in_channels`; 0 leaves the gate out.
+        squeeze_ratio: width of the gate's small layer as a fraction of `in_channels`; 0 leaves
+            the gate out.
         partition: how the wide channels are split; see `MixConv2d`.
         dilated: see `MixConv2d`.
         padding: "symmetric" or "same".
@@ -481,25 +510,21 @@ class MixConvBlock(nn.Module):
         self.stride, self.out_channels = stride, out_channels
         self.has_residual = skip and stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
+        unit = partial(ConvNormActivation, norm_layer=norm_layer, activation=activation)
         self.expand: nn.Module = nn.Identity()
         if expand_ratio > 1:
-            expand = GroupedPointwise(in_channels, wide, expand_groups)
-            self.expand = ConvNormActivation(expand, norm_layer, activation)
+            self.expand = unit(GroupedPointwise(in_channels, wide, expand_groups))
         mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
-        self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
+        self.depthwise = unit(mixed)
         self.squeeze_excite = _make_gate(in_channels, wide, squeeze_ratio, activation)
-        project = GroupedPointwise(wide, out_channels, project_groups)
-        self.project = ConvNormActivation(project, norm_layer, None)
+        self.project = unit(GroupedPointwise(wide, out_channels, project_groups), activation=None)
         self.drop_path = DropPath(drop_path_rate)
 
 
 # %%
 #| export blocks.py
-from mixconv.partition import check_positive
-
-
 def _make_gate(channels: int, wide: int, squeeze_ratio: float, activation: str) -> nn.Module:
     """Squeeze-and-excitation over `wide` channels of a block with `channels` input channels."""
     if not 0 <= squeeze_ratio <= 1:
@@ -520,17 +545,25 @@ class MixConvBlock(MixConvBlock):
 
 
 # %% [markdown]
-# The block of the figure. It is MixNet-M's `k3.5.7.9 … i40_o40_se0.5`, on its 28×28 pixels, with one group in its pointwise layers:
+# The block of the figure is MixNet-M's `k3.5.7.9_a1.1_p1.1_s11_e6_i80_o80_se0.25_sw` on its 14×14 pixels. With a pencil:
+#
+# - Expand: 80 · 480 / 2 groups = 19,200 weights.
+# - MixConv: 480 / 4 · (9 + 25 + 49 + 81) = 19,680.
+# - Gate: 480 · 20 + 20, and 20 · 480 + 480: together 19,700.
+# - Project: 480 · 80 / 2 = 19,200.
+#
+# Each is used 196 times, once for each pixel, except the gate's, which are used once.
 
 # %%
-block = MixConvBlock(40, 40, (3, 5, 7, 9), expand_ratio=6, squeeze_ratio=0.5, activation="swish")
-cost_table(block, 1, 40, 28, 28)
+block = MixConvBlock(80, 80, (3, 5, 7, 9), expand_groups=2, project_groups=2,
+                     squeeze_ratio=0.25, activation="swish")  # fmt: skip
+cost_table(block, 1, 80, 14, 14)
 
 # %% [markdown]
-# Read it by kind. MixConv is a third of the multiply-adds here, a quarter of the parameters sit in the gate, and the gate's multiply-adds are next to nothing: it works on one pixel.
+# By kind: MixConv is a third of the multiply-adds. A quarter of the parameters sit in the gate, whose multiply-adds are next to nothing.
 
 # %%
-costs = count_costs(block, torch.zeros(1, 40, 28, 28))
+costs = count_costs(block, torch.zeros(1, 80, 14, 14))
 gates = [c for c in costs if "squeeze_excite" in c.name]
 mixed = [c for c in costs if c.kind == "depthwise"]
 for name, part in (("gate", gates), ("MixConv", mixed)):
@@ -539,15 +572,14 @@ for name, part in (("gate", gates), ("MixConv", mixed)):
     print(f"{name}: {parameters:.0%} of the parameters, {work:.1%} of the multiply-adds")
 
 # %% [markdown]
-# Proof that the parts are wired as told: the block against its steps written out, with the gradient of the input.
+# Proof that the parts are wired as described: a block against its steps written out, with the gradients of the input and of the MixConv kernels.
 
 # %%
 block = MixConvBlock(8, 8, (3, 5), expand_ratio=2, squeeze_ratio=0.5).double().eval()
 
 
-def written_out(x):
+def written_out(x, first, second):
     y = F.relu(block.expand.norm(F.conv2d(x, block.expand.conv.weight)))
-    first, second = (conv.weight for conv in block.depthwise.conv.convs)
     low, high = y.split(8, dim=1)
     y = torch.cat([F.conv2d(low, first, padding=1, groups=8),
                    F.conv2d(high, second, padding=2, groups=8)], dim=1)  # fmt: skip
@@ -557,12 +589,19 @@ def written_out(x):
     return x + block.project.norm(F.conv2d(y, block.project.conv.weight))
 
 
-check_rewrite(written_out, block, torch.randn(2, 8, 7, 7).double(), what="block and its steps")
+def by_block(x, first, second):
+    names = ("depthwise.conv.convs.0.weight", "depthwise.conv.convs.1.weight")
+    return functional_call(block, dict(zip(names, (first, second), strict=True)), x)
+
+
+kernels = [conv.weight.detach() for conv in block.depthwise.conv.convs]
+x = torch.randn(2, 8, 7, 7).double()
+check_rewrite(written_out, by_block, x, *kernels, what="block and its steps")
 
 # %% [markdown]
 # ## Exercises
 #
-# **4.1** How many weights has the expand-and-project pair of a block from c to c channels, with `expand_ratio` e and `groups` groups in both? Convolutions only.
+# **4.1** How many weights does the expand-and-project pair of a block from c to c channels have, with `expand_ratio` e and `groups` groups in both? Convolutions only.
 
 # %%
 from mixconv.teaching import attempt
@@ -590,7 +629,7 @@ attempt(pair_weights_solution, test_pair)
 
 
 # %% [markdown]
-# **4.2** Two grouped pointwise layers after each other never let the halves talk. A *channel shuffle* between them does: with two groups, reorder channels 0 1 2 3 4 5 to 0 3 1 4 2 5. Write it for any number of groups.
+# **4.2** Two grouped pointwise layers, one after the other, never let the halves talk. A *channel shuffle* between them does: with two groups, reorder channels 0 1 2 3 4 5 to 0 3 1 4 2 5. Write it for any number of groups.
 
 # %%
 def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:

@@ -32,14 +32,14 @@
 # | `se0.5` | squeeze to 0.5 · 40 = 20 channels |
 # | `sw` | swish; without it ReLU |
 #
-# With a stride, only the first of the repeated blocks has it. Rarer words: `noskip` leaves the residual out, `dilated` dilates.
+# With a stride, only the first of the repeated blocks has it. Two more flags: `noskip` leaves the residual out, `dilated` dilates.
 
 # %%
 #| export mixnet.py
 """MixNet-S, M and L from the official block strings (paper, section 4; chapter 6)."""
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, TypedDict, Unpack
 
@@ -88,7 +88,7 @@ _WORD = re.compile(r"^(r|k|a|p|s|e|i|o|se)(\d[\d.]*)$")
 _FLAGS = {"sw", "noskip", "dilated"}
 
 
-# %%
+# %% tags=["plumbing"]
 #| export mixnet.py
 def _split_words(text: str) -> tuple[dict[str, str], set[str]]:
     """The numbered words of a block string, and its flags.
@@ -172,8 +172,12 @@ def encode_block(config: BlockConfig) -> str:
     ]
     if config.squeeze_ratio:
         words.append(f"se{config.squeeze_ratio}")
-    words += ["noskip"] * (not config.skip) + ["sw"] * (config.activation == "swish")
-    return "_".join(words + ["dilated"] * config.dilated)
+    flags = {
+        "noskip": not config.skip,
+        "sw": config.activation == "swish",
+        "dilated": config.dilated,
+    }
+    return "_".join(words + [flag for flag, is_set in flags.items() if is_set])
 
 
 # %%
@@ -233,7 +237,7 @@ MIXNET_S = MixNetConfig(
 )
 
 # %% [markdown]
-# MixNet-L is M with every channel count but the head's multiplied by 1.3.
+# MixNet-L is M with every channel count but the head's multiplied by 1.3, and rounded as in chapter 5.
 
 # %%
 #| export mixnet.py
@@ -293,14 +297,12 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     for entry in config.blocks:
         run = decode_block(entry) if isinstance(entry, str) else entry
         if run.in_channels != channels:
-            raise ValueError(f"{encode_block(run)} follows {channels} channels, not its i")
+            raise ValueError(f"{encode_block(run)} follows a block of {channels} channels")
+        wide_in, wide_out = width(run.in_channels), width(run.out_channels)
+        first = replace(run, in_channels=wide_in, out_channels=wide_out, repeats=1)
+        later = replace(first, in_channels=wide_out, stride=1)
+        blocks += [first] + [later] * (run.repeats - 1)
         channels = run.out_channels
-        first = replace(
-            run, in_channels=width(run.in_channels), out_channels=width(channels), repeats=1
-        )
-        blocks.append(first)
-        later = replace(first, in_channels=width(channels), stride=1)
-        blocks += [later] * (run.repeats - 1)
     return blocks
 
 
@@ -314,19 +316,9 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 
 # %%
 #| export mixnet.py
-from mixconv.blocks import ConvNormActivation, MixConvBlock, NormLayer
+from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d
 from mixconv.mobilenet import ConvNet, initialize
-
-
-def _make_block(config: BlockConfig, rate: float, padding: str, norm: NormLayer) -> MixConvBlock:
-    return MixConvBlock(
-        config.in_channels, config.out_channels, config.kernel_sizes, config.stride,
-        expand_ratio=config.expand_ratio, expand_groups=config.expand_groups,
-        project_groups=config.project_groups, squeeze_ratio=config.squeeze_ratio,
-        dilated=config.dilated, padding=padding, activation=config.activation,
-        norm_layer=norm, drop_path_rate=rate, skip=config.skip,
-    )  # fmt: skip
 
 
 # %%
@@ -369,14 +361,18 @@ class MixNet(ConvNet):
     ) -> None:
         scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
         norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
-        runs = unroll(scaled)
+        configs = unroll(scaled)
         width = round_channels(config.stem_channels, scaled.width_multiplier)
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
-        head = make_conv2d(runs[-1].out_channels, config.head_channels, 1)
-        rates = [drop_path_rate * index / len(runs) for index in range(len(runs))]
-        blocks = [
-            _make_block(run, rate, padding, norm) for run, rate in zip(runs, rates, strict=True)
-        ]
+        blocks: list[nn.Module] = []
+        for block in configs:
+            arguments = asdict(block)
+            del arguments["repeats"]  # written out by unroll
+            rate = drop_path_rate * len(blocks) / len(configs)
+            blocks.append(
+                MixConvBlock(**arguments, padding=padding, norm_layer=norm, drop_path_rate=rate)
+            )
+        head = make_conv2d(configs[-1].out_channels, config.head_channels, 1)
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -407,11 +403,12 @@ class MixNetOptions(TypedDict, total=False):
 def _build(config: MixNetConfig, weights: Any, options: MixNetOptions) -> MixNet:
     if weights is None:
         return MixNet(config, **options)
-    from mixconv.weights import load_weights, matching_options  # weights.py builds on this module
+    from mixconv import weights as loading  # that module builds on this one
 
-    matched: MixNetOptions = {**matching_options(weights), **options}
+    state = loading.read_state_dict(weights)
+    matched: MixNetOptions = {**loading.matching_options(weights, state), **options}
     model = MixNet(config, **matched)
-    load_weights(model, weights)
+    loading.load_weights(model, state)
     return model
 
 
@@ -511,13 +508,14 @@ for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict
             axis.add_patch(plt.Rectangle((column - 0.4, row), 0.8, 0.94, color=kernel_color(k)))
             axis.text(column, row + 0.45, str(k), color="white", ha="center", va="center",
                       fontsize=8, weight="bold")  # fmt: skip
-        marks = ("+" if run.squeeze_ratio else "") + ("g" if run.expand_groups > 1 else "")
-        axis.text(column, -0.65, f"e{run.expand_ratio}\n{marks}", ha="center", va="center",
-                  fontsize=7)  # fmt: skip
-        if name == "S" and column in (11, 12):
-            box = plt.Rectangle((column - 0.46, -0.06), 0.92, 4.1, fill=False, linestyle="--")
-            axis.add_patch(box)
-    axis.set(xlim=(-0.6, 18.7), ylim=(-1.1, 6), xticks=[], yticks=[])
+        groups = f"{run.expand_groups}/{run.project_groups}"
+        marks = f"{run.expand_ratio}\n{groups}\n{'●' if run.squeeze_ratio else ''}"
+        axis.text(column, -0.1, marks, ha="center", va="top", fontsize=7)
+    axis.text(-0.7, -0.1, "expand\n1×1 groups\ngate", ha="right", va="top", fontsize=7)
+    if name == "S":
+        axis.add_patch(plt.Rectangle((10.54, -0.06), 1.92, 4.1, fill=False, linestyle="--"))
+        axis.text(11.5, 4.15, "paper: 3, 5, 7", ha="center", fontsize=7)
+    axis.set(xlim=(-2.2, 18.7), ylim=(-1.7, 6), xticks=[], yticks=[])
     axis.set_title(f"MixNet-{name}", loc="left")
     axis.spines[:].set_visible(False)
 show(
@@ -525,13 +523,13 @@ show(
     "figure_8_from_code.png",
     "MixNet-S and MixNet-M as rows of 16 and 19 blocks, each a stack of its kernel sizes. Grey "
     "lines mark the stride-2 blocks; sizes go from 112×112 to 7×7. Under each block its expansion "
-    "ratio, a plus for squeeze-and-excitation and a g for a grouped expansion. Two blocks of "
-    "MixNet-S are framed: the paper's figure has kernels 3, 5, 7 there, the code 3, 5, 7, 9.",
+    "ratio, the groups of its 1×1 convolutions and a dot for a gate. Two blocks of MixNet-S are "
+    "framed: the paper's figure has kernels 3, 5, 7 there, the code 3, 5, 7, 9.",
 )
 
 
 # %% [markdown]
-# Below each block: its expansion, **+** for a squeeze-and-excitation gate, **g** for a grouped expansion. The dashed frames are where figure and code differ.
+# Below each block: its expansion, the groups of its two 1×1 convolutions, and a dot for a squeeze-and-excitation gate. The dashed frame is where figure and code differ in kernel sizes.
 
 # %% [markdown]
 # ## What it costs
@@ -591,12 +589,12 @@ counter.get_total_flops() == 2 * sum(counts["S"].values())
 # %% [markdown]
 # ## A photograph goes through
 #
-# The network expects what it would be trained on: RGB images with the mean of ImageNet's pixels taken away, divided by their spread.
+# The network expects what it would be trained on: RGB images with the mean of ImageNet's pixels taken away, divided by their standard deviation.
 
 # %%
 #| export mixnet.py
 def preprocess(image: Tensor) -> Tensor:
-    """Normalise RGB images as MixNet's training did, with ImageNet's mean and spread.
+    """Normalise RGB images as MixNet's training did, by ImageNet's mean and standard deviation.
 
     Shape:
         Input and output `(N, 3, H, W)`; input values 0 to 1.
@@ -606,8 +604,8 @@ def preprocess(image: Tensor) -> Tensor:
     """
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
-    mean, spread = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    normalised: Tensor = (image - mean.view(3, 1, 1)) / spread.view(3, 1, 1)
+    mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    normalised: Tensor = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     return normalised
 
 
@@ -648,7 +646,7 @@ show(
 )
 
 # %% [markdown]
-# The five sizes that a detector would take, and the logits. Untrained logits mean nothing, and one class is as good as another:
+# The five sizes that a detector would take:
 
 # %%
 with torch.no_grad():
@@ -794,64 +792,6 @@ table(
     [[name, tuple(shape), tuple(slot.target.shape)] for (_, shape, name), slot in pairs],
 )
 
-# %% [markdown]
-# A checkpoint is read by names, in any order. Within a scope, Keras numbers its layers of a kind as they are created: `conv2d_13`, then `conv2d_14`. So the variables of each scope and kind, sorted by that number, stand in line in the right order, and each slot takes the next one from its line.
-#
-# Training leaves more in a checkpoint: step counters and optimiser slots, which are passed over, and moving averages of the weights, which are preferred, as in the official evaluation.
-
-# %%
-#| export weights.py
-_VARIABLE = re.compile(
-    r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
-    r"(?P<kind>(?:se/)?(?:depthwise_conv2d|conv2d|batch_normalization|dense))(?:_(?P<number>\d+))?/"
-    r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
-)
-_NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
-_AVERAGE = "/ExponentialMovingAverage"
-
-_Lines = dict[tuple[str, str], list[tuple[tuple[int, int], Any]]]
-
-
-def _stand_in_line(variables: Mapping[str, Any]) -> _Lines:
-    """The variables of each scope and kind, in order of creation, with what they sort by."""
-    plain = {name.removesuffix(":0"): value for name, value in variables.items()}
-    averages = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
-    lines: _Lines = {}
-    for name, value in (plain | averages).items():
-        if match := _VARIABLE.search(name):
-            place = (int(match["number"] or 0), _NAMES.index(match["name"]))
-            lines.setdefault((match["scope"], match["kind"]), []).append((place, value))
-    return {key: sorted(line, key=lambda item: item[0]) for key, line in lines.items()}
-
-
-# %%
-shuffled = {name: index for index, (*_, name) in reversed(list(enumerate(variables)))}
-_stand_in_line(shuffled)["blocks_4", "depthwise_conv2d"]
-
-
-# %% [markdown]
-# (Here each variable is replaced by its number in the official order: 76 comes before 77.) Each slot takes the next in its line. Too few or too many is an error that says where.
-
-# %%
-#| export weights.py
-def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> list[Any]:
-    """The variables of a checkpoint in the order of the slots.
-
-    Raises:
-        ValueError: naming the scope and kind where variables are missing or left over.
-    """
-    lines = _stand_in_line(variables)
-    ordered = []
-    for slot in slots:
-        line = lines.get((slot.scope, slot.kind))
-        if not line:
-            raise ValueError(f"no variable left for {slot.scope}/{slot.kind}")
-        ordered.append(line.pop(0)[1])
-    surplus = sorted("/".join(key) for key, line in lines.items() if line)
-    if surplus:
-        raise ValueError(f"more variables than the model has in {', '.join(surplus)}")
-    return ordered
-
 
 # %% [markdown]
 # Loading checks everything before it changes anything.
@@ -886,7 +826,7 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 # %% [markdown]
 # ## The proof
 #
-# Recipe weights in, recipe images in, and every endpoint compared with what TensorFlow gave: after the stem, after each block, at each change of size before and after squeeze-and-excitation, and the logits. First at 224×224.
+# Recipe weights in, recipe images in, and every endpoint compared with what TensorFlow gave: after the stem, after each block, and at each change of size before the projection. Of each, the mean, the standard deviation, the first 16 and the last 16 values; of the logits, all.
 
 # %%
 import runpy
@@ -950,33 +890,114 @@ table(
 )
 
 # %% [markdown]
-# The second size is odd, even and not square on its way down: with the wrong padding nothing would agree. And the batch-norm epsilon? The same comparison with 1e-5 in place of 1e-3:
+# The second size is odd and even and not square on its way down. And the comparison can fail. The same with PyTorch's usual epsilon, and with symmetric padding:
 
 # %%
-wrong = mixnet_s(norm_eps=1e-5).eval()
-load_official(wrong, official_weights("mixnet-s"))
-compare("mixnet-s", wrong, 224, 224)[1]
+for mistake in ({"norm_eps": 1e-5}, {"padding": "symmetric"}):
+    wrong = mixnet_s(**mistake).eval()
+    load_official(wrong, official_weights("mixnet-s"))
+    print(mistake, "agrees:", compare("mixnet-s", wrong, 224, 224)[1])
 
+# %% [markdown]
+# ## Checkpoints by name
+#
+# A checkpoint knows names, and no order. Names say enough:
+#
+# | TensorFlow name | scope | kind | number |
+# |---|---|---|---|
+# | `mixnet-s/mixnet_model/blocks_4/conv2d_13/kernel` | blocks_4 | conv2d | 13 |
+# | `mixnet-s/mixnet_model/blocks_4/conv2d_14/kernel` | blocks_4 | conv2d | 14 |
+# | `mixnet-s/mixnet_model/blocks_4/se/conv2d_15/bias` | blocks_4 | se/conv2d | 15 |
+# | `mixnet-s/blocks_4/batch_normalization_1/gamma` | blocks_4 | batch_normalization | 1 |
+#
+# Keras numbers the layers of a kind as they are created. So let the variables of each scope and kind stand in line by number, and let each slot take the next one from its line.
+#
+# Training leaves more in a checkpoint: step counters and optimiser slots, which are passed over, and moving averages of the weights, which are preferred, as in the official evaluation.
+
+# %% tags=["plumbing"]
+#| export weights.py
+_VARIABLE = re.compile(
+    r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
+    r"(?P<kind>(?:se/)?(?:depthwise_conv2d|conv2d|batch_normalization|dense))(?:_(?P<number>\d+))?/"
+    r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
+)
+_NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
+_AVERAGE = "/ExponentialMovingAverage"
+
+_Lines = dict[tuple[str, str], list[tuple[tuple[int, int], Any]]]
+
+
+def _stand_in_line(variables: Mapping[str, Any]) -> _Lines:
+    """The variables of each scope and kind, in order of creation, with what they sort by."""
+    plain = {name.removesuffix(":0"): value for name, value in variables.items()}
+    averages = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
+    lines: _Lines = {}
+    for name, value in (plain | averages).items():
+        if match := _VARIABLE.search(name):
+            place = (int(match["number"] or 0), _NAMES.index(match["name"]))
+            lines.setdefault((match["scope"], match["kind"]), []).append((place, value))
+    return {key: sorted(line, key=lambda item: item[0]) for key, line in lines.items()}
+
+
+# %%
+shuffled = {name: index for index, (*_, name) in reversed(list(enumerate(variables)))}
+_stand_in_line(shuffled)["blocks_4", "depthwise_conv2d"]
+
+
+# %% [markdown]
+# (Here each variable is replaced by its number in the official order: 76 comes before 77.) Each slot takes the next in its line. Too few or too many is an error that says where.
+
+# %%
+#| export weights.py
+def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> list[Any]:
+    """The variables of a checkpoint in the order of the slots.
+
+    Raises:
+        ValueError: naming the scope and kind where variables are missing or left over.
+    """
+    lines = _stand_in_line(variables)
+    ordered = []
+    for slot in slots:
+        line = lines.get((slot.scope, slot.kind))
+        if not line:
+            raise ValueError(f"no variable left for {slot.scope}/{slot.kind}")
+        ordered.append(line.pop(0)[1])
+    surplus = sorted("/".join(key) for key, line in lines.items() if line)
+    if surplus:
+        raise ValueError(f"more variables than the model has in {', '.join(surplus)}")
+    return ordered
+
+
+# %%
+names = [name for *_, name in specification["mixnet-s"]["variables"]]
+checkpoint = dict(zip(names, official_weights("mixnet-s"), strict=True))
+checkpoint = {name: checkpoint[name] for name in sorted(checkpoint)}
+by_name, by_order = mixnet_s(), mixnet_s()
+load_official(by_name, checkpoint)
+load_official(by_order, official_weights("mixnet-s"))
+pairs = zip(by_name.state_dict().values(), by_order.state_dict().values(), strict=True)
+all(torch.equal(*pair) for pair in pairs)
 
 # %% [markdown]
 # ## Weights from timm
 #
 # Trained weights are published for timm. Its network is the same; its names are not. The table of names goes both ways: for each of our tensors, the timm tensors whose concatenation it is.
 #
-# timm groups blocks into stages, and a stage ends where the number of channels changes.
+# timm groups blocks into stages, and a stage ends where the number of channels changes in the block strings (before any width multiplier).
 
 # %%
 #| export weights.py
+from dataclasses import replace
+from itertools import groupby
+
+from mixconv.mixnet import unroll
+
+
 def _block_names(model: MixNet) -> list[str]:
     """The name of each block in timm: stage and position."""
-    names, stage, position, channels = [], 0, 0, None
-    for block in model.blocks:
-        if channels is not None and block.out_channels != channels:
-            stage, position = stage + 1, 0
-        channels = cast("int", block.out_channels)
-        names.append(f"blocks.{stage}.{position}")
-        position += 1
-    return names
+    plain = unroll(replace(model.config, width_multiplier=1.0))
+    stages = [list(run) for _, run in groupby(plain, key=lambda block: block.out_channels)]
+    return [f"blocks.{stage}.{i}" for stage, run in enumerate(stages) for i in range(len(run))]
 
 
 # %%
@@ -1022,30 +1043,34 @@ def _timm_names(model: MixNet) -> dict[str, list[str]]:
         layer, _, tensor = key.rpartition(".")
         base, _, part = layer.partition(".convs.")
         module = model.get_submodule(layer)
-        groups = module.groups if isinstance(module, nn.Conv2d) else 1
-        timm = layers[base]
-        if part:
-            names[key] = [f"{timm}.{part}.{tensor}"]
-        elif isinstance(module, nn.Conv2d) and 1 < groups < module.in_channels:
-            names[key] = [f"{timm}.{group}.{tensor}" for group in range(groups)]
-        else:
-            names[key] = [f"{timm}.{tensor}"]
+        numbers = [part] if part else []
+        if isinstance(module, GroupedPointwise) and module.groups > 1:
+            numbers = [str(group) for group in range(module.groups)]
+        stems = [f"{layers[base]}.{number}" for number in numbers] or [layers[base]]
+        names[key] = [f"{stem}.{tensor}" for stem in stems]
     return names
 
 
 # %%
 #| export weights.py
+def _cut(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """A state dict of ours cut into the tensors that other names stand for; they are views."""
+    result: dict[str, Tensor] = {}
+    for key, parts in names.items():
+        tensors = state[key].chunk(len(parts)) if len(parts) > 1 else (state[key],)
+        result |= zip(parts, tensors, strict=True)
+    return result
+
+
 def to_timm(model: MixNet) -> dict[str, Tensor]:
     """The model's weights under timm's names, for `load_state_dict` of timm's MixNets.
 
     Source: `EfficientNet` of timm 1.0. Chapter 6.
     """
-    state = model.state_dict()
-    result: dict[str, Tensor] = {}
-    for key, names in _timm_names(model).items():
-        parts = state[key].chunk(len(names)) if len(names) > 1 else (state[key],)
-        result |= zip(names, parts, strict=True)
-    return result
+    return {
+        name: tensor.clone()
+        for name, tensor in _cut(model.state_dict(), _timm_names(model)).items()
+    }
 
 
 # %%
@@ -1090,7 +1115,7 @@ def read_state_dict(weights: Any) -> dict[str, Tensor]:
     return _unwrap(_read_file(path), str(path))
 
 
-# %%
+# %% tags=["plumbing"]
 #| export weights.py
 def _read_file(path: Path) -> Any:
     try:
@@ -1106,7 +1131,7 @@ def _read_file(path: Path) -> Any:
         raise ValueError(f"{path} holds no readable weights: {error}") from error
 
 
-# %%
+# %% tags=["plumbing"]
 #| export weights.py
 def _download(name: str) -> Path:
     match = _HUB_NAME.match(name)
@@ -1129,7 +1154,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-# %%
+# %% tags=["plumbing"]
 #| export weights.py
 def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
     """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
@@ -1142,20 +1167,24 @@ def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
 
 
 # %% [markdown]
-# timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. A name tells which.
+# timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. For weights under timm's names, the file or hub name tells which.
 
 # %%
 #| export weights.py
 from mixconv.mixnet import MixNetOptions
 
 
-def matching_options(weights: Any) -> MixNetOptions:
+def matching_options(weights: Any, state: Mapping[str, Tensor]) -> MixNetOptions:
     """The MixNet options that timm weights of this name were trained with; empty if unknown.
 
     `tf_mixnet_*` (the official weights) want TensorFlow's padding and epsilon 1e-3, plain
-    `mixnet_*` symmetric padding and 1e-5.
+    `mixnet_*` symmetric padding and 1e-5. Weights under our own names want the defaults.
+
+    Args:
+        weights: what the caller gave: a path, a hub name, or a state dict.
+        state: the tensors in it.
     """
-    if not isinstance(weights, str | os.PathLike):
+    if not isinstance(weights, str | os.PathLike) or "conv_stem.weight" not in state:
         return {}
     name = Path(weights).name
     if name.startswith("tf_mixnet"):
@@ -1187,54 +1216,49 @@ def load_weights(model: MixNet, weights: Any) -> None:
         ImportError: naming the extra that is needed.
     """
     given = read_state_dict(weights)
-    _drop_other_classifier(given, model.num_classes)
     own = model.state_dict()
     names = _timm_names(model) if "conv_stem.weight" in given else {key: [key] for key in own}
-    found, problems = _assemble(given, own, names)
-    if problems:
-        more = f" and {len(problems) - 12} more" if len(problems) > 12 else ""
-        raise ValueError(f"these weights do not fit: {'; '.join(problems[:12])}{more}")
-    model.load_state_dict(own | found)
+    expected = _cut(own, names)
+    for name in _other_classifier(given, model.num_classes):
+        given.pop(name, None)
+        expected.pop(name, None)
+    _check_fit(given, expected)
+    with torch.no_grad():
+        for name in given:
+            expected[name].copy_(given[name])
 
 
 # %%
 #| export weights.py
-def _drop_other_classifier(given: dict[str, Tensor], num_classes: int) -> None:
-    """Remove a classifier for another number of classes, and say so."""
+def _other_classifier(given: Mapping[str, Tensor], num_classes: int) -> tuple[str, ...]:
+    """The classifier's names, if the weights have one for another number of classes."""
     weight = given.get("classifier.weight")
     if weight is None or weight.shape[0] == num_classes:
-        return
-    given.pop("classifier.weight")
-    given.pop("classifier.bias", None)
+        return ()
     if num_classes:
         warnings.warn(
             f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
             "its classifier keeps its own weights",
-            stacklevel=3,
+            stacklevel=4,
         )
+    return ("classifier.weight", "classifier.bias")
 
 
-# %%
-#| export weights.py
-_OPTIONAL = ("num_batches_tracked", "classifier.weight", "classifier.bias")
-
-
-def _assemble(
-    given: Mapping[str, Tensor], own: Mapping[str, Tensor], names: Mapping[str, list[str]]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Our state dict from given tensors, and what is wrong with them."""
-    found, problems = {}, list[str]()
-    for key, parts in names.items():
-        missing = [part for part in parts if part not in given]
-        if missing:
-            problems += [f"missing {part}" for part in missing if not part.endswith(_OPTIONAL)]
-            continue
-        value = torch.cat([given[part] for part in parts]) if len(parts) > 1 else given[parts[0]]
-        if value.shape != own[key].shape:
-            problems.append(f"{parts[0]} is {tuple(value.shape)}, not {tuple(own[key].shape)}")
-        found[key] = value
-    known = {part for parts in names.values() for part in parts}
-    return found, problems + [f"unexpected {name}" for name in given if name not in known]
+def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with what is missing, unexpected, or of another shape."""
+    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in expected if n in given}
+    problems = {
+        "missing": [n for n in expected if n not in given and not n.endswith("_batches_tracked")],
+        "unexpected": [n for n in given if n not in expected],
+        "of another shape": [f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b],
+    }
+    parts = [
+        f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"these weights do not fit; {'; '.join(parts)}")
 
 
 # %% [markdown]
@@ -1260,16 +1284,27 @@ except ValueError as error:
 # %% [markdown]
 # ## Ours, official, timm
 #
-# All three side by side. The first two columns are computed in this chapter. That timm's own model, given our weights, returns our logits and gradients, and the other way round, is tested in `tests/peers/test_timm.py`.
+# All three side by side. The parameters of each row are counted below and, for timm, in `tests/peers/test_timm.py`, which also holds that timm's own models, given our weights, return our logits and gradients within 1e-5, and the other way round.
 #
 # | | ours | official code | timm `tf_mixnet_*` | timm `mixnet_*` |
 # |---|---|---|---|---|
-# | parameters of S, M, L | 4,134,606 · 5,014,382 · 7,329,252 | the same | the same | the same |
 # | padding | 'SAME', or symmetric | 'SAME' | 'SAME' | symmetric |
 # | batch-norm epsilon | 1e-3, or any | 1e-3 | 1e-3 | 1e-5 |
-# | logits on recipe weights | within 1e-5 of official | – | within 1e-5 of ours | |
+# | agrees with ours | – | logits and endpoints, 1e-5 (above) | logits and gradients, 1e-5 (tested) | the same, with symmetric padding and 1e-5 |
 # | two 1×1 groups | one grouped convolution | two convolutions, concatenated | two convolutions, concatenated | the same |
 # | unequal partitions | yes | no | no | no |
+
+# %%
+official_count = {
+    name: sum(int(np.prod(shape)) for role, shape, _ in part["variables"] if "moving" not in role)
+    for name, part in specification.items()
+}
+ours = {"mixnet-s": parameters(networks["S"]), "mixnet-m": parameters(networks["M"])}
+assert official_count == ours
+table(
+    ["network", "parameters, ours", "official"],
+    [[name, ours[name], count] for name, count in official_count.items()],
+)
 
 # %% [markdown]
 # ## Exercises

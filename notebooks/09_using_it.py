@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 9 · Using it
 #
-# From a tutorial to a product: the command line, weights, features, fine-tuning, export, and MixConv in a network of your own.
+# The package outside this book: the command line, weights, features, fine-tuning, export, and MixConv in a network of your own.
 #
 # **You will be able to**
 # - print what any of the networks does to an image, stage by stage, from a terminal;
@@ -117,12 +117,14 @@ rows = stage_rows(model, torch.zeros(1, 3, 224, 224))
 assert rows[-1][3:] == (4_134_606, 239_173_360)
 table(["stage", "ends with", "output", "parameters", "multiply-adds"], rows)
 
-
 # %% [markdown]
 # A photograph instead of a black image: cut to a square, scaled, normalised. Reading the file needs Pillow, which is not a requirement of the package.
 
 # %%
 #| export __main__.py
+from mixconv.mixnet import preprocess
+
+
 def read_image(path: str, height: int, width: int) -> Tensor:
     """An image file as a normalised batch of one: largest centred crop, scaled, normalised.
 
@@ -153,7 +155,7 @@ def read_image(path: str, height: int, width: int) -> Tensor:
 
 # %%
 #| export __main__.py
-from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s, preprocess
+from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
 
 _MIXNETS = {"mixnet_s": mixnet_s, "mixnet_m": mixnet_m, "mixnet_l": mixnet_l}
@@ -175,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--partition", default="equal", choices=["equal", "exponential", "logarithmic"],
         help="how the MobileNets split channels (equal)")  # fmt: skip
     add("--image", metavar="PATH", help="a picture to use in place of a black image")
-    add("--weights", metavar="PATH", help="weights of a MixNet; untrained without")
+    add("--weights", metavar="PATH_OR_NAME", help="weights of a MixNet; untrained without")
     return parser
 
 
@@ -256,7 +258,7 @@ status = main(["--model", "mobilenet_v1", "--kernel-sizes", "3", "5", "7", "--si
 import matplotlib.cbook
 
 photo = str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
-status = main(["--model", "mixnet_s", "--image", photo])
+status = main(["--model", "mixnet_s", "--image", photo, "--size", "96", "128"])
 
 # %% [markdown]
 # ## Weights
@@ -302,6 +304,8 @@ with torch.no_grad():
 # ## Fine-tuning
 #
 # A new classifier, and a choice of what to train: here the classifier and the MixConv layers. A single backward pass shows that gradients arrive there and nowhere else. (This book trains nothing.)
+#
+# Frozen weights are not frozen statistics. In training mode a batch normalisation updates its running mean and variance even when its weights are frozen. Put the frozen ones into evaluation mode.
 
 # %%
 from mixconv import MixConv2d
@@ -311,14 +315,19 @@ model.requires_grad_(False)
 for module in model.modules():
     if isinstance(module, MixConv2d) or module is model.classifier:
         module.requires_grad_(True)
-loss = torch.nn.functional.cross_entropy(model.train()(torch.randn(4, 3, 64, 64)), torch.arange(4))
-loss.backward()
+model.train()
+for module in model.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.eval()
+before = model.stem.norm.running_mean.clone()
+torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
+assert torch.equal(before, model.stem.norm.running_mean)
 trained = {name for name, p in model.named_parameters() if p.grad is not None}
 print(len(trained), "of", len(list(model.parameters())), "tensors have a gradient")
 assert all(".convs." in name or name.startswith("classifier") for name in trained)
 
 # %% [markdown]
-# Optimisers for these networks do not decay the weights of normalisations and biases. Two groups of parameters do it: exercise 9.2.
+# A common choice is to leave normalisations and biases without weight decay. Two groups of parameters do it: exercise 9.2.
 #
 # ## Export
 #
@@ -327,13 +336,14 @@ assert all(".convs." in name or name.startswith("classifier") for name in traine
 # %%
 from torch.export import Dim, export
 
-model = mixnet_s(num_classes=10).eval()
 free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
-program = export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,))
 other = torch.randn(3, 3, 75, 128)
-with torch.no_grad():
-    torch.testing.assert_close(program.module()(other), model(other))
-print("exported once, equal at", tuple(other.shape))
+for padding in ("same", "symmetric"):
+    model = mixnet_s(num_classes=10, padding=padding).eval()
+    program = export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), model(other))
+    print(f"padding {padding!r}: exported once, equal at", tuple(other.shape))
 
 # %% [markdown]
 # The same for ONNX, for one layer with all that is difficult in it: four kernel sizes, stride 2, TensorFlow's padding. (`tests/peers` does it for the whole network.)
@@ -357,6 +367,7 @@ x = torch.randn(1, 16, 9, 20)
 with torch.no_grad():
     (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     print("equal in ONNX Runtime:", np.allclose(result, layer(x).numpy(), atol=1e-5), result.shape)
+folder.cleanup()
 
 # %% [markdown]
 # ## MixConv in your own model
@@ -454,7 +465,6 @@ def groups_solution(model: nn.Module) -> list[dict[str, object]]:
 
 
 attempt(groups_solution, test_groups)
-folder.cleanup()
 
 # %% [markdown]
 # ## Takeaways

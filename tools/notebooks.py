@@ -24,7 +24,11 @@ CELL_TIMEOUT = 120
 RECORD = ".book.json"
 
 # Tags change what a page or a check does with a cell; any other tag is a typing error.
-FOLDED_TAGS = {"solution": "Solution", "drawing": "The code that draws this"}
+FOLDED_TAGS = {
+    "solution": "Solution",
+    "drawing": "The code that draws this",
+    "plumbing": "The code that reads names and files",
+}
 KNOWN_TAGS = set(FOLDED_TAGS)
 
 METADATA = {

@@ -105,12 +105,10 @@ def decode_block(text: str) -> BlockConfig:
     """
     words, flags = _split_words(text)
     try:
-        kernels, expand, project = (
-            tuple(int(k) for k in words[name].split(".")) for name in ("k", "a", "p")
-        )
-        rows, columns = (int(step) for step in words["s"])
-        if rows != columns or {*expand, *project} != {1} or rows == 0:
-            raise ValueError("strides must be equal and at least 1, a and p made of 1s")
+        kernels, expand, project = (tuple(map(int, words[n].split("."))) for n in "kap")
+        rows, columns = map(int, words["s"])
+        if rows != columns or {*expand, *project} != {1} or 0 in (rows, int(words["r"])):
+            raise ValueError("strides must be equal, a and p made of 1s, r and s at least 1")
         return BlockConfig(
             in_channels=int(words["i"]), out_channels=int(words["o"]), kernel_sizes=kernels,
             stride=rows, expand_ratio=int(words["e"]), repeats=int(words["r"]),
@@ -128,15 +126,12 @@ def encode_block(config: BlockConfig) -> str:
 
     Source: `_encode_block_string` in the official `mixnet_builder.py`.
     """
+    kernels = ".".join(map(str, config.kernel_sizes))
+    expand, project = (".".join("1" * g) for g in (config.expand_groups, config.project_groups))
     words = [
-        f"r{config.repeats}",
-        "k" + ".".join(map(str, config.kernel_sizes)),
-        "a" + ".".join("1" * config.expand_groups),
-        "p" + ".".join("1" * config.project_groups),
-        f"s{config.stride}{config.stride}",
-        f"e{config.expand_ratio}",
-        f"i{config.in_channels}",
-        f"o{config.out_channels}",
+        f"r{config.repeats}_k{kernels}_a{expand}_p{project}",
+        f"s{config.stride}{config.stride}_e{config.expand_ratio}",
+        f"i{config.in_channels}_o{config.out_channels}",
     ]
     if config.squeeze_ratio:
         words.append(f"se{config.squeeze_ratio}")
@@ -226,6 +221,19 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     return blocks
 
 
+def _make_blocks(
+    configs: list[BlockConfig], drop_path_rate: float, **options: Any
+) -> list[MixConvBlock]:
+    """The blocks of a network; stochastic depth grows with depth."""
+    blocks: list[MixConvBlock] = []
+    for config in configs:
+        arguments = asdict(config)
+        del arguments["repeats"]  # written out by unroll
+        rate = drop_path_rate * len(blocks) / len(configs)
+        blocks.append(MixConvBlock(**arguments, **options, drop_path_rate=rate))
+    return blocks
+
+
 class MixNet(ConvNet):
     """A MixNet from its configuration; the defaults are the official network's.
 
@@ -264,18 +272,10 @@ class MixNet(ConvNet):
     ) -> None:
         scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
         norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
-        configs = unroll(scaled)
+        blocks = _make_blocks(unroll(scaled), drop_path_rate, padding=padding, norm_layer=norm)
         width = round_channels(config.stem_channels, scaled.width_multiplier)
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
-        blocks: list[nn.Module] = []
-        for block in configs:
-            arguments = asdict(block)
-            del arguments["repeats"]  # written out by unroll
-            rate = drop_path_rate * len(blocks) / len(configs)
-            blocks.append(
-                MixConvBlock(**arguments, padding=padding, norm_layer=norm, drop_path_rate=rate)
-            )
-        head = make_conv2d(configs[-1].out_channels, config.head_channels, 1)
+        head = make_conv2d(blocks[-1].out_channels, config.head_channels, 1)
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -301,12 +301,12 @@ class MixNetOptions(TypedDict, total=False):
 def _build(config: MixNetConfig, weights: Any, options: MixNetOptions) -> MixNet:
     if weights is None:
         return MixNet(config, **options)
-    from mixconv import weights as loading  # that module builds on this one
+    from mixconv.weights import load_weights, matching_options, read_state_dict  # builds on us
 
-    state = loading.read_state_dict(weights)
-    matched: MixNetOptions = {**loading.matching_options(weights, state), **options}
+    state = read_state_dict(weights)
+    matched: MixNetOptions = {**matching_options(weights, state), **options}
     model = MixNet(config, **matched)
-    loading.load_weights(model, state)
+    load_weights(model, state)
     return model
 
 

@@ -5,7 +5,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -224,13 +224,16 @@ _V2_BLOCKS = [
 ]  # fmt: skip
 
 
-def _unrolled_v2() -> list[tuple[int, int, int]]:
-    """Expansion, output channels and stride of each of the 17 blocks."""
-    return [
-        (expand_ratio, channels, stride if position == 0 else 1)
-        for expand_ratio, channels, repeats, stride in _V2_BLOCKS
-        for position in range(repeats)
-    ]
+def _v2_arguments(width_multiplier: float) -> list[dict[str, Any]]:
+    """What each of the 17 blocks is made with."""
+    blocks, channels = [], round_channels(32, width_multiplier)
+    for expand_ratio, out_channels, repeats, first_stride in _V2_BLOCKS:
+        wider = round_channels(out_channels, width_multiplier)
+        for stride in [first_stride] + [1] * (repeats - 1):
+            blocks.append({"in_channels": channels, "out_channels": wider, "stride": stride,
+                           "expand_ratio": expand_ratio})  # fmt: skip
+            channels = wider
+    return blocks
 
 
 def mobilenet_v2(
@@ -270,18 +273,14 @@ def mobilenet_v2(
         MixConvBlock, kernel_sizes=kernel_sizes, activation="relu6",
         partition=partition, dilated=dilated, padding=padding,
     )  # fmt: skip
-    channels = round_channels(32, width_multiplier)
-    stem_conv = make_conv2d(in_channels, channels, 3, 2, padding=padding)
-    blocks: list[nn.Module] = []
-    for ratio, out_channels, stride in _unrolled_v2():
-        wider, rate = round_channels(out_channels, width_multiplier), drop_path_rate * len(blocks)
-        blocks.append(
-            block(channels, wider, stride=stride, expand_ratio=ratio, drop_path_rate=rate / 17)
-        )
-        channels = wider
-    width = round_channels(1280, max(1.0, width_multiplier))
-    head = ConvNormActivation(make_conv2d(channels, width, 1), activation="relu6")
+    rows = _v2_arguments(width_multiplier)
+    first, last = rows[0]["in_channels"], rows[-1]["out_channels"]
+    stem_conv = make_conv2d(in_channels, first, 3, 2, padding=padding)
     stem = ConvNormActivation(stem_conv, activation="relu6")
+    rates = [drop_path_rate * index / len(rows) for index in range(len(rows))]
+    blocks = [block(**row, drop_path_rate=p) for row, p in zip(rows, rates, strict=True)]
+    width = round_channels(1280, max(1.0, width_multiplier))
+    head = ConvNormActivation(make_conv2d(last, width, 1), activation="relu6")
     model = ConvNet(stem, blocks, head, width, num_classes=num_classes, drop_rate=drop_rate)
     initialize(model)
     return model
@@ -428,10 +427,7 @@ def replace_depthwise(
     """
     sizes = check_kernel_sizes(kernel_sizes)
     make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
-    enough = 1000 * len(sizes)  # channels for any mix, so that only bad arguments fail here
-    make(enough, padding=padding or "symmetric", device="meta")
-    if _is_depthwise(model):
-        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
+    _check_request(model, make, padding)
     report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
     inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
@@ -444,6 +440,13 @@ def replace_depthwise(
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, mixed)
     return report
+
+
+def _check_request(model: nn.Module, make: partial[MixConv2d], padding: str | None) -> None:
+    """Raise for arguments that no layer could satisfy, before anything is changed."""
+    make(10_000, padding=padding or "symmetric", device="meta")  # channels enough for any mix
+    if _is_depthwise(model):
+        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
 
 
 def _other_padding(conv: nn.Conv2d, padding: str) -> bool:

@@ -278,10 +278,8 @@ def _read_file(path: Path) -> Any:
 def _download(name: str) -> Path:
     match = _HUB_NAME.match(name)
     if match is None:
-        raise ValueError(
-            f"weights must be a file that exists or a hub name such as "
-            f"'timm/tf_mixnet_s.in1k', got {name!r}"
-        )
+        example = "'timm/tf_mixnet_s.in1k'"
+        raise ValueError(f"weights must be a file or a hub name such as {example}, got {name!r}")
     try:
         from huggingface_hub import hf_hub_download
     except ModuleNotFoundError:
@@ -290,10 +288,8 @@ def _download(name: str) -> Path:
     try:
         return Path(hf_hub_download(match["repository"], "model.safetensors"))
     except Exception as error:  # offline, unknown name, no permission
-        raise ValueError(
-            f"could not get {match['repository']!r} from the hub, nor from its cache on this "
-            f"machine: {error}"
-        ) from error
+        message = f"cannot get {match['repository']!r} from the hub or its cache here: {error}"
+        raise ValueError(message) from error
 
 
 def _unwrap(data: Any, where: str) -> dict[str, Tensor]:

@@ -365,8 +365,7 @@ from matplotlib.patches import FancyArrowPatch
 from mixconv.teaching import kernel_color
 
 figure, axis = plt.subplots(figsize=(7.6, 2.7))
-arrow = {"arrowstyle": "-|>", "mutation_scale": 9, "color": "#555555"}
-dark, light = "#dddddd", "#f0f0f0"
+arrow, dark, light = {"arrowstyle": "-|>", "mutation_scale": 9}, "#dddddd", "#f0f0f0"
 steps = [  # left edge, half height, words, colour
     (0.0, 0.35, "input\n80", dark), (1.9, 0.95, "expand\n1×1\n→ 480", light),
     (3.8, 0.95, "", "none"), (5.7, 0.95, "squeeze,\nexcite\n480", light),
@@ -390,7 +389,7 @@ axis.plot([0.65, 0.65, 9.25], [0.35, 1.3, 1.3], color="#555555", linewidth=1)
 axis.add_patch(FancyArrowPatch((9.25, 1.3), (9.25, 0.2), **arrow))
 axis.text(4.9, 1.38, "residual, if stride 1 and equal channels", ha="center", fontsize=9)
 axis.set(xlim=(-0.2, 11.1), ylim=(-1.35, 1.7))
-axis.axis("off")
+axis.set_axis_off()
 show(
     figure,
     "mixconv_block.png",

@@ -306,19 +306,24 @@ parameters(mobilenet_v1()), parameters(mobilenet_v1((3, 5, 7)))
 
 # %%
 #| export mobilenet.py
+from typing import Any
+
 _V2_BLOCKS = [
     (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
     (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
 ]  # fmt: skip
 
 
-def _unrolled_v2() -> list[tuple[int, int, int]]:
-    """Expansion, output channels and stride of each of the 17 blocks."""
-    return [
-        (expand_ratio, channels, stride if position == 0 else 1)
-        for expand_ratio, channels, repeats, stride in _V2_BLOCKS
-        for position in range(repeats)
-    ]
+def _v2_arguments(width_multiplier: float) -> list[dict[str, Any]]:
+    """What each of the 17 blocks is made with."""
+    blocks, channels = [], round_channels(32, width_multiplier)
+    for expand_ratio, out_channels, repeats, first_stride in _V2_BLOCKS:
+        wider = round_channels(out_channels, width_multiplier)
+        for stride in [first_stride] + [1] * (repeats - 1):
+            blocks.append({"in_channels": channels, "out_channels": wider, "stride": stride,
+                           "expand_ratio": expand_ratio})  # fmt: skip
+            channels = wider
+    return blocks
 
 
 # %%
@@ -360,18 +365,14 @@ def mobilenet_v2(
         MixConvBlock, kernel_sizes=kernel_sizes, activation="relu6",
         partition=partition, dilated=dilated, padding=padding,
     )  # fmt: skip
-    channels = round_channels(32, width_multiplier)
-    stem_conv = make_conv2d(in_channels, channels, 3, 2, padding=padding)
-    blocks: list[nn.Module] = []
-    for ratio, out_channels, stride in _unrolled_v2():
-        wider, rate = round_channels(out_channels, width_multiplier), drop_path_rate * len(blocks)
-        blocks.append(
-            block(channels, wider, stride=stride, expand_ratio=ratio, drop_path_rate=rate / 17)
-        )
-        channels = wider
-    width = round_channels(1280, max(1.0, width_multiplier))
-    head = ConvNormActivation(make_conv2d(channels, width, 1), activation="relu6")
+    rows = _v2_arguments(width_multiplier)
+    first, last = rows[0]["in_channels"], rows[-1]["out_channels"]
+    stem_conv = make_conv2d(in_channels, first, 3, 2, padding=padding)
     stem = ConvNormActivation(stem_conv, activation="relu6")
+    rates = [drop_path_rate * index / len(rows) for index in range(len(rows))]
+    blocks = [block(**row, drop_path_rate=p) for row, p in zip(rows, rates, strict=True)]
+    width = round_channels(1280, max(1.0, width_multiplier))
+    head = ConvNormActivation(make_conv2d(last, width, 1), activation="relu6")
     model = ConvNet(stem, blocks, head, width, num_classes=num_classes, drop_rate=drop_rate)
     initialize(model)
     return model
@@ -549,7 +550,9 @@ for axis, (version, (build, column)) in zip(axes, builders.items(), strict=True)
             axis.annotate(f"{largest}", (x, y), xytext=(0, 6 if above else -11), fontsize=7,
                           textcoords="offset points", ha="center")  # fmt: skip
         if family == "depthwise":
-            axis.text(cost[1] + 8, accuracy[1] - 0.03, "■ one kernel size", va="top")
+            axis.annotate("■ one kernel size", (cost[1], accuracy[1]), xytext=(6, -28),
+                          textcoords="offset points")  # fmt: skip
+            axis.margins(y=0.12)
     axis.set(title=f"MobileNet{version}", xlabel="multiply-adds in M (ours)")
     axis.text(cost[-1] + 8, accuracy[-1], "● 3×3 up to …", va="center")
 axes[0].set_ylabel("ImageNet top-1 in % (paper)")
@@ -774,10 +777,7 @@ def replace_depthwise(
     """
     sizes = check_kernel_sizes(kernel_sizes)
     make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
-    enough = 1000 * len(sizes)  # channels for any mix, so that only bad arguments fail here
-    make(enough, padding=padding or "symmetric", device="meta")
-    if _is_depthwise(model):
-        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
+    _check_request(model, make, padding)
     report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
     inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
@@ -794,6 +794,15 @@ def replace_depthwise(
 
 # %%
 #| export mobilenet.py
+def _check_request(model: nn.Module, make: partial[MixConv2d], padding: str | None) -> None:
+    """Raise for arguments that no layer could satisfy, before anything is changed."""
+    make(10_000, padding=padding or "symmetric", device="meta")  # channels enough for any mix
+    if _is_depthwise(model):
+        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
+
+
+# %%
+#| export mobilenet.py
 def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
     try:
         return conv.stride != (1, 1) and _find_padding(conv) != padding
@@ -801,6 +810,8 @@ def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
         return True
 
 
+# %%
+#| export mobilenet.py
 def _replace(
     name: str, layer: nn.Module, make: partial[MixConv2d], padding: str | None, keep: bool
 ) -> tuple[MixConv2d | None, Replacement]:

@@ -673,6 +673,9 @@ def _find_padding(conv: nn.Conv2d) -> str:
         ValueError: saying why it has none.
     """
     if type(conv).__name__.startswith("Conv2dSame"):
+        parts = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+        if any(d * (k - 1) < s - 1 for k, d, s in parts):
+            raise ValueError("'SAME' with a stride wider than the kernel centres windows elsewhere")
         return "same"
     if type(conv) is not nn.Conv2d:
         raise ValueError(f"a {type(conv).__name__}, which may compute something else")
@@ -805,7 +808,7 @@ def _check_request(model: nn.Module, make: partial[MixConv2d], padding: str | No
 #| export mobilenet.py
 def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
     try:
-        return conv.stride != (1, 1) and _find_padding(conv) != padding
+        return _find_padding(conv) != padding and conv.stride != (1, 1)
     except ValueError:
         return True
 
@@ -817,19 +820,29 @@ def _replace(
 ) -> tuple[MixConv2d | None, Replacement]:
     """The new layer, or None where there can be none, and the line for the report."""
     try:
-        if not isinstance(layer, nn.Conv2d):
-            raise ValueError("it is a MixConv2d already")
-        if layer.kernel_size[0] != layer.kernel_size[1] or layer.kernel_size[0] % 2 == 0:
-            raise ValueError(f"kernel {layer.kernel_size} is not square and odd")
-        if torch.nn.utils.parametrize.is_parametrized(layer):
-            raise ValueError("its weight is parametrized")
-        mixed = _convert(layer, make, padding)
+        conv = _checked(layer)
+        mixed = _convert(conv, make, padding)
     except ValueError as error:
         return None, Replacement(name, str(layer), reason=str(error))
-    reason = _move_weights(layer, mixed) if keep else "fresh weights"
-    if padding is not None and not reason and _other_padding(layer, padding):
+    reason = _move_weights(conv, mixed) if keep else "fresh weights"
+    if padding is not None and not reason and _other_padding(conv, padding):
         reason = "another padding"
-    return mixed, Replacement(name, str(layer), str(mixed), not reason, reason)
+    return mixed, Replacement(name, str(conv), str(mixed), not reason, reason)
+
+
+# %%
+#| export mobilenet.py
+def _checked(layer: nn.Module) -> nn.Conv2d:
+    """The layer, if it is one that can be replaced; ValueError says why it is not."""
+    if not isinstance(layer, nn.Conv2d):
+        raise ValueError("it is a MixConv2d already")
+    if layer.kernel_size[0] != layer.kernel_size[1] or layer.kernel_size[0] % 2 == 0:
+        raise ValueError(f"kernel {layer.kernel_size} is not square and odd")
+    if torch.nn.utils.parametrize.is_parametrized(layer):
+        raise ValueError("its weight is parametrized")
+    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
+        raise ValueError("it has hooks, which would be lost")
+    return layer
 
 
 # %% [markdown]

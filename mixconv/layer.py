@@ -47,11 +47,13 @@ class Conv2dSame(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:  # nn.Conv2d's name for it
         """Pad by TensorFlow's rule, then convolve."""
-        rows = same_padding(input.shape[-2], self.kernel_size[0], self.stride[0], self.dilation[0])
-        columns = same_padding(
-            input.shape[-1], self.kernel_size[1], self.stride[1], self.dilation[1]
-        )
-        return super().forward(F.pad(input, [*columns, *rows]))
+        zeros: list[int] = []
+        for axis in (1, 0):  # F.pad begins with the last axis
+            k, step, spread = self.kernel_size[axis], self.stride[axis], self.dilation[axis]
+            before, _ = same_padding(input.shape[axis - 2], k, step, spread)
+            # Zeros after the last window change nothing, and keep exported sizes simple.
+            zeros += [before, spread * (k - 1) - before]
+        return super().forward(F.pad(input, zeros))
 
 
 PADDINGS = ("symmetric", "same")
@@ -187,7 +189,7 @@ class MixConv2d(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         groups = x.split(self.partition, dim=-3)
-        outputs = [conv(group) for conv, group in zip(self.convs, groups, strict=True)]
+        outputs = [conv(groups[index]) for index, conv in enumerate(self.convs)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-3)
 
     def reset_parameters(self) -> None:

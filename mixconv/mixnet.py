@@ -9,9 +9,10 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, MixConvBlock
+from mixconv.blocks import ConvNormActivation, MixConvBlock, check_rate
 from mixconv.layer import make_conv2d
 from mixconv.mobilenet import ConvNet, initialize, round_channels
+from mixconv.partition import check_positive
 
 __all__ = [
     "MIXNET_L",
@@ -124,8 +125,13 @@ def decode_block(text: str) -> BlockConfig:
 def encode_block(config: BlockConfig) -> str:
     """The official notation of a block configuration; `decode_block` reads it back.
 
+    Raises:
+        ValueError: for an activation that the notation has no word for.
+
     Source: `_encode_block_string` in the official `mixnet_builder.py`.
     """
+    if config.activation not in ("relu", "swish"):
+        raise ValueError(f"no notation for activation {config.activation!r}, only relu and swish")
     kernels = ".".join(map(str, config.kernel_sizes))
     expand, project = (".".join("1" * g) for g in (config.expand_groups, config.project_groups))
     words = [
@@ -211,8 +217,9 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     channels = config.stem_channels
     for entry in config.blocks:
         run = decode_block(entry) if isinstance(entry, str) else entry
+        check_positive("repeats", run.repeats)
         if run.in_channels != channels:
-            raise ValueError(f"{encode_block(run)} follows a block of {channels} channels")
+            raise ValueError(f"{run} follows a block of {channels} channels")
         wide_in, wide_out = width(run.in_channels), width(run.out_channels)
         first = replace(run, in_channels=wide_in, out_channels=wide_out, repeats=1)
         later = replace(first, in_channels=wide_out, stride=1)
@@ -225,6 +232,7 @@ def _make_blocks(
     configs: list[BlockConfig], drop_path_rate: float, **options: Any
 ) -> list[MixConvBlock]:
     """The blocks of a network; stochastic depth grows with depth."""
+    check_rate("drop_path_rate", drop_path_rate)
     blocks: list[MixConvBlock] = []
     for config in configs:
         arguments = asdict(config)
@@ -341,7 +349,10 @@ def preprocess(image: Tensor) -> Tensor:
 
     Raises:
         ValueError: if there are not three channels.
+        TypeError: for integers; divide them by 255 first.
     """
+    if not image.is_floating_point():
+        raise TypeError(f"image must be floating point, 0 to 1, got {image.dtype}")
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
     mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvBlock
+from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvBlock, check_rate
 from mixconv.layer import MixConv2d, embed_kernel, make_conv2d
 from mixconv.partition import check_kernel_sizes
 
@@ -58,8 +58,7 @@ class ConvNet(nn.Module):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
-        if not 0 <= drop_rate < 1:
-            raise ValueError(f"drop_rate must be at least 0 and less than 1, got {drop_rate}")
+        check_rate("drop_rate", drop_rate)
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
         self.head = head
@@ -116,7 +115,7 @@ def describe_features(stem: nn.Module, blocks: Sequence[nn.Module]) -> list[dict
     for index, block in enumerate(blocks):
         if block.stride != 1:
             info.append({"num_chs": channels, "reduction": reduction, "module": module})
-            reduction *= 2
+            reduction *= cast("int", block.stride)
         channels, module = cast("int", block.out_channels), f"blocks.{index}"
     return [*info, {"num_chs": channels, "reduction": reduction, "module": module}]
 
@@ -273,6 +272,7 @@ def mobilenet_v2(
         MixConvBlock, kernel_sizes=kernel_sizes, activation="relu6",
         partition=partition, dilated=dilated, padding=padding,
     )  # fmt: skip
+    check_rate("drop_path_rate", drop_path_rate)
     rows = _v2_arguments(width_multiplier)
     first, last = rows[0]["in_channels"], rows[-1]["out_channels"]
     stem_conv = make_conv2d(in_channels, first, 3, 2, padding=padding)
@@ -372,7 +372,7 @@ def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> 
     for key, parameter in mixed.named_parameters():
         old = conv.bias if key.endswith("bias") else conv.weight
         parameter.requires_grad_(old is not None and old.requires_grad)
-    if conv.weight.stride(1) == 1:  # channels last
+    if conv.weight.stride(1) == 1 and conv.kernel_size != (1, 1):  # channels last
         mixed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return mixed.train(conv.training)
 

@@ -3,9 +3,11 @@
 """How MixConv splits channels into groups of one kernel size (paper, section 3.2; chapter 2)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 __all__ = [
+    "as_tuple",
     "check_kernel_sizes",
     "check_positive",
     "default_kernel_sizes",
@@ -55,7 +57,8 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
         TypeError: if a size is not an integer.
         ValueError: if there is no size, or one is not odd and positive.
     """
-    sizes = (kernel_sizes,) if isinstance(kernel_sizes, int) else tuple(kernel_sizes)
+    single = isinstance(kernel_sizes, int)
+    sizes = as_tuple("kernel_sizes", (kernel_sizes,) if single else kernel_sizes)
     if not sizes:
         raise ValueError("kernel_sizes must name at least one size, got none")
     for k in sizes:
@@ -63,6 +66,13 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
         if k % 2 == 0:
             raise ValueError(f"kernel_sizes must be odd, such as 3, 5 or 7, got {k} in {sizes}")
     return sizes
+
+
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """The values as a tuple; TypeError, naming the argument, if they are no sequence."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    return tuple(values)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -97,7 +107,7 @@ def partition_channels(
     """
     check_positive("channels", channels)
     sizes = check_kernel_sizes(kernel_sizes)
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     if method == "logarithmic" and 1 in sizes:
         raise ValueError(f"logarithmic gives kernel size 1 no channels (log 1 = 0), got {sizes}")
@@ -129,7 +139,7 @@ def resolve_partition(
     if isinstance(partition, str):
         return partition_channels(channels, kernel_sizes, partition)
     check_positive("channels", channels)
-    sizes, groups = check_kernel_sizes(kernel_sizes), tuple(partition)
+    sizes, groups = check_kernel_sizes(kernel_sizes), as_tuple("partition", partition)
     for count in groups:
         check_positive("each of partition", count)
     if len(groups) != len(sizes):

@@ -299,7 +299,8 @@ def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{where} holds no state dict of tensors")
-    return {str(key).removeprefix("module."): value for key, value in data.items()}
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")  # of data-parallel and compiled models
+    return {prefix.sub("", str(key)): value for key, value in data.items()}
 
 
 def matching_options(weights: Any, state: Mapping[str, Tensor]) -> MixNetOptions:
@@ -360,7 +361,7 @@ def _other_classifier(given: Mapping[str, Tensor], num_classes: int) -> tuple[st
         warnings.warn(
             f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
             "its classifier keeps its own weights",
-            stacklevel=4,
+            stacklevel=3,
         )
     return ("classifier.weight", "classifier.bias")
 

@@ -22,7 +22,8 @@
 """How MixConv splits channels into groups of one kernel size (paper, section 3.2; chapter 2)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def default_kernel_sizes(groups: int) -> tuple[int, ...]:
@@ -135,7 +136,8 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
         TypeError: if a size is not an integer.
         ValueError: if there is no size, or one is not odd and positive.
     """
-    sizes = (kernel_sizes,) if isinstance(kernel_sizes, int) else tuple(kernel_sizes)
+    single = isinstance(kernel_sizes, int)
+    sizes = as_tuple("kernel_sizes", (kernel_sizes,) if single else kernel_sizes)
     if not sizes:
         raise ValueError("kernel_sizes must name at least one size, got none")
     for k in sizes:
@@ -143,6 +145,15 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
         if k % 2 == 0:
             raise ValueError(f"kernel_sizes must be odd, such as 3, 5 or 7, got {k} in {sizes}")
     return sizes
+
+
+# %%
+#| export partition.py
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """The values as a tuple; TypeError, naming the argument, if they are no sequence."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    return tuple(values)
 
 
 def check_positive(name: str, value: int) -> None:
@@ -179,7 +190,7 @@ def partition_channels(
     """
     check_positive("channels", channels)
     sizes = check_kernel_sizes(kernel_sizes)
-    if method not in _METHODS:
+    if not isinstance(method, str) or method not in _METHODS:
         raise ValueError(f"method must be one of {', '.join(_METHODS)}, got {method!r}")
     if method == "logarithmic" and 1 in sizes:
         raise ValueError(f"logarithmic gives kernel size 1 no channels (log 1 = 0), got {sizes}")
@@ -310,7 +321,7 @@ def resolve_partition(
     if isinstance(partition, str):
         return partition_channels(channels, kernel_sizes, partition)
     check_positive("channels", channels)
-    sizes, groups = check_kernel_sizes(kernel_sizes), tuple(partition)
+    sizes, groups = check_kernel_sizes(kernel_sizes), as_tuple("partition", partition)
     for count in groups:
         check_positive("each of partition", count)
     if len(groups) != len(sizes):

@@ -406,6 +406,12 @@ show(
 
 # %%
 #| export blocks.py
+def check_rate(name: str, rate: float) -> None:
+    """Raise ValueError, naming the argument, unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must be at least 0 and less than 1, got {rate}")
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, zero the whole branch for a random part of the images.
 
@@ -422,8 +428,7 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0 <= rate < 1:
-            raise ValueError(f"rate must be at least 0 and less than 1, got {rate}")
+        check_rate("rate", rate)
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:

@@ -156,8 +156,13 @@ def decode_block(text: str) -> BlockConfig:
 def encode_block(config: BlockConfig) -> str:
     """The official notation of a block configuration; `decode_block` reads it back.
 
+    Raises:
+        ValueError: for an activation that the notation has no word for.
+
     Source: `_encode_block_string` in the official `mixnet_builder.py`.
     """
+    if config.activation not in ("relu", "swish"):
+        raise ValueError(f"no notation for activation {config.activation!r}, only relu and swish")
     kernels = ".".join(map(str, config.kernel_sizes))
     expand, project = (".".join("1" * g) for g in (config.expand_groups, config.project_groups))
     words = [
@@ -278,6 +283,7 @@ table(
 # %%
 #| export mixnet.py
 from mixconv.mobilenet import round_channels
+from mixconv.partition import check_positive
 
 
 def unroll(config: MixNetConfig) -> list[BlockConfig]:
@@ -291,8 +297,9 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     channels = config.stem_channels
     for entry in config.blocks:
         run = decode_block(entry) if isinstance(entry, str) else entry
+        check_positive("repeats", run.repeats)
         if run.in_channels != channels:
-            raise ValueError(f"{encode_block(run)} follows a block of {channels} channels")
+            raise ValueError(f"{run} follows a block of {channels} channels")
         wide_in, wide_out = width(run.in_channels), width(run.out_channels)
         first = replace(run, in_channels=wide_in, out_channels=wide_out, repeats=1)
         later = replace(first, in_channels=wide_out, stride=1)
@@ -311,7 +318,7 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 
 # %%
 #| export mixnet.py
-from mixconv.blocks import ConvNormActivation, MixConvBlock
+from mixconv.blocks import ConvNormActivation, MixConvBlock, check_rate
 from mixconv.layer import make_conv2d
 from mixconv.mobilenet import ConvNet, initialize
 
@@ -320,6 +327,7 @@ def _make_blocks(
     configs: list[BlockConfig], drop_path_rate: float, **options: Any
 ) -> list[MixConvBlock]:
     """The blocks of a network; stochastic depth grows with depth."""
+    check_rate("drop_path_rate", drop_path_rate)
     blocks: list[MixConvBlock] = []
     for config in configs:
         arguments = asdict(config)
@@ -600,7 +608,10 @@ def preprocess(image: Tensor) -> Tensor:
 
     Raises:
         ValueError: if there are not three channels.
+        TypeError: for integers; divide them by 255 first.
     """
+    if not image.is_floating_point():
+        raise TypeError(f"image must be floating point, 0 to 1, got {image.dtype}")
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
     mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
@@ -1158,7 +1169,8 @@ def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
             data = data[key]
     if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
         raise ValueError(f"{where} holds no state dict of tensors")
-    return {str(key).removeprefix("module."): value for key, value in data.items()}
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")  # of data-parallel and compiled models
+    return {prefix.sub("", str(key)): value for key, value in data.items()}
 
 
 # %% [markdown]
@@ -1234,7 +1246,7 @@ def _other_classifier(given: Mapping[str, Tensor], num_classes: int) -> tuple[st
         warnings.warn(
             f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
             "its classifier keeps its own weights",
-            stacklevel=4,
+            stacklevel=3,
         )
     return ("classifier.weight", "classifier.bias")
 

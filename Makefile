@@ -8,6 +8,9 @@ INSTALLED := $(VENV)/.installed
 LAB_OPTIONS := $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None \
   --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
 
+# Two workers; a file, and so a notebook, stays on one of them.
+PARALLEL := --numprocesses 2 --dist loadfile
+
 .DEFAULT_GOAL := help
 .PHONY: help lab test book check clean
 
@@ -31,8 +34,8 @@ test: $(INSTALLED) ## all that CI runs: style, types, freshness, tests, every no
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m tools.check
-	$(RUN) -m pytest tests
-	$(RUN) -m pytest --nbval --nbval-cell-timeout=120 notebooks
+	$(RUN) -m pytest $(PARALLEL) tests
+	$(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
 
 book: $(INSTALLED) ## notebooks or their text edited: run them, remake package, pages, figures
 	$(RUN) -m tools.book

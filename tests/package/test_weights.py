@@ -1,0 +1,296 @@
+import os
+import re
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixconv import MixNet, MixNetConfig, load_weights, mixnet_s, to_timm
+from mixconv import mixnet as mixnet_module
+from mixconv.weights import matching_options, read_state_dict
+
+from .common import noise, randomize, same_state, snapshot
+
+TINY = MixNetConfig(
+    (
+        "r1_k3_a1_p1_s11_e1_i8_o8",
+        "r2_k3.5_a1.1_p1.1_s22_e3_i8_o16_se0.5_sw",
+        "r1_k3.5.7_a1_p1_s22_e2_i16_o24",
+    ),
+    8,
+    32,
+)
+
+
+def tiny(seed: int = 1, **options: Any) -> MixNet:
+    model = MixNet(TINY, **({"num_classes": 7} | options))
+    randomize(model, seed)
+    return model
+
+
+def prefixed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def wrappings(state: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Any]:
+    """A state dict as training scripts save it; `other` is what must not be taken."""
+    return {
+        "bare": state,
+        "ordered": OrderedDict(state),
+        "state_dict": {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
+        "model": {"model": state, "args": {"lr": 1}},
+        "average": {"state_dict": other, "state_dict_ema": state},
+        "distributed": prefixed(state, "module."),
+        "wrapped distributed": {"state_dict": prefixed(state, "module.")},
+    }
+
+
+@pytest.mark.parametrize("kind", wrappings({}, {}))
+@pytest.mark.parametrize("names", ["ours", "timm"])
+def test_files_and_wrappings(kind, names, tmp_path):
+    source, other = tiny(), tiny(2)
+    states = [dict(m.state_dict()) if names == "ours" else to_timm(m) for m in (source, other)]
+    path = tmp_path / "weights.pth"
+    torch.save(wrappings(states[0], states[1])[kind], path)
+    for where in (path, str(path)):
+        model = tiny(3)
+        load_weights(model, where)
+        assert same_state(model, snapshot(source))
+    model = tiny(3)
+    load_weights(model, wrappings(states[0], states[1])[kind])
+    assert same_state(model, snapshot(source))
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_checkpoints_of_compiled_models(prefix):
+    source, model = tiny(), tiny(2)
+    load_weights(model, prefixed(dict(source.state_dict()), prefix))
+    assert same_state(model, snapshot(source))
+
+
+def test_timm_names():
+    state = to_timm(tiny())
+    assert state["conv_stem.weight"].shape == (8, 3, 3, 3)
+    assert state["blocks.0.0.conv_pw.weight"].shape == (8, 8, 1, 1)
+    assert state["blocks.1.1.conv_pw.1.weight"].shape == (24, 8, 1, 1)
+    assert state["blocks.1.0.conv_dw.1.weight"].shape == (12, 1, 5, 5)
+    assert state["blocks.1.0.se.conv_reduce.bias"].shape == (4,)
+    assert state["blocks.2.0.conv_pwl.weight"].shape == (24, 32, 1, 1)
+    assert state["bn2.weight"].shape == (32,)
+    assert state["classifier.weight"].shape == (7, 32)
+    assert len(state) == len(set(state))
+
+
+def test_timm_tensors_are_copies():
+    model = tiny()
+    before = snapshot(model)
+    for tensor in to_timm(model).values():
+        tensor.zero_()
+    assert same_state(model, before)
+
+
+def test_timm_stages_do_not_depend_on_the_width():
+    narrow = to_timm(mixnet_s(width_multiplier=0.35))
+    assert [name for name in narrow if ".conv_dw." in name] == [
+        name for name in to_timm(mixnet_s()) if ".conv_dw." in name
+    ]
+
+
+# --- what does not fit ------------------------------------------------------------------------
+
+
+def test_missing_unexpected_and_misshapen_are_listed():
+    state = dict(tiny().state_dict())
+    del state["stem.conv.weight"]
+    state["head.conv.weight"] = state["head.conv.weight"][:-1]
+    state["extra.weight"] = torch.zeros(1)
+    model = tiny(2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        load_weights(model, state)
+    for words in ("missing.* stem.conv.weight", "unexpected.* extra.weight"):
+        assert re.search(words, str(caught.value))
+    assert re.search(r"head.conv.weight.*\(31, 24, 1, 1\).*\(32, 24, 1, 1\)", str(caught.value))
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(24, 5, 1, 1), torch.zeros(())])
+def test_a_misshapen_part_of_a_grouped_layer_is_listed(bad):
+    state = to_timm(tiny())
+    state["blocks.1.0.conv_pw.1.weight"] = bad
+    model = tiny(2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"blocks.1.0.conv_pw"):
+        load_weights(model, state)
+    assert same_state(model, before)
+
+
+def test_a_long_list_is_cut():
+    state = {"classifier.weight": torch.zeros(7, 32)}
+    with pytest.raises(ValueError, match=r"missing.* stem.*and \d+ more"):
+        load_weights(tiny(), state)
+
+
+def test_counters_may_be_missing():
+    source, model = tiny(), tiny(2)
+    state = {k: v for k, v in source.state_dict().items() if "num_batches" not in k}
+    load_weights(model, state)
+    x = noise(1, 3, 20, 20)
+    torch.testing.assert_close(model.eval()(x), source.eval()(x))
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+@pytest.mark.parametrize("names", ["ours", "timm"])
+def test_another_number_of_classes_warns_and_keeps_the_classifier(classes, names):
+    source, model = tiny(), tiny(2, num_classes=classes)
+    before = snapshot(model)
+    state = dict(source.state_dict()) if names == "ours" else to_timm(source)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        load_weights(model, state)
+    messages = [str(warning.message) for warning in caught]
+    # Features were asked for: nothing to warn of.
+    assert len(messages) == bool(classes)
+    assert all(f"7 classes, the model has {classes}" in message for message in messages)
+    for name, tensor in model.state_dict().items():
+        wanted = before[name] if name.startswith("classifier") else source.state_dict()[name]
+        assert torch.equal(tensor, wanted), name
+
+
+def test_weights_without_a_classifier_do_not_pass_in_silence():
+    model = tiny(2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"missing.* classifier\.weight"):
+        load_weights(model, dict(tiny(num_classes=0).state_dict()))
+    assert same_state(model, before)
+
+
+def test_the_warning_points_at_the_caller():
+    state = dict(tiny().state_dict())
+    with pytest.warns(UserWarning, match="classes") as caught:
+        load_weights(tiny(num_classes=3), state)
+    assert caught[0].filename == __file__
+
+
+def test_a_fitting_classifier_does_not_warn():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_weights(tiny(2), dict(tiny().state_dict()))
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+class Trap:
+    """Unpickled without care, this would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "foreign.pth")
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"foreign\.pth"):
+        load_weights(model, tmp_path / "foreign.pth")
+    assert not (tmp_path / "sprung").exists()
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, -200])
+def test_damaged_files(keep, tmp_path):
+    whole, part = tmp_path / "whole.pth", tmp_path / "part.pth"
+    torch.save(tiny().state_dict(), whole)
+    part.write_bytes(whole.read_bytes()[:keep])
+    model = tiny(2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"part.pth holds no readable weights"):
+        load_weights(model, part)
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("data", [[1, 2], {"state_dict": {"a": 1}}, {"a": {"b": 1}}], ids=str)
+def test_files_of_something_else(data, tmp_path):
+    torch.save(data, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth holds no state dict"):
+        read_state_dict(tmp_path / "other.pth")
+
+
+def test_whole_models_are_refused(tmp_path):
+    torch.save(tiny(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth holds no readable weights"):
+        read_state_dict(tmp_path / "model.pth")
+
+
+def test_no_such_file(tmp_path):
+    for name in ("gone.pth", "gone.safetensors", "deep/gone.pt"):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            read_state_dict(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError):
+        read_state_dict(tmp_path)  # a folder
+    with pytest.raises(FileNotFoundError, match="gone"):
+        read_state_dict(tmp_path / "gone")  # a Path is never a hub name
+
+
+@pytest.mark.parametrize("name", ["mixnet_s", "a/b/c", "https://example.org/x", ""])
+def test_names_that_are_no_hub_names(name):
+    with pytest.raises((ValueError, FileNotFoundError), match="weights"):
+        read_state_dict(name)
+
+
+@pytest.mark.parametrize("weights", [3, b"x.pth", [("a", torch.zeros(1))]])
+def test_other_types(weights):
+    with pytest.raises(TypeError, match=type(weights).__name__):
+        read_state_dict(weights)
+
+
+# --- options by name --------------------------------------------------------------------------
+
+OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
+PLAIN = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm/tf_mixnet_s.in1k", OFFICIAL), ("hf-hub:timm/tf_mixnet_l.in1k", OFFICIAL),
+        ("some/where/tf_mixnet_m-4eb8f0d3.pth", OFFICIAL),
+        (Path("tf_mixnet_s.safetensors"), OFFICIAL),
+        ("timm/mixnet_s.ft_in1k", PLAIN), ("mixnet_xl_ra-aac3c00c.pth", PLAIN),
+        ("checkpoint.pth", {}), ("timm/efficientnet_b0", {}), ({}, {}),
+    ],
+)  # fmt: skip
+def test_options_follow_timms_names(name, options):
+    assert matching_options(name, {"conv_stem.weight": torch.zeros(1)}) == options
+    assert matching_options(name, {"stem.conv.weight": torch.zeros(1)}) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"), [("tf_mixnet_s.x.pth", "same"), ("mixnet_s.pth", "symmetric")]
+)
+def test_timm_files_choose_padding_and_epsilon(name, padding, tmp_path, monkeypatch):
+    monkeypatch.setattr(mixnet_module, "MIXNET_S", TINY)
+    source = tiny(padding=padding, norm_eps=1e-3 if padding == "same" else 1e-5).eval()
+    torch.save(to_timm(source), tmp_path / name)
+    model = mixnet_s(weights=tmp_path / name, num_classes=7).eval()
+    x = noise(2, 3, 34, 34)
+    torch.testing.assert_close(model(x), source(x))
+    forced = mixnet_s(weights=tmp_path / name, num_classes=7, norm_eps=0.5)
+    assert forced.stem.norm.eps == 0.5  # type: ignore[union-attr]
+
+
+def test_our_own_file_named_mixnet_s_keeps_our_padding(tmp_path, monkeypatch):
+    monkeypatch.setattr(mixnet_module, "MIXNET_S", TINY)
+    source = tiny().eval()
+    torch.save(source.state_dict(), tmp_path / "mixnet_s.pth")
+    model = mixnet_s(weights=tmp_path / "mixnet_s.pth", num_classes=7).eval()
+    x = noise(2, 3, 34, 34)
+    torch.testing.assert_close(model(x), source(x))

@@ -132,9 +132,10 @@ def test_drop_rate_acts_in_training_only(version):
 
 
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
-def test_bad_drop_rates(rate):
-    with pytest.raises(ValueError, match=f"drop_rate.*{rate}"):
-        mobilenet_v2(width_multiplier=0.35, drop_rate=rate)
+@pytest.mark.parametrize("name", ["drop_rate", "drop_path_rate"])
+def test_bad_drop_rates(name, rate):
+    with pytest.raises(ValueError, match=f"{name}.*{rate}"):
+        mobilenet_v2(width_multiplier=0.35, **{name: rate})
 
 
 @pytest.mark.parametrize(

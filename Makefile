@@ -12,7 +12,7 @@ LAB_OPTIONS := $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=N
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test book check clean
+.PHONY: help lab test book check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +42,11 @@ book: $(INSTALLED) ## notebooks or their text edited: run them, remake package, 
 
 check: $(INSTALLED) ## is every generated file fresh? writes nothing
 	$(RUN) -m tools.check
+
+bench: $(INSTALLED) ## time layers and networks against others; writes figures/bench.json
+	-@$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[bench]"
+	$(RUN) -m tools.bench
 
 clean: ## remove .venv and caches; no tracked file is touched
 	rm -rf $(VENV) .book.json .mypy_cache .ruff_cache .pytest_cache build *.egg-info

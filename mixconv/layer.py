@@ -39,7 +39,7 @@ def same_padding(
 class Conv2dSame(nn.Conv2d):
     """`nn.Conv2d` with TensorFlow's 'SAME' padding, for any input size and stride.
 
-    Takes the arguments of `nn.Conv2d` except `padding` and `padding_mode`.
+    Takes the arguments of `nn.Conv2d`; `padding` and `padding_mode` are not used.
 
     Shape:
         Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
@@ -53,7 +53,8 @@ class Conv2dSame(nn.Conv2d):
             before, _ = same_padding(input.shape[axis - 2], k, step, spread)
             # Zeros after the last window change nothing, and keep exported sizes simple.
             zeros += [before, spread * (k - 1) - before]
-        return super().forward(F.pad(input, zeros))
+        x = F.pad(input, zeros)
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
 PADDINGS = ("symmetric", "same")
@@ -91,6 +92,8 @@ def make_conv2d(
     """
     if padding not in PADDINGS:
         raise ValueError(f"padding must be 'symmetric' or 'same', got {padding!r}")
+    check_positive("in_channels", in_channels)
+    check_positive("out_channels", out_channels)
     spread = (dilation, dilation) if isinstance(dilation, int) else dilation
     conv: type[nn.Conv2d] = nn.Conv2d
     zeros = (spread[0] * (kernel_size // 2), spread[1] * (kernel_size // 2))

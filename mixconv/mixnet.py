@@ -210,11 +210,13 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     """One configuration for each block of a network, repeats written out and widths scaled.
 
     Raises:
-        ValueError: if a run does not begin with the channels that the one before it gave.
+        ValueError: if there are no blocks, or a run does not begin with the channels that the
+            one before it gave.
     """
+    if not config.blocks:
+        raise ValueError("blocks must name at least one block, got none")
     width = partial(round_channels, multiplier=config.width_multiplier)
-    blocks: list[BlockConfig] = []
-    channels = config.stem_channels
+    blocks, channels = list[BlockConfig](), config.stem_channels
     for entry in config.blocks:
         run = decode_block(entry) if isinstance(entry, str) else entry
         check_positive("repeats", run.repeats)
@@ -251,7 +253,7 @@ class MixNet(ConvNet):
         in_channels: channels of the images.
         width_multiplier: scales channels, on top of the configuration's own.
         drop_rate: dropout before the classifier; the configuration's if left out.
-        drop_path_rate: stochastic depth of the last block; earlier ones get proportionally less.
+        drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
         padding: "same" (official, timm's `tf_mixnet_*`) or "symmetric" (timm's `mixnet_*`).
         norm_eps: batch-norm epsilon; 1e-3 is official, timm's `mixnet_*` have 1e-5.
         norm_momentum: share of a new batch in the running statistics.

@@ -104,8 +104,9 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
     Args:
         model: a MixNet of the same configuration, with the official padding and epsilon.
         variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
-            or by TensorFlow name, as `tf.train.load_checkpoint` gives them. Moving averages of
-            the weights are preferred; optimiser slots and counters are passed over.
+            or by TensorFlow name: `{n: reader.get_tensor(n) for n in
+            reader.get_variable_to_shape_map()}` of a `tf.train.load_checkpoint` reader. Moving
+            averages of the weights are preferred; optimiser slots and counters are passed over.
 
     Raises:
         ValueError: if the number of variables, a name or a shape differs; the model is then
@@ -234,7 +235,7 @@ def to_timm(model: MixNet) -> dict[str, Tensor]:
 
 _HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
 
-_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".npz", ".h5")
 
 
 def read_state_dict(weights: Any) -> dict[str, Tensor]:

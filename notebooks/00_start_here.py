@@ -28,6 +28,7 @@
 # | 4 | [Blocks](04_blocks.ipynb) | what stands around it in a network |
 # | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, and MixConv for any model |
 # | 6 | [MixNet](06_mixnet.ipynb) | the networks that the search found, equal to the official ones |
+# | 8 | [Fast](08_fast.ipynb) | why few multiply-adds are not fast, and a kernel that is |
 # | 9 | [Using it](09_using_it.ipynb) | command line, weights, features, export |
 #
 # ## Three ways to use this book

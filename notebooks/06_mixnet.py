@@ -11,7 +11,7 @@
 #
 # **Know first:** [chapter 4](04_blocks.ipynb) and [chapter 5](05_mobilenets.ipynb).
 #
-# **Time:** 35 minutes to read. Runs in under 30 seconds on two cores.
+# **Time:** 35 minutes to read. Runs in under 60 seconds on two cores.
 
 # %% [markdown]
 # ## A block string, by hand
@@ -290,11 +290,13 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     """One configuration for each block of a network, repeats written out and widths scaled.
 
     Raises:
-        ValueError: if a run does not begin with the channels that the one before it gave.
+        ValueError: if there are no blocks, or a run does not begin with the channels that the
+            one before it gave.
     """
+    if not config.blocks:
+        raise ValueError("blocks must name at least one block, got none")
     width = partial(round_channels, multiplier=config.width_multiplier)
-    blocks: list[BlockConfig] = []
-    channels = config.stem_channels
+    blocks, channels = list[BlockConfig](), config.stem_channels
     for entry in config.blocks:
         run = decode_block(entry) if isinstance(entry, str) else entry
         check_positive("repeats", run.repeats)
@@ -348,7 +350,7 @@ class MixNet(ConvNet):
         in_channels: channels of the images.
         width_multiplier: scales channels, on top of the configuration's own.
         drop_rate: dropout before the classifier; the configuration's if left out.
-        drop_path_rate: stochastic depth of the last block; earlier ones get proportionally less.
+        drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
         padding: "same" (official, timm's `tf_mixnet_*`) or "symmetric" (timm's `mixnet_*`).
         norm_eps: batch-norm epsilon; 1e-3 is official, timm's `mixnet_*` have 1e-5.
         norm_momentum: share of a new batch in the running statistics.
@@ -814,8 +816,9 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
     Args:
         model: a MixNet of the same configuration, with the official padding and epsilon.
         variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
-            or by TensorFlow name, as `tf.train.load_checkpoint` gives them. Moving averages of
-            the weights are preferred; optimiser slots and counters are passed over.
+            or by TensorFlow name: `{n: reader.get_tensor(n) for n in
+            reader.get_variable_to_shape_map()}` of a `tf.train.load_checkpoint` reader. Moving
+            averages of the weights are preferred; optimiser slots and counters are passed over.
 
     Raises:
         ValueError: if the number of variables, a name or a shape differs; the model is then
@@ -1098,7 +1101,7 @@ import os
 from pathlib import Path
 
 _HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
-_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar")
+_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".npz", ".h5")
 
 
 def read_state_dict(weights: Any) -> dict[str, Tensor]:
@@ -1379,4 +1382,4 @@ attempt(without_mixing_solution, test_plain)
 # - The paper's figure leaves things out. The code is what the published numbers came from.
 # - Weights go in from TensorFlow and timm, and out to timm.
 #
-# Previous: [5 · MobileNets](05_mobilenets.ipynb) · Next: [9 · Using it](09_using_it.ipynb)
+# Previous: [5 · MobileNets](05_mobilenets.ipynb) · Next: [8 · Fast: MixConv as one operation](08_fast.ipynb)

@@ -475,4 +475,4 @@ attempt(groups_solution, test_groups)
 # - Export keeps batch and size free, with either padding.
 # - In your own model, write `MixConv2d` or call `replace_depthwise`, and read its report.
 #
-# Previous: [6 · MixNet](06_mixnet.ipynb)
+# Previous: [8 · Fast: MixConv as one operation](08_fast.ipynb)

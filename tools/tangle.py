@@ -3,6 +3,9 @@
 A code cell whose first line is `#| export layer.py` is source of `mixconv/layer.py`. Cells go to
 their module in reading order. Imports move to the top. A class may be told in pieces: a later
 cell that says `class MixConv2d(MixConv2d):` adds its members to the class begun before.
+
+C++ is told in Markdown cells: a fenced block of `cpp` whose first line is
+`//| export mixed_depthwise2d.cpp` is source of that file. Its blocks are joined in reading order.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ from tools.notebooks import ROOT, BookError
 
 MARKER = re.compile(r"^#\|\s*export\b(?P<rest>.*)$")
 MODULE = re.compile(r"^[a-z_][a-z0-9_]*\.py$")
+GENERATED = "Generated from notebooks/{}.ipynb by `make book`. Edit the notebook, not this file."
+CPP_FENCE = re.compile(r"^```cpp\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+CPP_MARKER = re.compile(r"^//\|\s*export\s+(?P<name>[a-z_][a-z0-9_]*\.cpp)\s*$")
 
 
 @dataclass
@@ -65,8 +71,28 @@ def export_target(source: str, where: str) -> str | None:
     return None
 
 
+def cpp_blocks(source: str, where: str) -> list[tuple[str, str]]:
+    """File name and code of each exported C++ block of a Markdown cell.
+
+    Raises:
+        BookError: for a marker that is misspelt, or not the first line of a `cpp` block.
+    """
+    blocks = []
+    for match in CPP_FENCE.finditer(source):
+        first, _, code = match["code"].partition("\n")
+        marker = CPP_MARKER.match(first)
+        if marker:
+            blocks.append((marker["name"], code.rstrip() + "\n"))
+    strays = [line for line in source.splitlines() if line.lstrip().startswith("//|")]
+    if len(strays) != len(blocks):
+        raise BookError(
+            f"{where}: `//| export NAME.cpp` must be the first line of a ```cpp block: {strays}"
+        )
+    return blocks
+
+
 def tangle(notebooks: Iterable[tuple[str, Any]], root: Path = ROOT) -> dict[str, str]:
-    """The text of every generated module, by file name.
+    """The text of every generated file of the package, by name.
 
     Args:
         notebooks: (stem, notebook) pairs in reading order.
@@ -76,24 +102,41 @@ def tangle(notebooks: Iterable[tuple[str, Any]], root: Path = ROOT) -> dict[str,
         BookError: naming notebook and cell, for anything that would not make a sound module.
     """
     modules: dict[str, Module] = {}
+    cpp: dict[str, tuple[str, list[str]]] = {}
     for stem, notebook in notebooks:
         for number, cell in enumerate(notebook.cells, start=1):
+            where = f"{stem}, cell {number}"
+            if cell.cell_type == "markdown":
+                for name, code in cpp_blocks(cell.source, where):
+                    add_cpp(cpp, name, code, stem, where)
             if cell.cell_type != "code":
                 continue
-            where = f"{stem}, cell {number}"
-            name = export_target(cell.source, where)
-            if name is None:
+            target = export_target(cell.source, where)
+            if target is None:
                 continue
-            module = modules.setdefault(name, Module(name, stem))
+            module = modules.setdefault(target, Module(target, stem))
             if module.chapter != stem:
                 raise BookError(
-                    f"{where}: {name} belongs to chapter {module.chapter}; one module, one chapter"
+                    f"{where}: {target} belongs to chapter {module.chapter}; "
+                    "one module, one chapter"
                 )
             add_cell(module, cell.source, where)
     for module in modules.values():
         if not module.docstring:
             raise BookError(f"{module.chapter}: {module.name} has no docstring and no content")
-    return {name: tidy(render(module), name, root) for name, module in modules.items()}
+    files = {name: tidy(render(module), name, root) for name, module in modules.items()}
+    for name, (stem, blocks) in cpp.items():
+        files[name] = "\n".join([f"// {GENERATED.format(stem)}\n", *blocks])
+    return files
+
+
+def add_cpp(
+    files: dict[str, tuple[str, list[str]]], name: str, code: str, stem: str, where: str
+) -> None:
+    chapter, blocks = files.setdefault(name, (stem, []))
+    if chapter != stem:
+        raise BookError(f"{where}: {name} belongs to chapter {chapter}; one file, one chapter")
+    blocks.append(code)
 
 
 def add_cell(module: Module, source: str, where: str) -> None:
@@ -245,10 +288,7 @@ def render(module: Module) -> str:
     """Header, docstring, imports, `__all__`, pieces."""
     names = [name for piece in module.pieces for name in defined_names(piece.node)]
     public = sorted({name for name in names if not name.startswith("_")})
-    header = (
-        f"# Generated from notebooks/{module.chapter}.ipynb by `make book`."
-        " Edit the notebook, not this file."
-    )
+    header = f"# {GENERATED.format(module.chapter)}"
     parts = [header, module.docstring, "\n".join(module.imports)]
     if public:
         parts.append("__all__ = [" + "".join(f'"{name}", ' for name in public).rstrip(", ") + "]")

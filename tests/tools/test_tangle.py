@@ -214,7 +214,8 @@ def test_one_chapter_may_make_two_modules():
 
 def test_real_notebooks_make_the_stored_package():
     made = tangle([(chapter.stem, read(chapter)) for chapter in real_chapters()], ROOT)
-    stored = {path.name: path.read_text() for path in (ROOT / "mixconv").glob("*.py")}
+    paths = [*(ROOT / "mixconv").glob("*.py"), *(ROOT / "mixconv").glob("*.cpp")]
+    stored = {path.name: path.read_text() for path in paths}
     del stored["__init__.py"]
     assert sorted(made) == sorted(stored)
     assert [name for name in made if made[name] != stored[name]] == []

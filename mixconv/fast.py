@@ -1,0 +1,882 @@
+# Generated from notebooks/08_fast.ipynb by `make book`. Edit the notebook, not this file.
+
+"""MixConv as one operation, and models rewritten for inference (chapter 8).
+
+`mixed_depthwise2d` runs a C++ kernel, compiled at first use; without a compiler, one merged
+convolution. `fuse_for_inference` rewrites a model to use it.
+"""
+
+import contextlib
+import copy
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixconv.blocks import GroupedPointwise
+from mixconv.layer import PADDINGS, Conv2dSame, MixConv2d, embed_kernel, make_conv2d, same_padding
+from mixconv.mobilenet import _find_padding
+
+__all__ = [
+    "ACTIVATIONS",
+    "BACKENDS",
+    "FLAGS",
+    "FoldedNorm",
+    "FusedMixConv2d",
+    "Mix",
+    "Pad",
+    "activate",
+    "compilers",
+    "describe_mix",
+    "find_chains",
+    "fold_line",
+    "fuse_for_inference",
+    "kernel_form",
+    "load_kernel",
+    "load_library",
+    "log",
+    "merge_kernels",
+    "merged_form",
+    "mixed_depthwise2d",
+    "norm_as_line",
+    "output_size",
+    "pack_weights",
+    "pads",
+    "split_form",
+    "triton_form",
+    "unpack_weights",
+]
+
+
+ACTIVATIONS = ("none", "relu", "silu", "relu6")
+
+
+class Mix(NamedTuple):
+    """What the operation computes: an entry for each group, and what the groups share.
+
+    Attributes:
+        channels: of each group.
+        kernel_sizes: odd, one a group.
+        stride: of rows and columns.
+        dilations: one a group.
+        padding: "symmetric" or "same".
+        activation: "none", "relu", "silu" or "relu6".
+    """
+
+    channels: tuple[int, ...]
+    kernel_sizes: tuple[int, ...]
+    stride: int
+    dilations: tuple[int, ...]
+    padding: str
+    activation: str
+
+
+class Pad(NamedTuple):
+    """Zeros around one group's input, in pixels; `reach` is what its kernel spans."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    reach: int
+
+
+def pads(mix: Mix, height: int, width: int) -> list[Pad]:
+    """The zeros that each group of the operation needs on an image of this size."""
+    result = []
+    for k, dilation in zip(mix.kernel_sizes, mix.dilations, strict=True):
+        half = dilation * (k // 2)
+        rows = columns = (half, half)
+        if mix.padding == "same":
+            rows = same_padding(height, k, mix.stride, dilation)
+            columns = same_padding(width, k, mix.stride, dilation)
+        result.append(Pad(*rows, *columns, 2 * half + 1))
+    return result
+
+
+def pack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """One flat tensor from the groups' kernels; gradients flow through.
+
+    Shape:
+        weights `(c, 1, k, k)` each, output one axis: `(k, k, c)` of each group in turn.
+    """
+    return torch.cat([weight.squeeze(1).permute(1, 2, 0).reshape(-1) for weight in weights])
+
+
+def unpack_weights(weight: Tensor, mix: Mix) -> list[Tensor]:
+    """The groups' kernels from `pack_weights`'s flat tensor.
+
+    Shape:
+        weight as `pack_weights` gives it, outputs `(c, 1, k, k)`.
+    """
+    shapes = list(zip(mix.kernel_sizes, mix.kernel_sizes, mix.channels, strict=True))
+    parts = torch.split(weight, [a * b * c for a, b, c in shapes])
+    return [
+        part.view(shape).permute(2, 0, 1).unsqueeze(1)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation by its name in `ACTIVATIONS`."""
+    functions = {"relu": F.relu, "silu": F.silu, "relu6": F.relu6}
+    return functions[activation](x) if activation != "none" else x
+
+
+def split_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation as a convolution for each group, concatenated: the reference.
+
+    Shape:
+        Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`.
+    """
+    outputs = []
+    groups = zip(x.split(mix.channels, 1), unpack_weights(weight, mix), mix.dilations, strict=True)
+    around = pads(mix, x.shape[2], x.shape[3])
+    for (part, kernel, dilation), pad in zip(groups, around, strict=True):
+        padded = F.pad(part, (pad.left, pad.right, pad.top, pad.bottom))
+        outputs.append(
+            F.conv2d(padded, kernel, None, mix.stride, dilation=dilation, groups=len(kernel))
+        )
+    y = torch.cat(outputs, 1)
+    return activate(y if bias is None else y + bias.view(-1, 1, 1), mix.activation)
+
+
+def merge_kernels(weight: Tensor, mix: Mix, around: Sequence[Pad]) -> Tensor:
+    """All kernels in windows of one size, each where its padding puts it.
+
+    Shape:
+        weight as `pack_weights` gives it, output `(C, 1, rows, columns)`.
+    """
+    top, left = max(pad.top for pad in around), max(pad.left for pad in around)
+    rows = max(top - pad.top + pad.reach for pad in around)
+    columns = max(left - pad.left + pad.reach for pad in around)
+    merged = []
+    groups = zip(unpack_weights(weight, mix), mix.dilations, around, strict=True)
+    for kernel, d, pad in groups:
+        larger = kernel.new_zeros(len(kernel), 1, rows, columns)
+        i, j = top - pad.top, left - pad.left
+        larger[:, :, i : i + pad.reach : d, j : j + pad.reach : d] = kernel
+        merged.append(larger)
+    return torch.cat(merged)
+
+
+def merged_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation as one depthwise convolution with zeros in its kernels."""
+    around = pads(mix, x.shape[2], x.shape[3])
+    kernels = merge_kernels(weight, mix, around)
+    ends = []
+    for size, window, before in (
+        (x.shape[3], kernels.shape[3], max(pad.left for pad in around)),
+        (x.shape[2], kernels.shape[2], max(pad.top for pad in around)),
+    ):
+        spanned = (output_size(size, mix.stride) - 1) * mix.stride + window
+        ends += [before, spanned - size - before]
+    y = F.conv2d(F.pad(x, ends), kernels, bias, mix.stride, groups=x.shape[1])
+    return activate(y, mix.activation)
+
+
+def output_size(size: int, stride: int) -> int:
+    """Rows or columns of the output: the same for both paddings and every odd kernel."""
+    return (size + stride - 1) // stride
+
+
+def norm_as_line(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel that a batch norm in evaluation amounts to.
+
+    Raises:
+        ValueError: if the norm keeps no running statistics.
+
+    Shape:
+        Outputs `(C,)` each, float64.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a batch norm without running statistics cannot be folded")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+@torch.no_grad()
+def fold_line(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """Put a scale and a shift of each output channel into a convolution, in place."""
+    weight, dtype = conv.weight, conv.weight.dtype
+    bias = 0 if conv.bias is None else conv.bias.double()
+    conv.weight = nn.Parameter((weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), False)
+    conv.bias = nn.Parameter((bias * scale + shift).to(dtype), False)
+
+
+log = logging.getLogger("mixconv")
+
+
+# The first that compiles is taken: not every compiler has OpenMP or knows -march=native.
+FLAGS = [
+    ("-march=native", "-fopenmp"), ("-march=native", "-pthread"),
+    ("-mcpu=native", "-fopenmp"), ("-mcpu=native", "-pthread"), ("-pthread",),
+]  # fmt: skip
+
+_COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-ignored-attributes")
+
+
+def compilers() -> list[list[str]]:
+    """Compiler commands to try: `$CXX` alone where it is set, else the usual names."""
+    if chosen := os.environ.get("CXX"):
+        return [shlex.split(chosen)]
+    found = (shutil.which(name) for name in ("c++", "g++", "clang++"))
+    return [[path] for path in found if path]
+
+
+def _cpu_identity() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def _cache_folder() -> Path:
+    """The user's cache folder, or a private temporary one where that cannot be written."""
+    default = os.path.join(os.path.expanduser("~"), ".cache")
+    path = Path(os.environ.get("XDG_CACHE_HOME") or default) / "mixconv"
+    with contextlib.suppress(OSError):
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if os.access(path, os.W_OK):
+            return path
+    return Path(tempfile.mkdtemp(prefix="mixconv-"))
+
+
+def _compile(command: Sequence[str], source: str, target: Path) -> str:
+    """Compile to `target` in one step; returns the compiler's complaint, or nothing."""
+    handle, name = tempfile.mkstemp(suffix=".so", dir=target.parent)
+    os.close(handle)
+    try:
+        full = [*command, *_COMMON_FLAGS, "-x", "c++", "-", "-o", name]
+        done = subprocess.run(full, input=source, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr.strip() or f"exit status {done.returncode}"
+        os.chmod(name, 0o700)
+        os.replace(name, target)
+    except OSError as error:
+        return str(error)
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return ""
+
+
+def _version(command: Sequence[str]) -> str:
+    """What a compiler says it is; nothing if it does not run."""
+    try:
+        done = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout
+
+
+def _recipes(source: str) -> list[tuple[list[str], Path]]:
+    """Commands to try, each with the file in the cache that it would make."""
+    folder, cpu, recipes = _cache_folder(), _cpu_identity(), []
+    for command in compilers():
+        if not (version := _version(command)):
+            continue
+        for flags in FLAGS:
+            parts = "\0".join((source, *command, version, *_COMMON_FLAGS, *flags, cpu))
+            digest = hashlib.sha256(parts.encode()).hexdigest()[:16]
+            recipes.append(([*command, *flags], folder / f"mixconv-{digest}.so"))
+    return recipes
+
+
+def _find_or_build(name: str) -> ctypes.CDLL | None:
+    """The library of one C++ file of the package; None, and a log line, if none can be made."""
+    source, told = files("mixconv").joinpath(name).read_text(), False
+    reason = "no C++ compiler found"
+    for command, target in _recipes(source):
+        if target.exists():
+            with contextlib.suppress(OSError):  # a damaged file: make it again
+                return ctypes.CDLL(str(target))
+        if not told:
+            log.warning("compiling %s, once on this machine: some seconds", name)
+            told = True
+        complaint = _compile(command, source, target)
+        if not complaint:
+            return ctypes.CDLL(str(target))
+        reason = complaint.splitlines()[0]
+    log.warning("%s not compiled (%s); the merged form is used", name, reason)
+    return None
+
+
+class _Libraries:
+    """What this process has loaded. A forked child gets a fresh lock, and stays on one thread."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.loaded: dict[str, ctypes.CDLL | None] = {}
+        self.forked = False
+
+    def after_fork(self) -> None:
+        # OpenMP's threads do not survive a fork, and GNU's would be waited for without end.
+        self.lock, self.forked = threading.Lock(), True
+
+
+_libraries = _Libraries()
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: _libraries.after_fork())
+
+
+def load_library(name: str) -> ctypes.CDLL | None:
+    """A C++ file of the package as a library, compiled at first use; any thread may call.
+
+    Args:
+        name: such as "mixed_depthwise2d.cpp".
+
+    Returns:
+        The library, or None where it cannot be compiled; one log line says why.
+    """
+    if name not in _libraries.loaded:
+        with _libraries.lock:
+            if name not in _libraries.loaded:
+                _libraries.loaded[name] = _find_or_build(name)
+    return _libraries.loaded[name]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")] + [
+        (name, ctypes.c_int64) for name in (
+            "batch", "height", "width", "channels", "out_height", "out_width", "stride",
+            "activation",
+        )
+    ]  # fmt: skip
+
+
+class _Group(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64) for name in ("channels", "kernel", "dilation", "top", "left")
+    ]
+
+
+@functools.cache
+def load_kernel() -> Any:
+    """The compiled kernel, or None where there is no compiler."""
+    library = load_library("mixed_depthwise2d.cpp")
+    if library is None:
+        return None
+    function = library.mixed_depthwise2d
+    function.argtypes = [
+        ctypes.POINTER(_Layer), ctypes.POINTER(_Group), ctypes.c_int64, ctypes.c_int,
+    ]  # fmt: skip
+    function.restype = None
+    return function
+
+
+@functools.lru_cache(maxsize=1024)
+def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
+    groups = zip(mix.channels, mix.kernel_sizes, mix.dilations, strict=True)
+    entries = [
+        _Group(*group, pad.top, pad.left)
+        for group, pad in zip(groups, pads(mix, height, width), strict=True)
+    ]
+    return (_Group * len(entries))(*entries)
+
+
+def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation by the compiled kernel: float32 on a CPU, output in channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    batch, count, height, width = x.shape
+    size = output_size(height, mix.stride), output_size(width, mix.stride)
+    y = torch.empty((batch, count, *size), memory_format=torch.channels_last)
+    layer = _Layer(
+        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
+        batch, height, width, count, *size, mix.stride, ACTIVATIONS.index(mix.activation),
+    )  # fmt: skip
+    threads = 1 if _libraries.forked else torch.get_num_threads()
+    groups = _groups(mix, height, width)
+    load_kernel()(layer, groups, len(groups), threads)
+    return y
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_mix(mix: Mix) -> tuple[int, int]:
+    """How many channels and packed weights the operation has."""
+    channels, sizes, stride, dilations, padding, activation = mix
+    if not len(channels) == len(sizes) == len(dilations) > 0:
+        raise ValueError("channels, kernel_sizes and dilations need an entry for each group")
+    if min(channels) < 1 or any(k < 1 or k % 2 == 0 for k in sizes):
+        raise ValueError(f"groups need channels and odd kernels, got {channels} and {sizes}")
+    if stride < 1 or min(dilations) < 1:
+        raise ValueError(f"stride and dilations must be positive, got {stride} and {dilations}")
+    if padding not in PADDINGS or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"padding must be one of {PADDINGS} and activation one of {ACTIVATIONS}, "
+            f"got {padding!r} and {activation!r}"
+        )
+    return sum(channels), sum(c * k * k for c, k in zip(channels, sizes, strict=True))
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> None:
+    count, packed = _check_mix(mix)
+    if x.dim() != 4 or x.shape[1] != count:
+        raise ValueError(f"x must be (N, {count}, H, W), got {tuple(x.shape)}")
+    if weight.dim() != 1 or weight.shape[0] != packed:
+        raise ValueError(f"weight must hold {packed} packed numbers, got {tuple(weight.shape)}")
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != count):
+        raise ValueError(f"bias must be ({count},), got {tuple(bias.shape)}")
+    for other in (weight, weight if bias is None else bias):
+        if other.dtype != x.dtype or other.device != x.device:
+            raise ValueError("x, weight and bias must agree in dtype and device")
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation in the fastest form that this machine, device and dtype allow."""
+    if x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None:
+        return triton_form(x, weight, bias, mix)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and load_kernel() is not None:
+        return kernel_form(x, weight, bias, mix)
+    form = merged_form if set(mix.dilations) == {1} and not x.is_cuda else split_form
+    return form(x, weight, bias, mix).clone(memory_format=torch.channels_last)
+
+
+@torch.library.custom_op("mixconv::mixed_depthwise2d", mutates_args=())
+def _operation(
+    x: Tensor, weight: Tensor, bias: Tensor | None, channels: Sequence[int],
+    kernel_sizes: Sequence[int], stride: int, dilations: Sequence[int], padding: str,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
+    _check(x, weight, bias, mix)
+    return _forward(x, weight, bias, mix)
+
+
+@_operation.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, channels: Sequence[int],
+    kernel_sizes: Sequence[int], stride: int, dilations: Sequence[int], padding: str,
+    activation: str,
+) -> Tensor:  # fmt: skip
+    mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
+    _check(x, weight, bias, mix)
+    size = (*x.shape[:2], output_size(x.shape[2], stride), output_size(x.shape[3], stride))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    channels, sizes, stride, dilations, padding, activation = inputs[3:]
+    ctx.mix = Mix(tuple(channels), tuple(sizes), stride, tuple(dilations), padding, activation)
+
+
+def _before_activation(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient of the sums, from that of the activated result."""
+    if ctx.mix.activation == "none":
+        return grad
+    plain = ctx.mix._replace(activation="none")
+    sums: Tensor = torch.ops.mixconv.mixed_depthwise2d(*ctx.saved_tensors, *map(_as_list, plain))
+    if ctx.mix.activation == "silu":
+        gate = torch.sigmoid(sums)
+        return grad * gate * (1 + sums * (1 - gate))
+    ceiling = 6 if ctx.mix.activation == "relu6" else torch.inf
+    return grad * ((sums > 0) & (sums < ceiling))
+
+
+def _as_list(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _group_gradients(
+    x: Tensor, grad: Tensor, kernel: Tensor, pad: Pad, stride: int, dilation: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of one group's input and kernel."""
+    padded = F.pad(x, (pad.left, pad.right, pad.top, pad.bottom))
+    x_grad, weight_grad, _ = torch.ops.aten.convolution_backward(
+        grad, padded, kernel, None, [stride] * 2, [0, 0], [dilation] * 2, False, [0, 0],
+        len(kernel), [True, True, False],
+    )  # fmt: skip
+    rows, columns = pad.top + x.shape[2], pad.left + x.shape[3]
+    return x_grad[:, :, pad.top : rows, pad.left : columns], weight_grad
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, bias = ctx.saved_tensors
+    mix: Mix = ctx.mix
+    grad = _before_activation(ctx, grad)
+    groups = zip(
+        x.split(mix.channels, 1), grad.split(mix.channels, 1), unpack_weights(weight, mix),
+        pads(mix, x.shape[2], x.shape[3]), mix.dilations, strict=True,
+    )  # fmt: skip
+    pairs = [_group_gradients(part, g, w, pad, mix.stride, d) for part, g, w, pad, d in groups]
+    x_grads, weight_grads = zip(*pairs, strict=True)
+    bias_grad = None if bias is None else grad.sum((0, 2, 3))
+    return torch.cat(x_grads, 1), pack_weights(weight_grads), bias_grad, *[None] * 6
+
+
+_operation.register_autograd(_backward, setup_context=_remember)
+
+
+def _is_watched(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a gradient, tracer, mode or tensor subclass must see the operation."""
+    if type(x) is not Tensor or torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    wants = x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    return torch._C._get_tracing_state() is not None or (wants and torch.is_grad_enabled())
+
+
+def mixed_depthwise2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    channels: Sequence[int],
+    kernel_sizes: Sequence[int],
+    stride: int = 1,
+    dilations: Sequence[int] | None = None,
+    padding: str = "symmetric",
+    activation: str = "none",
+) -> Tensor:
+    """Mixed depthwise convolution, bias and activation in one operation.
+
+    Args:
+        x: best in channels_last; anything else is copied to it first.
+        weight: packed by `pack_weights`. Pack once for inference; in every forward for training.
+        bias: one number for each channel.
+        channels: of each group; they add up to C.
+        kernel_sizes: odd, one a group.
+        stride: of rows and columns.
+        dilations: one a group; 1 if left out.
+        padding: "symmetric" or "same".
+        activation: "none", "relu", "silu" or "relu6".
+
+    Shape:
+        Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`, channels_last.
+
+    Raises:
+        ValueError: for sizes, dtypes or names that do not fit together.
+
+    Source: ours; the paper (section 3) says that MixConv "could be implemented as a single op".
+    Chapter 8.
+    """
+    steps = [1] * len(kernel_sizes) if dilations is None else dilations
+    if not torch.compiler.is_compiling():
+        mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(steps), padding, activation)
+        if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
+            _check(x, weight, bias, mix)
+            return split_form(x, weight, bias, mix)
+        if not _is_watched(x, weight, bias):
+            _check(x, weight, bias, mix)
+            return _forward(x, weight, bias, mix)
+    lists = list(channels), list(kernel_sizes), stride, list(steps)
+    operation = torch.ops.mixconv.mixed_depthwise2d
+    return cast("Tensor", operation(x, weight, bias, *lists, padding, activation))
+
+
+def triton_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation by the Triton kernel, summed in float32; output in channels_last."""
+    from mixconv.triton_kernel import launch  # imports Triton: only for those who use it
+
+    x = x.contiguous(memory_format=torch.channels_last)
+    height, width = x.shape[2:]
+    size = (*x.shape[:2], output_size(height, mix.stride), output_size(width, mix.stride))
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    groups = tuple(
+        (c, k, d, pad.top, pad.left)
+        for c, k, d, pad in zip(*mix[:2], mix.dilations, pads(mix, height, width), strict=True)
+    )
+    if y.numel():
+        bias = None if bias is None else bias.contiguous()
+        launch(x, weight.contiguous(), bias, y, groups, mix.stride,
+               ACTIVATIONS.index(mix.activation))  # fmt: skip
+    return y
+
+
+def _is_mixed(module: nn.Module) -> bool:
+    """Ours, or the `MixedConv2d` of timm and its relatives: a dictionary of convolutions."""
+    if isinstance(module, MixConv2d):
+        return True
+    parts = list(module.children())
+    split = isinstance(module, nn.ModuleDict) and hasattr(module, "splits")
+    return split and bool(parts) and all(isinstance(part, nn.Conv2d) for part in parts)
+
+
+def _convolutions(module: nn.Module) -> list[nn.Conv2d]:
+    """The convolutions that a layer consists of; none for a layer of another kind."""
+    if _is_mixed(module):
+        return [part for part in module.modules() if isinstance(part, nn.Conv2d)]
+    known = type(module) in (nn.Conv2d, Conv2dSame, GroupedPointwise)
+    same = isinstance(module, nn.Conv2d) and type(module).__name__ == "Conv2dSame"
+    return [cast("nn.Conv2d", module)] if known or same else []
+
+
+class _Tracer(torch.fx.Tracer):
+    """Looks into blocks, not into layers."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        layer = _is_mixed(m) or isinstance(m, nn.modules.batchnorm._BatchNorm)
+        return layer or not list(m.children()) or super().is_leaf_module(m, module_qualified_name)
+
+
+def find_chains(model: nn.Module) -> list[list[str]]:
+    """Names of layers that feed each other and nothing else, each list from a convolution on."""
+    try:
+        graph = _Tracer().trace(model)
+    except Exception:  # anything may go wrong in a stranger's forward
+        parts = [(f"{name}.", find_chains(child)) for name, child in model.named_children()]
+        return [[prefix + name for name in chain] for prefix, found in parts for chain in found]
+    layers = dict(model.named_modules())
+    calls = Counter(layers[str(n.target)] for n in graph.nodes if n.op == "call_module")
+    chains = []
+    for node in graph.nodes:
+        if node.op == "call_module" and _convolutions(layers[str(node.target)]):
+            chain = _follow(node, layers)
+            if all(calls[layers[name]] == 1 for name in chain):  # a layer used twice is left alone
+                chains.append(chain)
+    return chains
+
+
+def _follow(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
+    """The layers that a node feeds, one after another; identities are passed over."""
+    chain = [str(node.target)]
+    while len(node.users) == 1:
+        (node,) = node.users
+        if node.op != "call_module":
+            break
+        layer = layers[str(node.target)]
+        if layer._forward_hooks or layer._forward_pre_hooks or _convolutions(layer):
+            break
+        if type(layer) is not nn.Identity:
+            chain.append(str(node.target))
+    return chain
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+class FoldedNorm(nn.Identity):
+    """Where a batch norm was that is part of the convolution before it now."""
+
+    def train(self, mode: bool = True) -> "FoldedNorm":
+        """Refuse training mode: there is no norm left to train.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        _refuse(mode)
+        return super().train(mode)
+
+
+def _refuse(mode: bool) -> None:
+    if mode:
+        raise RuntimeError(
+            "this model was fused for inference and cannot be trained: batch norms and weights "
+            "are merged. Train the model you gave to fuse_for_inference, and fuse it again."
+        )
+
+
+def _fold_norm(model: nn.Module, chain: list[str]) -> list[str]:
+    """Fold the norm that follows a convolution; returns the chain without it."""
+    convs, norm = _convolutions(model.get_submodule(chain[0])), model.get_submodule(chain[1])
+    known = type(norm).__name__ in ("BatchNorm2d", "SyncBatchNorm", "BatchNormAct2d")
+    drop = getattr(norm, "drop", None)
+    if not known or norm.running_mean is None or type(drop) not in (type(None), nn.Identity):
+        return chain
+    sizes = [conv.out_channels for conv in convs]
+    scale, shift = (line.split(sizes) for line in norm_as_line(cast("nn.BatchNorm2d", norm)))
+    for conv, *line in zip(convs, scale, shift, strict=True):
+        fold_line(conv, *line)
+    inner = getattr(norm, "act", nn.Identity())
+    _replace(model, chain[1], FoldedNorm() if type(inner) is nn.Identity else inner)
+    return chain if type(inner) is not nn.Identity else [chain[0], *chain[2:]]
+
+
+def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> Mix | None:
+    """Depthwise convolutions side by side as one operation; None where it cannot express them."""
+    try:
+        paddings = {_find_padding(conv) for conv in convs}
+    except ValueError:
+        return None
+    squares = [(*conv.kernel_size, *conv.dilation) for conv in convs]
+    strides = {stride for conv in convs for stride in conv.stride}
+    depthwise = all(c.groups == c.in_channels == c.out_channels for c in convs)
+    even = any(k != h or k % 2 == 0 or d != e for k, h, d, e in squares)
+    mixed_up = len(paddings) != 1 or len(strides) != 1
+    if not depthwise or even or mixed_up or len({c.bias is None for c in convs}) != 1:
+        return None
+    channels = tuple(conv.out_channels for conv in convs)
+    sizes, dilations = tuple(k for k, *_ in squares), tuple(square[2] for square in squares)
+    return Mix(channels, sizes, strides.pop(), dilations, paddings.pop(), activation)
+
+
+class FusedMixConv2d(nn.Module):
+    """Depthwise convolutions, their bias and the activation behind them as one operation.
+
+    Args:
+        convs: the convolutions of the groups.
+        mix: what `describe_mix` says of them.
+
+    Shape:
+        Input `(N, C, H, W)` or `(C, H, W)`, output as from the layer it replaces.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, convs: Sequence[nn.Conv2d], mix: Mix) -> None:
+        super().__init__()
+        self.mix = mix
+        biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
+        self.register_buffer("weight", pack_weights([conv.weight.detach() for conv in convs]))
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, add the bias, activate."""
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        x = x.to(self.weight.dtype)  # under autocast the layers around may give another
+        return mixed_depthwise2d(x, self.weight, self.bias, **self.mix._asdict())
+
+    def train(self, mode: bool = True) -> "FusedMixConv2d":
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        _refuse(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ", ".join(f"{name}={value}" for name, value in self.mix._asdict().items())
+
+
+def _merge_convolutions(convs: Sequence[nn.Conv2d], mix: Mix) -> nn.Conv2d | None:
+    """The depthwise convolutions as one, or None where one cannot do."""
+    size, count = max(mix.kernel_sizes), sum(mix.channels)
+    if set(mix.dilations) != {1} or (mix.padding == "same" and min(mix.kernel_sizes) < mix.stride):
+        return None
+    like = convs[0].weight
+    merged = make_conv2d(
+        count, count, size, mix.stride, groups=count, bias=convs[0].bias is not None,
+        padding=mix.padding, device=like.device, dtype=like.dtype,
+    )  # fmt: skip
+    weight = torch.cat([embed_kernel(conv.weight.detach(), size) for conv in convs])
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
+    merged.bias = nn.Parameter(torch.cat(biases), requires_grad=False) if biases else None
+    return merged.eval()
+
+
+def _merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
+    """Equal 1×1 convolutions side by side as one grouped convolution, or None."""
+    kinds = {
+        (c.in_channels, c.out_channels, c.kernel_size, c.groups, c.bias is None) for c in convs
+    }
+    first = convs[0]
+    plain = first.kernel_size == (1, 1) == first.stride and first.groups == 1 < first.in_channels
+    if len(kinds) != 1 or not plain or any(c.padding not in (0, (0, 0)) for c in convs):
+        return None
+    n, like = len(convs), first.weight
+    merged = nn.Conv2d(
+        n * first.in_channels, n * first.out_channels, 1, groups=n, bias=first.bias is not None,
+        device=like.device, dtype=like.dtype,
+    )  # fmt: skip
+    merged.weight = nn.Parameter(torch.cat([c.weight.detach() for c in convs]), False)
+    biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
+    merged.bias = nn.Parameter(torch.cat(biases), False) if biases else None
+    return merged.eval()
+
+
+BACKENDS = ("auto", "kernel", "merged")
+
+_ACTIVATION_NAMES = {
+    "ReLU": "relu", "ReLU6": "relu6", "SiLU": "silu", "Swish": "silu", "SwishMe": "silu",
+}  # fmt: skip
+
+_SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: PyTorch's own kernel is as fast
+
+
+def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
+    """Put the fast form of a layer in its place, with the activation behind it if it can."""
+    layer = model.get_submodule(chain[0])
+    convs = _convolutions(layer)
+    behind: Any = model.get_submodule(chain[1]) if len(chain) > 1 else nn.Identity()
+    activation = _ACTIVATION_NAMES.get(type(behind).__name__, "none")
+    mix = describe_mix(convs, activation)
+    worth = _is_mixed(layer) or convs[0].kernel_size[0] >= _SMALLEST_PLAIN_KERNEL
+    if mix is not None and worth and backend == "kernel":
+        _replace(model, chain[0], FusedMixConv2d(convs, mix).eval())
+        if activation != "none":
+            _replace(model, chain[1], nn.Identity())
+    elif _is_mixed(layer):
+        merged = _merge_convolutions(convs, mix) if mix else _merge_pointwise(convs)
+        _replace(model, chain[0], merged or layer)
+    if activation != "none" and hasattr(behind, "inplace"):
+        behind.inplace = True
+
+
+def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+    """A copy of a model that computes the same in evaluation, and faster.
+
+    Batch norms are folded, mixed depthwise layers become one operation, grouped 1×1 convolutions
+    one convolution; weights are put in channels_last. The copy cannot be trained. Works on this
+    package's layers and networks, on timm's MixNets, and on what else is built like them.
+
+    Args:
+        model: any module; it is not changed.
+        backend: "kernel" for the operation `mixconv::mixed_depthwise2d`; "merged" for ordinary
+            convolutions only, as ONNX needs; "auto" for the kernel where it can be compiled (or
+            Triton is there for a model on a GPU), else merged.
+
+    Raises:
+        ValueError: for an unknown backend.
+
+    Source: ours. Chapter 8.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    root = nn.Sequential(copy.deepcopy(model)).eval().requires_grad_(False)
+    if backend == "auto":
+        backend = "kernel" if _kernel_at_hand(root) else "merged"
+    for chain in find_chains(root):
+        layer = root.get_submodule(chain[0])
+        if not any(_is_touched(part) for part in layer.modules()):
+            if len(chain) > 1:
+                chain = _fold_norm(root, chain)
+            _fuse_layer(root, chain, backend)
+    for conv in root.modules():
+        if isinstance(conv, nn.Conv2d):
+            conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return root[0]
+
+
+def _kernel_at_hand(model: nn.Module) -> bool:
+    weight = next(model.parameters(), torch.empty(0))
+    if weight.is_cuda:
+        return find_spec("triton") is not None
+    return weight.dtype == torch.float32 and load_kernel() is not None
+
+
+def _is_touched(module: nn.Module) -> bool:
+    """Whether hooks or parametrisations do something that cannot be seen from outside."""
+    hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    return hooks or torch.nn.utils.parametrize.is_parametrized(module)

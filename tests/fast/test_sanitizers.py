@@ -1,0 +1,95 @@
+"""The kernel under the compiler's own checks, and for processors with shorter vectors."""
+
+import random
+import subprocess
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import mixconv.fast as fast
+from tests.package.test_fast import agrees, fresh, make_case, needs_kernel
+
+__all__ = ["fresh"]  # a fixture
+
+PROGRAM = r"""
+#include <cmath>
+#include <cstdio>
+
+int main() {
+  const std::vector<std::vector<Group>> mixes = {
+      {{1, 3, 1, 1, 1}},
+      {{5, 1, 1, 0, 0}, {3, 13, 1, 6, 6}},
+      {{16, 3, 1, 0, 0}, {15, 5, 1, 1, 1}},
+      {{20, 3, 1, 1, 1}, {17, 5, 1, 2, 2}, {17, 7, 1, 3, 3}},
+      {{1, 3, 3, 3, 3}, {33, 3, 1, 1, 1}, {1, 9, 1, 3, 3}, {4, 11, 1, 5, 5}},
+  };
+  const std::vector<std::vector<int64_t>> sizes = {
+      {0, 5, 5}, {1, 1, 1}, {2, 2, 9}, {1, 7, 7}, {1, 13, 14}, {2, 15, 31}, {1, 40, 1}};
+  double sum = 0;
+  for (const auto& groups : mixes)
+    for (const auto& s : sizes)
+      for (int64_t stride = 1; stride <= 3; ++stride)
+        for (int64_t activation = 0; activation < 4; ++activation)
+          for (int threads : {1, 3}) {
+            int64_t channels = 0, weights = 0;
+            for (const Group& g : groups)
+              channels += g.channels, weights += g.channels * g.kernel * g.kernel;
+            const int64_t oh = (s[1] + stride - 1) / stride, ow = (s[2] + stride - 1) / stride;
+            std::vector<float> x(s[0] * s[1] * s[2] * channels, 1.0f), w(weights, 0.5f);
+            std::vector<float> b(channels, 0.25f), y(s[0] * oh * ow * channels, NAN);
+            const Layer layer{x.data(), w.data(), activation ? b.data() : nullptr, y.data(),
+                              s[0], s[1], s[2], channels, oh, ow, stride, activation};
+            mixed_depthwise2d(&layer, groups.data(), int64_t(groups.size()), threads);
+            for (float value : y) sum += value;
+          }
+  std::printf("%.1f\n", sum);
+  return std::isfinite(sum) ? 0 : 1;  // a NaN: an output that nobody wrote
+}
+"""
+
+
+def run(command: list[str], source: str, program: Path) -> subprocess.CompletedProcess[str]:
+    """Compile and run; on failure the step that failed."""
+    full = [*command, "-x", "c++", "-", "-o", str(program)]
+    built = subprocess.run(full, input=source, capture_output=True, text=True, check=False)
+    if built.returncode:
+        return built
+    return subprocess.run([str(program)], capture_output=True, text=True, check=False, timeout=300)
+
+
+@needs_kernel
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+@pytest.mark.parametrize("march", ["native", "x86-64"])
+def test_no_access_past_a_buffer_no_race(sanitizers: str, march: str, tmp_path: Path) -> None:
+    """Buffers of the exact size. A trivial program first: not every compiler has the checks."""
+    command = [
+        *fast.compilers()[0], "-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}",
+        "-fno-sanitize-recover=all", f"-march={march}", "-pthread", "-Wno-ignored-attributes",
+    ]  # fmt: skip
+    if run(command, "int main() { return 0; }", tmp_path / "trivial").returncode:
+        pytest.skip(f"no -fsanitize={sanitizers} with -march={march} here")
+    kernel = files("mixconv").joinpath("mixed_depthwise2d.cpp").read_text()
+    done = run(command, kernel + PROGRAM, tmp_path / "program")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_kernel
+@pytest.mark.parametrize("flags", [("-march=x86-64",), ("-march=haswell",)])
+@pytest.mark.usefixtures("fresh")
+def test_shorter_vectors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a machine without AVX-512, or without AVX, would compile."""
+    monkeypatch.setattr(fast, "FLAGS", [(*flags, "-pthread")])
+    if fast.load_kernel() is None:
+        pytest.skip(f"the compiler does not take {flags}")
+    for i in range(40):
+        agrees(make_case(random.Random(1000 + i)))
+
+
+@needs_kernel
+@pytest.mark.usefixtures("fresh")
+def test_a_compiler_without_openmp_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast, "FLAGS", [("--no-such-flag",), ("-march=native", "-pthread")])
+    assert fast.load_kernel() is not None
+    for i in range(10):
+        agrees(make_case(random.Random(i)))

@@ -4,6 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
+# The server's root is this folder, not notebooks/: jupytext finds its settings in pyproject.toml.
 # JupyterLab refuses to run as root unless told to; its news and update checks need the network.
 LAB_OPTIONS := $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None \
   --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
@@ -27,7 +28,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
-	$(RUN) -m jupyter lab $(LAB_OPTIONS) notebooks/00_start_here.ipynb
+	$(RUN) -m jupyter lab $(LAB_OPTIONS) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb
 
 test: $(INSTALLED) ## all that CI runs: style, types, freshness, tests, every notebook
 	$(RUN) -m ruff check .

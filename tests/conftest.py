@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tests are tiny: a second thread would only wait for the first."""
+    """Tests are tiny: on a busy machine a second thread only makes them wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,16 +39,24 @@ __all__ = [
     "ACTIVATIONS",
     "BACKENDS",
     "FLAGS",
+    "PANEL",
+    "BlockSpec",
     "FoldedNorm",
+    "FusedBlock",
     "FusedMixConv2d",
     "Mix",
     "Pad",
+    "Point",
     "activate",
+    "block_form",
+    "block_kernel_form",
     "compilers",
     "describe_mix",
     "find_chains",
     "fold_line",
+    "fuse_block",
     "fuse_for_inference",
+    "inverted_residual",
     "kernel_form",
     "load_kernel",
     "load_library",
@@ -58,10 +66,12 @@ __all__ = [
     "mixed_depthwise2d",
     "norm_as_line",
     "output_size",
+    "pack_pointwise",
     "pack_weights",
     "pads",
     "split_form",
     "triton_form",
+    "unpack_pointwise",
     "unpack_weights",
 ]
 
@@ -136,8 +146,10 @@ def unpack_weights(weight: Tensor, mix: Mix) -> list[Tensor]:
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply an activation by its name in `ACTIVATIONS`."""
-    functions = {"relu": F.relu, "silu": F.silu, "relu6": F.relu6}
+    """Apply an activation by its name in `ACTIVATIONS`, or "sigmoid"."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu, "silu": F.silu, "relu6": F.relu6, "sigmoid": torch.sigmoid,
+    }  # fmt: skip
     return functions[activation](x) if activation != "none" else x
 
 
@@ -366,7 +378,7 @@ class _Layer(ctypes.Structure):
             "batch", "height", "width", "channels", "out_height", "out_width", "stride",
             "activation",
         )
-    ]  # fmt: skip
+    ] + [("expand", ctypes.c_void_p)]  # fmt: skip
 
 
 class _Group(ctypes.Structure):
@@ -377,16 +389,18 @@ class _Group(ctypes.Structure):
 
 @functools.cache
 def load_kernel() -> Any:
-    """The compiled kernel, or None where there is no compiler."""
+    """The compiled kernel's library, or None where there is no compiler."""
     library = load_library("mixed_depthwise2d.cpp")
-    if library is None:
-        return None
-    function = library.mixed_depthwise2d
-    function.argtypes = [
-        ctypes.POINTER(_Layer), ctypes.POINTER(_Group), ctypes.c_int64, ctypes.c_int,
-    ]  # fmt: skip
-    function.restype = None
-    return function
+    if library is not None:
+        pointer: Any = ctypes.c_void_p
+        groups: list[Any] = [ctypes.POINTER(_Group), ctypes.c_int64]
+        library.mixed_depthwise2d.argtypes = [
+            ctypes.POINTER(_Layer), *groups, *[pointer] * 4, ctypes.c_int,
+        ]  # fmt: skip
+        library.mixed_depthwise2d.restype = None
+        library.inverted_residual.argtypes = [pointer, *groups, pointer, pointer, ctypes.c_int]
+        library.inverted_residual.restype = None
+    return library
 
 
 @functools.lru_cache(maxsize=1024)
@@ -399,21 +413,32 @@ def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
     return (_Group * len(entries))(*entries)
 
 
+@functools.lru_cache(maxsize=1024)
+def _layer(mix: Mix, size: torch.Size) -> tuple[_Layer, "ctypes.Array[_Group]", tuple[int, ...]]:
+    """A call's sizes and groups as the kernel takes them, and the shape of its output."""
+    batch, height, width = size[0], size[2], size[3]
+    out = output_size(height, mix.stride), output_size(width, mix.stride)
+    count, activation = sum(mix.channels), ACTIVATIONS.index(mix.activation)
+    numbers = (batch, height, width, count, *out, mix.stride, activation)
+    layer = _Layer(None, None, None, None, *numbers, None)
+    return layer, _groups(mix, height, width), (batch, count, *out)
+
+
 def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the compiled kernel: float32 on a CPU, output in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    batch, count, height, width = x.shape
-    size = output_size(height, mix.stride), output_size(width, mix.stride)
-    y = torch.empty((batch, count, *size), memory_format=torch.channels_last)
-    layer = _Layer(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-        batch, height, width, count, *size, mix.stride, ACTIVATIONS.index(mix.activation),
+    layer, groups, size = _layer(mix, x.shape)
+    y = torch.empty(size, memory_format=torch.channels_last)
+    load_kernel().mixed_depthwise2d(
+        layer, groups, len(groups), x.data_ptr(), weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(), _threads(),
     )  # fmt: skip
-    threads = 1 if _libraries.forked else torch.get_num_threads()
-    groups = _groups(mix, height, width)
-    load_kernel()(layer, groups, len(groups), threads)
     return y
+
+
+def _threads() -> int:
+    return 1 if _libraries.forked else torch.get_num_threads()
 
 
 @functools.lru_cache(maxsize=1024)
@@ -575,18 +600,22 @@ def mixed_depthwise2d(
     Source: ours; the paper (section 3) says that MixConv "could be implemented as a single op".
     Chapter 8.
     """
-    steps = [1] * len(kernel_sizes) if dilations is None else dilations
+    steps = (1,) * len(kernel_sizes) if dilations is None else tuple(dilations)
+    mix = Mix(tuple(channels), tuple(kernel_sizes), stride, steps, padding, activation)
+    return _call(x, weight, bias, mix)
+
+
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation by the shortest way that everybody who watches allows."""
     if not torch.compiler.is_compiling():
-        mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(steps), padding, activation)
         if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
             _check(x, weight, bias, mix)
             return split_form(x, weight, bias, mix)
         if not _is_watched(x, weight, bias):
             _check(x, weight, bias, mix)
             return _forward(x, weight, bias, mix)
-    lists = list(channels), list(kernel_sizes), stride, list(steps)
     operation = torch.ops.mixconv.mixed_depthwise2d
-    return cast("Tensor", operation(x, weight, bias, *lists, padding, activation))
+    return cast("Tensor", operation(x, weight, bias, *map(_as_list, mix)))
 
 
 def triton_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
@@ -753,7 +782,7 @@ class FusedMixConv2d(nn.Module):
         if x.dim() == 3:
             return cast("Tensor", self(x[None]))[0]
         x = x.to(self.weight.dtype)  # under autocast the layers around may give another
-        return mixed_depthwise2d(x, self.weight, self.bias, **self.mix._asdict())
+        return _call(x, self.weight, self.bias, self.mix)
 
     def train(self, mode: bool = True) -> "FusedMixConv2d":
         """Refuse training mode.
@@ -834,18 +863,462 @@ def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
         behind.inplace = True
 
 
+PANEL = 16  # the kernel's kPanel
+
+
+class Point(NamedTuple):
+    """A 1×1 convolution in equal groups, and the activation behind it."""
+
+    inputs: int
+    outputs: int
+    groups: int
+    activation: str
+
+
+def pack_pointwise(weight: Tensor, groups: int) -> Tensor:
+    """A 1×1 convolution's weight `(outputs, inputs / groups, 1, 1)` as panels, one axis."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    rows = F.pad(weight.reshape(groups, outputs, inputs), (0, 0, 0, -outputs % PANEL))
+    return rows.view(groups, -1, PANEL, inputs).transpose(2, 3).reshape(-1)
+
+
+def unpack_pointwise(packed: Tensor, point: Point) -> Tensor:
+    """`pack_pointwise` undone."""
+    inputs, outputs = point.inputs // point.groups, point.outputs // point.groups
+    rows = packed.view(point.groups, -1, inputs, PANEL).transpose(2, 3).flatten(1, 2)
+    return rows[:, :outputs].reshape(point.outputs, inputs, 1, 1)
+
+
+class BlockSpec(NamedTuple):
+    """An inverted residual block; what is None is left out.
+
+    Weights and biases go with it in the order expand, depthwise, squeeze, excite, project: 1×1
+    weights from `pack_pointwise`, the depthwise ones from `pack_weights`, empty where left out.
+    """
+
+    mix: Mix
+    expand: Point | None
+    squeeze: Point | None
+    excite: Point | None
+    project: Point
+    residual: bool
+
+
+def block_form(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """The block as separate operations: the reference.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+    """
+
+    def pointwise(y: Tensor, index: int, point: Point) -> Tensor:
+        weight = unpack_pointwise(weights[index], point)
+        return activate(F.conv2d(y, weight, biases[index], groups=point.groups), point.activation)
+
+    y = x if spec.expand is None else pointwise(x, 0, spec.expand)
+    y = _call(y, weights[1], biases[1], spec.mix)
+    if spec.squeeze is not None and spec.excite is not None:
+        means = y.mean((2, 3), keepdim=True)
+        y = y * pointwise(pointwise(means, 2, spec.squeeze), 3, spec.excite)
+    y = pointwise(y, 4, spec.project)
+    return x + y if spec.residual else y
+
+
+class _Point(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")] + [
+        (name, ctypes.c_int64) for name in ("inputs", "outputs", "groups", "activation")
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        ("depthwise", _Layer), ("expand", _Point), ("squeeze", _Point), ("excite", _Point),
+        ("project", _Point), ("residual", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _block(
+    spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...]
+) -> tuple[_Block, "ctypes.Array[_Group]", tuple[int, ...]]:
+    """A block as the kernel takes it; pointers to weights and biases in turn."""
+    layer, groups, (batch, _, *out) = _layer(spec.mix, size)
+    layer = _Layer.from_buffer_copy(layer)
+    layer.weight, layer.bias = pointers[2:4]
+    names = (*ACTIVATIONS, "sigmoid")
+    points = [
+        _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
+        if point is not None else _Point()
+        for i, point in zip((0, 4, 6, 8), spec[1:5], strict=True)
+    ]  # fmt: skip
+    block = _Block(layer, *points, spec.residual)
+    return block, groups, (batch, spec.project.outputs, *out)
+
+
+def block_kernel_form(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """The block by the compiled kernel: float32 on a CPU, output in channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    pairs = zip(weights, biases, strict=True)
+    kept = [tensor.contiguous() for pair in pairs for tensor in pair]
+    block, groups, size = _block(spec, x.shape, tuple([t.data_ptr() for t in kept]))
+    y = torch.empty(size, memory_format=torch.channels_last)
+    load_kernel().inverted_residual(
+        ctypes.byref(block), groups, len(groups), x.data_ptr(), y.data_ptr(), _threads()
+    )
+    return y
+
+
+def _fits(spec: BlockSpec, count: int, inputs: int) -> bool:
+    """Whether each layer of a block takes what the one before gives."""
+    mix, expand, squeeze, excite, project, residual = spec
+    ends = [project.inputs, count if expand is None else expand.outputs]
+    if squeeze is not None and excite is not None:
+        ends += [squeeze.inputs, excite.outputs, count + excite.inputs - squeeze.outputs]
+    both = (squeeze is None) == (excite is None)
+    same = not residual or (mix.stride == 1 and inputs == project.outputs)
+    return both and same and set(ends) == {count}
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_spec(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
+    """Channels of the input, and how many weights and biases each layer has."""
+    count, packed = _check_mix(spec.mix)
+    inputs = count if spec.expand is None else spec.expand.inputs
+    if not _fits(spec, count, inputs):
+        raise ValueError(f"the block's layers do not fit together: {spec}")
+    weights, biases = [0, packed, 0, 0, 0], [0, count, 0, 0, 0]
+    for index, point in zip((0, 2, 3, 4), spec[1:5], strict=True):
+        if point is not None:
+            if point.groups < 1 or point.inputs % point.groups or point.outputs % point.groups:
+                raise ValueError(f"groups must divide inputs and outputs, got {point}")
+            panels = point.groups * -(-point.outputs // point.groups // PANEL)
+            weights[index] = panels * PANEL * (point.inputs // point.groups)
+            biases[index] = point.outputs
+    return inputs, weights, biases
+
+
+def _check_block(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> None:
+    inputs, *expected = _check_spec(spec)
+    if x.dim() != 4 or x.shape[1] != inputs:
+        raise ValueError(f"x must be (N, {inputs}, H, W), got {tuple(x.shape)}")
+    for name, tensors, sizes in zip(
+        ("weights", "biases"), (weights, biases), expected, strict=True
+    ):
+        if [t.numel() for t in tensors] != sizes:
+            raise ValueError(
+                f"{name} must hold {sizes} numbers, got {[t.numel() for t in tensors]}"
+            )
+        if any(t.dtype != x.dtype or t.device != x.device for t in tensors):
+            raise ValueError(f"x and {name} must agree in dtype and device")
+
+
+def _block_forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    _check_block(x, weights, biases, spec)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and load_kernel() is not None:
+        return block_kernel_form(x, weights, biases, spec)
+    y = block_form(x, weights, biases, spec)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _as_numbers(spec: BlockSpec) -> list[int]:
+    """The 1×1 layers as `torch.library` can take them; zeros for what is left out."""
+    names = (*ACTIVATIONS, "sigmoid")
+    rows = [(*p[:3], names.index(p.activation)) if p is not None else [0] * 4 for p in spec[1:5]]
+    return [number for row in rows for number in row]
+
+
+def _as_spec(points: Sequence[int], mix: Mix, residual: bool) -> BlockSpec:
+    names, rows = (*ACTIVATIONS, "sigmoid"), [points[i : i + 4] for i in range(0, 16, 4)]
+    found = [Point(i, o, groups, names[a]) if i else None for i, o, groups, a in rows]
+    return BlockSpec(mix, found[0], found[1], found[2], cast("Point", found[3]), residual)
+
+
+@torch.library.custom_op("mixconv::inverted_residual", mutates_args=())
+def _block_operation(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], points: Sequence[int],
+    channels: Sequence[int], kernel_sizes: Sequence[int], stride: int, dilations: Sequence[int],
+    padding: str, activation: str, residual: bool,
+) -> Tensor:  # fmt: skip
+    mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
+    return _block_forward(x, weights, biases, _as_spec(points, mix, residual))
+
+
+@_block_operation.register_fake
+def _block_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], points: Sequence[int],
+    channels: Sequence[int], kernel_sizes: Sequence[int], stride: int, dilations: Sequence[int],
+    padding: str, activation: str, residual: bool,
+) -> Tensor:  # fmt: skip
+    size = output_size(x.shape[2], stride), output_size(x.shape[3], stride)
+    shape = (x.shape[0], points[13], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def inverted_residual(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """An inverted residual block, from its input to its output, in one operation.
+
+    Args:
+        x: best in channels_last; anything else is copied to it first.
+        weights: of the five layers of `spec`, packed; see `BlockSpec`.
+        biases: of the five layers.
+        spec: the block.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Raises:
+        ValueError: for sizes and dtypes that do not fit together.
+
+    Source: ours; the block is the paper's (section 4, Figure 8). Chapter 8.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return block_form(x, weights, biases, spec)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return block_form(x, weights, biases, spec)
+        if not _is_watched(x, weights[1], biases[1]):
+            return _block_forward(x, weights, biases, spec)
+    lists = [*map(_as_list, spec.mix)]
+    operation = torch.ops.mixconv.inverted_residual
+    numbers = _as_numbers(spec)
+    return cast("Tensor", operation(x, weights, biases, numbers, *lists, spec.residual))
+
+
+class FusedBlock(nn.Module):
+    """An inverted residual block, or a depthwise separable one, as one operation.
+
+    Args:
+        spec: the block.
+        weights: packed, as `inverted_residual` takes them.
+        biases: of the five layers.
+
+    Shape:
+        Input `(N, C, H, W)` or `(C, H, W)`, output as from the block it replaces.
+    """
+
+    def __init__(
+        self, spec: BlockSpec, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        for index, pair in enumerate(zip(weights, biases, strict=True)):
+            for name, tensor in zip(("weight", "bias"), pair, strict=True):
+                self.register_buffer(f"{name}{index}", tensor.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the block."""
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        buffers = [*self._buffers.values()]
+        weights, biases = cast("list[Tensor]", buffers[0::2]), cast("list[Tensor]", buffers[1::2])
+        return inverted_residual(x.to(weights[1].dtype), weights, biases, self.spec)
+
+    def train(self, mode: bool = True) -> "FusedBlock":
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        _refuse(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
+
+
+_IDLE = {"Identity", "FoldedNorm", "DropPath", "Dropout", "StochasticDepth"}  # in evaluation
+
+_POOLS = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d"}
+
+
+class _Reader:
+    """Reads a traced module from its output to its input."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = dict(module.named_modules())
+        self.graph = _Tracer().trace(module)
+        self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def layer(self, node: Any) -> nn.Module | None:
+        """The module that a node calls."""
+        called = isinstance(node, torch.fx.Node) and node.op == "call_module"
+        return self.layers[str(node.target)] if called else None
+
+    def name(self, node: Any) -> str:
+        """What a node calls, whether module, method or function."""
+        if not isinstance(node, torch.fx.Node):
+            return ""
+        target = node.target if isinstance(node.target, str) else type(node.target).__name__
+        function = getattr(node.target, "__name__", target)
+        return type(self.layer(node)).__name__ if node.op == "call_module" else function
+
+    def skip(self, node: Any) -> Any:
+        """The node, or the first one before it that does something."""
+        while self.name(node) in _IDLE:
+            node = node.args[0]
+        return node
+
+    def unit(self, node: Any) -> tuple[nn.Module, str, Any] | None:
+        """A convolution, the activation behind it, and what it takes; None for something else."""
+        node, activation = self.skip(node), "none"
+        names = {name.lower(): value for name, value in _ACTIVATION_NAMES.items()}
+        if (found := names.get(self.name(node).lower().rstrip("_"))) is not None:
+            activation, node = found, self.skip(node.args[0])
+        layer = self.layer(node)
+        if layer is None or not (isinstance(layer, FusedMixConv2d) or _convolutions(layer)):
+            return None
+        return layer, activation, node.args[0]
+
+    def pooled(self, node: Any) -> Any:
+        """What a node takes the mean of, over all pixels; None if it does something else."""
+        node = self.skip(node)
+        if self.name(node) not in _POOLS:
+            return None
+        layer, rest = self.layer(node), (*node.args[1:], *node.kwargs.values())
+        size = (getattr(layer, "output_size", None),) if layer is not None else rest
+        whole = [1], [(1, 1)], [(2, 3), True], [[2, 3], True], [(-2, -1), True], [[-2, -1], True]
+        return self.skip(node.args[0]) if [*size] in whole else None
+
+
+def _read_point(unit: tuple[nn.Module, str, Any] | None) -> tuple[nn.Conv2d, Point] | None:
+    """A 1×1 convolution and its description."""
+    if unit is None or not isinstance(conv := unit[0], nn.Conv2d):
+        return None
+    plain = conv.kernel_size == (1, 1) == conv.stride and conv.padding in (0, (0, 0), "same")
+    point = Point(conv.in_channels, conv.out_channels, conv.groups, unit[1])
+    return (conv, point) if plain else None
+
+
+def _read_mix(unit: tuple[nn.Module, str, Any]) -> tuple[Mix, Tensor, Tensor | None] | None:
+    """A depthwise layer as one operation: what, weight and bias."""
+    layer, activation, _ = unit
+    if isinstance(layer, FusedMixConv2d):
+        mix = layer.mix if activation == "none" else layer.mix._replace(activation=activation)
+        once = activation == "none" or layer.mix.activation == "none"
+        return (mix, layer.weight, layer.bias) if once else None
+    conv = cast("nn.Conv2d", layer)
+    if (found := describe_mix([conv], activation)) is None:
+        return None
+    return found, pack_weights([conv.weight]), conv.bias
+
+
+def _read_gate(reader: _Reader, node: Any) -> tuple[Any, list[Any]] | None:
+    """What a gate scales, and its two 1×1 convolutions; (node, two Nones) without a gate."""
+    node = reader.skip(node)
+    if reader.name(node) not in ("mul", "imul", "mul_"):
+        return node, [None, None]
+    factors = [reader.skip(factor) for factor in node.args]
+    sigmoids = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
+    if len(factors) != 2 or len(sigmoids) != 1:
+        return None
+    (scaled,) = (f for f in factors if f is not sigmoids[0])
+    excite = _read_point(unit := reader.unit(sigmoids[0].args[0]))
+    squeeze = _read_point(unit := reader.unit(unit[2])) if unit else None
+    if unit is None or squeeze is None or excite is None or excite[1].activation != "none":
+        return None
+    if reader.pooled(unit[2]) is not scaled:
+        return None
+    return scaled, [squeeze, (excite[0], excite[1]._replace(activation="sigmoid"))]
+
+
+def _read_addition(reader: _Reader) -> tuple[Any, bool]:
+    """What the output is without the addition of the input, and whether that is added."""
+    (x,), (output,) = reader.inputs, (n for n in reader.graph.nodes if n.op == "output")
+    node = reader.skip(output.args[0])
+    if reader.name(node) in ("add", "iadd", "add_") and not node.kwargs and len(node.args) == 2:
+        others = [part for part in node.args if reader.skip(part) is not x]
+        if len(others) == 1:
+            return others[0], True
+    return node, False
+
+
+def _read_block(reader: _Reader) -> tuple[list[Any], Any, bool] | None:
+    """The 1×1 convolutions (None where left out), the depthwise layer, and the addition."""
+    node, residual = _read_addition(reader)
+    project = _read_point(unit := reader.unit(node))
+    gate = _read_gate(reader, unit[2]) if unit is not None else None
+    depthwise = reader.unit(gate[0]) if gate is not None else None
+    if gate is None or depthwise is None or (mix := _read_mix(depthwise)) is None:
+        return None
+    expand, node = None, reader.skip(depthwise[2])
+    if node is not reader.inputs[0] and (unit := reader.unit(node)) is not None:
+        expand, node = _read_point(unit), reader.skip(unit[2])
+        project = project if expand is not None else None
+    whole = node is reader.inputs[0] and project is not None
+    return ([expand, *gate[1], project], mix, residual) if whole else None
+
+
+def _pack_block(
+    points: list[Any], mix: tuple[Mix, Tensor, Tensor | None], residual: bool
+) -> FusedBlock:
+    expand, squeeze, excite, project = (pair and pair[1] for pair in points)
+    spec = BlockSpec(mix[0], expand, squeeze, excite, project, residual)
+    none = mix[1].new_zeros(0)
+    weights = [pack_pointwise(pair[0].weight, pair[1].groups) if pair else none for pair in points]
+    given = [pair[0].bias if pair else none for pair in points]
+    weights.insert(1, mix[1])
+    given.insert(1, mix[2])
+    counts = _check_spec(spec)[2]
+    biases = [none.new_zeros(n) if b is None else b for b, n in zip(given, counts, strict=True)]
+    return FusedBlock(spec, weights, biases).eval()
+
+
+def fuse_block(block: nn.Module) -> FusedBlock | None:
+    """The block as one operation; None if the operation cannot stand in for it.
+
+    Args:
+        block: without batch norms, in evaluation mode, float32 on a CPU.
+    """
+    if any(_is_touched(part) for part in block.modules()):
+        return None
+    try:
+        reader = _Reader(block)
+        found = _read_block(reader) if len(reader.inputs) == 1 else None
+        return _pack_block(*found) if found is not None else None
+    except Exception:  # anything may go wrong in a stranger's forward
+        return None
+
+
+def _fuse_blocks(model: nn.Module) -> None:
+    """Put `FusedBlock`s in place of all blocks that are such."""
+    for name, child in model.named_children():
+        parts = [_is_depthwise(part) for part in child.modules()]
+        if sum(parts) == 1 and len(parts) > 1 and (fused := fuse_block(child)) is not None:
+            setattr(model, name, fused)
+        elif any(parts):
+            _fuse_blocks(child)
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    convs = _convolutions(layer)
+    plain = bool(convs) and all(c.groups == c.in_channels > 1 for c in convs)
+    return plain or isinstance(layer, FusedMixConv2d)
+
+
 def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     """A copy of a model that computes the same in evaluation, and faster.
 
     Batch norms are folded, mixed depthwise layers become one operation, grouped 1×1 convolutions
-    one convolution; weights are put in channels_last. The copy cannot be trained. Works on this
-    package's layers and networks, on timm's MixNets, and on what else is built like them.
+    one convolution; weights are put in channels_last. With the kernel, whole inverted residual
+    and depthwise separable blocks become one operation. The copy cannot be trained. Works on
+    this package's layers and networks, on timm's MixNets, and on what else is built like them.
 
     Args:
         model: any module; it is not changed.
-        backend: "kernel" for the operation `mixconv::mixed_depthwise2d`; "merged" for ordinary
-            convolutions only, as ONNX needs; "auto" for the kernel where it can be compiled (or
-            Triton is there for a model on a GPU), else merged.
+        backend: "kernel" for `mixconv::mixed_depthwise2d` and `mixconv::inverted_residual`;
+            "merged" for ordinary convolutions only, as ONNX needs; "auto" for the kernel where
+            it can be compiled (or Triton is there for a model on a GPU), else merged.
 
     Raises:
         ValueError: for an unknown backend.
@@ -857,6 +1330,15 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     root = nn.Sequential(copy.deepcopy(model)).eval().requires_grad_(False)
     if backend == "auto":
         backend = "kernel" if _kernel_at_hand(root) else "merged"
+    _fuse_layers(root, backend)
+    weight = next(root.parameters(), torch.empty(0))
+    if backend == "kernel" and weight.dtype == torch.float32 and weight.device.type == "cpu":
+        _fuse_blocks(root)
+    return root[0]
+
+
+def _fuse_layers(root: nn.Module, backend: str) -> None:
+    """Fold what can be folded, and put the fast form of each layer in its place."""
     for chain in find_chains(root):
         layer = root.get_submodule(chain[0])
         if not any(_is_touched(part) for part in layer.modules()):
@@ -866,7 +1348,6 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     for conv in root.modules():
         if isinstance(conv, nn.Conv2d):
             conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return root[0]
 
 
 def _kernel_at_hand(model: nn.Module) -> bool:

@@ -35,19 +35,13 @@ constexpr int kLanes = 4, kTile = 7;
 constexpr int kShortTile = 7;            // MixNet's last layers are 7 pixels wide
 constexpr int64_t kBandBytes = 1 << 20;  // rows worked on: half of a common second-level cache
 constexpr uintptr_t kHugePage = 2 << 20, kFreshBytes = 32 << 20;
+constexpr int64_t kKeptBytes = 16 << 20;  // memory that a thread keeps from call to call
 constexpr int kChunksPerThread = 4;
 constexpr int64_t kSerialWork = 20000;  // vector multiply-adds: below, waking threads costs more
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef float LooseVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
-
-inline Vec load(const float* from, int lanes) {
-  if (lanes == kLanes) return *reinterpret_cast<const LooseVec*>(from);
-  Vec v{};
-  for (int i = 0; i < lanes; ++i) v[i] = from[i];
-  return v;
-}
 
 template <int Size = kLanes>
 inline void copy_lanes(float* to, const float* from, int lanes) {  // kLanes, kLanes / 2, ..., 1
@@ -56,12 +50,21 @@ inline void copy_lanes(float* to, const float* from, int lanes) {  // kLanes, kL
     copy_lanes<Size / 2>(to + (lanes & Size), from + (lanes & Size), lanes);
 }
 
-// By value: taking an address would drive the sums out of their registers.
-inline void store(float* to, Vec v, int skip, int lanes) {
-  copy_lanes(to, reinterpret_cast<const float*>(&v) + skip, lanes);
+inline Vec load(const float* from, int lanes) {
+  if (lanes == kLanes) return *reinterpret_cast<const LooseVec*>(from);
+  Vec v{};
+  copy_lanes(reinterpret_cast<float*>(&v), from, lanes);
+  return v;
 }
 
-enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3 };
+// By value: taking an address would drive the sums out of their registers.
+inline void store(float* to, Vec v, int skip, int lanes) {
+  if (lanes == kLanes) *reinterpret_cast<LooseVec*>(to) = v;
+  else copy_lanes(to, reinterpret_cast<const float*>(&v) + skip, lanes);
+}
+
+enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3, kSigmoid = 4 };
+constexpr float kLowest = -80;  // below, a sigmoid counts as zero
 
 // n is the nearest integer to x / ln 2, so |r| <= ln 2 / 2.
 inline Vec exp_vec(Vec x) {
@@ -85,7 +88,10 @@ inline __attribute__((always_inline)) void activate(Vec (&sums)[T], int64_t acti
     if (activation == kRelu || activation == kRelu6)
       sums[t] = sums[t] < 0.0f ? Vec{} : sums[t];  // written so that a NaN stays
     if (activation == kRelu6) sums[t] = sums[t] > 6.0f ? Vec{} + 6.0f : sums[t];
-    if (activation == kSilu) sums[t] = sums[t] / (1.0f + exp_vec(-sums[t]));
+    if (activation == kSilu || activation == kSigmoid) {
+      const Vec above = activation == kSilu ? sums[t] : Vec{} + 1.0f;
+      sums[t] = sums[t] < kLowest ? Vec{} : above / (1.0f + exp_vec(-sums[t]));
+    }
   }
 }
 
@@ -93,20 +99,52 @@ struct Group {
   int64_t channels, kernel, dilation, top, left;
 };
 
+constexpr int kPanel = 16;  // outputs of a 1x1 convolution whose weights lie together
+
+// A 1x1 convolution in equal groups of channels. Weights: for each group, for each kPanel of its
+// outputs, (inputs of the group, kPanel), with zeros for outputs that are not there.
+struct Pointwise {
+  const float *weight, *bias;
+  int64_t inputs, outputs, groups, activation;
+  int64_t group_inputs() const { return inputs / groups; }
+  int64_t group_outputs() const { return outputs / groups; }
+  const float* panel(int64_t group, int64_t c) const {  // weights of the group's outputs from c on
+    const int64_t panels = (group_outputs() + kPanel - 1) / kPanel;
+    return weight + (group * panels + c / kPanel) * group_inputs() * kPanel + c % kPanel;
+  }
+};
+
 struct Layer {
   const float *x, *weight, *bias;
   float* y;
   int64_t batch, height, width, channels, out_height, out_width, stride, activation;
+  const Pointwise* expand;  // what makes `channels` of fewer, on the way in; or null
+  int64_t pixel() const { return expand ? expand->inputs : channels; }  // numbers in x
+};
+
+struct Task {
+  int64_t image, row_begin, row_end;
+  float* sums;  // of each channel over these rows, to be added to; or null
+  Vec* scratch;
 };
 
 struct Block {
   Group group;
   int64_t window;         // the vector's first channel in the tensor
   int read, skip, lanes;  // lanes read; of these the first to write, and how many
-  const float* weight;    // of the window's first channel; the next tap is group.channels on
-  void (*convolve)(const Layer&, const Block&, int64_t image, int64_t row_begin,
-                   int64_t row_end, Vec* scratch);
+  int64_t input;          // the first number to read of a pixel of x
+  const float* weight;    // of the first channel to write; the next tap is group.channels on
+  const float* panel;     // of `expand`, for the window
+  void (*convolve)(const Layer&, const Block&, const Task&);
 };
+
+// A vector of a parameter; what comes into lanes that are not written does not matter.
+inline Vec load_own(const float* first, const Block& b) {
+  if (b.read == kLanes) return load(first - b.skip, kLanes);
+  Vec v{};
+  copy_lanes(reinterpret_cast<float*>(&v) + b.skip, first, b.lanes);
+  return v;
+}
 
 // sums[t] += w[kx] * in[t * stride + kx * dilation]
 template <int K, int S, int T>
@@ -142,7 +180,7 @@ inline Ring open_ring(const Layer& l, const Block& b, int64_t k, int64_t stride,
   const int64_t reach = (k - 1) * dilation + 1;
   const int64_t pitch = ((l.out_width + tile - 1) / tile * tile - 1) * stride + reach;
   Ring ring{scratch, reach, pitch, std::min(g.left, pitch), std::min(g.left + l.width, pitch)};
-  for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load(b.weight + i * g.channels, b.read);
+  for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load_own(b.weight + i * g.channels, b);
   for (int64_t i = 0; i < reach; ++i) {  // zeros left and right of the image
     std::fill(ring.row(i), ring.row(i) + ring.begin, Vec{});
     std::fill(ring.row(i) + ring.end, ring.row(i) + pitch, Vec{});
@@ -150,16 +188,28 @@ inline Ring open_ring(const Layer& l, const Block& b, int64_t k, int64_t stride,
   return ring;
 }
 
+inline void copy_row(const float* from, int64_t count, int64_t pixel, int64_t line, int lanes,
+                     Vec* to) {
+  if (lanes == kLanes) {
+    for (int64_t i = 0; i < count; ++i, from += pixel) {
+      __builtin_prefetch(from + line);  // the row below: a hint, harmless past the last row
+      to[i] = load(from, kLanes);
+    }
+  } else {
+    for (int64_t i = 0; i < count; ++i, from += pixel) to[i] = load(from, lanes);
+  }
+}
+
+void expand_row(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to);
+
 inline void fetch_rows(Ring& ring, const Layer& l, const Block& b, int64_t image, int64_t y0) {
-  const int64_t line = l.width * l.channels;
+  const int64_t line = l.width * l.pixel(), count = ring.end - ring.begin;
   for (ring.next = std::max(ring.next, y0); ring.next < std::min(l.height, y0 + ring.reach);
        ++ring.next) {
-    const float* from = l.x + (image * l.height + ring.next) * line + b.window;
-    Vec* row = ring.row(ring.next);
-    for (int64_t column = ring.begin; column < ring.end; ++column, from += l.channels) {
-      __builtin_prefetch(from + line);  // the row below: a hint, harmless past the last row
-      row[column] = load(from, b.read);
-    }
+    const float* from = l.x + (image * l.height + ring.next) * line + b.input;
+    Vec* to = ring.row(ring.next) + ring.begin;
+    if (l.expand) expand_row(*l.expand, b, from, count, to);
+    else copy_row(from, count, l.channels, line, b.read, to);
   }
 }
 
@@ -177,17 +227,23 @@ inline __attribute__((always_inline)) void store_row(const Vec (&sums)[T], const
   }
 }
 
+inline void add_row_to_sums(const Layer& l, const Block& b, const float* row, float* sums) {
+  Vec total = load(sums, b.lanes);
+  for (int64_t ox = 0; ox < l.out_width; ++ox) total += load(row + ox * l.channels, b.lanes);
+  store(sums, total, 0, b.lanes);
+}
+
 template <int K, int S, int T>
-void convolve_rows(const Layer& l, const Block& b, int64_t image, int64_t row_begin,
-                   int64_t row_end, Vec* scratch) {
+void convolve_rows(const Layer& l, const Block& b, const Task& task) {
   const int64_t k = K ? K : b.group.kernel, stride = S ? S : l.stride;
   const int64_t dilation = K ? 1 : b.group.dilation;
-  Ring ring = open_ring(l, b, k, stride, dilation, T, scratch);
-  const Vec bias = l.bias ? load(l.bias + b.window, b.read) : Vec{};
-  for (int64_t oy = row_begin; oy < row_end; ++oy) {
+  const int64_t first = b.window + b.skip, size = l.out_width * l.channels;
+  Ring ring = open_ring(l, b, k, stride, dilation, T, task.scratch);
+  const Vec bias = l.bias ? load_own(l.bias + first, b) : Vec{};
+  for (int64_t oy = task.row_begin; oy < task.row_end; ++oy) {
     const int64_t y0 = oy * stride - b.group.top;
-    fetch_rows(ring, l, b, image, y0);
-    float* to = l.y + (image * l.out_height + oy) * l.out_width * l.channels + b.window + b.skip;
+    fetch_rows(ring, l, b, task.image, y0);
+    float* to = l.y + (task.image * l.out_height + oy) * size + first;
     for (int64_t ox = 0; ox < l.out_width; ox += T) {
       Vec sums[T];
 #pragma GCC unroll 16
@@ -200,6 +256,7 @@ void convolve_rows(const Layer& l, const Block& b, int64_t image, int64_t row_be
       if (l.activation != kNone) activate(sums, l.activation);
       store_row(sums, l, b, to, ox);
     }
+    if (task.sums) add_row_to_sums(l, b, to, task.sums + first);
   }
 }
 
@@ -240,28 +297,54 @@ struct Plan {
   std::vector<Block> blocks;
   std::vector<int64_t> cost{0};  // cost[i]: of all blocks before block i, for one output pixel
   int64_t scratch = 0;           // vectors that the largest ring and its weights take
+  int64_t band, bands;           // rows of a band, and how many bands
 };
 
-Plan make_plan(const Layer& l, const Group* groups, int64_t group_count) {
+Block make_block(const Layer& l, const Group& g, int64_t channel, int64_t left) {
+  Block b{};
+  b.group = g;
+  b.convolve = version_for(l, g);
+  b.read = int(std::min<int64_t>(kLanes, l.channels));
+  b.lanes = int(std::min(left, kLanes - channel % kLanes));
+  b.window = b.input = std::min(channel, std::max<int64_t>(0, l.channels - kLanes));
+  b.skip = int(channel - b.window);
+  if (l.expand) {  // here the vectors are those of the 1x1 convolution's panels
+    const Pointwise& p = *l.expand;
+    const int64_t group = channel / p.group_outputs(), at = channel % p.group_outputs();
+    b.skip = int(at % kLanes);
+    b.read = b.lanes = int(std::min({left, kLanes - at % kLanes, p.group_outputs() - at}));
+    b.window = channel - b.skip;
+    b.input = group * p.group_inputs();
+    b.panel = p.panel(group, at - b.skip);
+  }
+  return b;
+}
+
+Plan make_plan(const Layer& l, const Group* groups, int64_t group_count, int threads) {
   Plan plan;
+  const int64_t before = l.expand ? l.expand->group_inputs() * l.stride * l.stride : 0;
   int64_t first = 0;
   const float* weight = l.weight;
   for (const Group* g = groups; g != groups + group_count; ++g) {
     const int64_t reach = (g->kernel - 1) * g->dilation + 1;
     const int64_t pitch = (round_up(l.out_width, tile_width(l.out_width)) - 1) * l.stride + reach;
     plan.scratch = std::max(plan.scratch, reach * pitch + g->kernel * g->kernel);
-    for (int64_t c = 0, lanes; c < g->channels; c += lanes) {
-      lanes = std::min(g->channels - c, kLanes - (first + c) % kLanes);
-      const int64_t last = std::max<int64_t>(0, l.channels - kLanes);
-      const int64_t window = std::min(first + c, last), skip = first + c - window;
-      const int read = int(std::min<int64_t>(kLanes, l.channels));
-      plan.blocks.push_back(
-          {*g, window, read, int(skip), int(lanes), weight + c - skip, version_for(l, *g)});
-      plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + 16);
+    for (int64_t c = 0; c < g->channels; c += plan.blocks.back().lanes) {
+      plan.blocks.push_back(make_block(l, *g, first + c, g->channels - c));
+      plan.blocks.back().weight = weight + c;
+      plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + 16 + before);
     }
     first += g->channels;
     weight += g->channels * g->kernel * g->kernel;
   }
+  const int64_t tasks = std::max<int64_t>(1, l.batch * int64_t(plan.blocks.size()));
+  const int64_t wanted = std::max<int64_t>(1, kChunksPerThread * threads / tasks);
+  const int64_t row_bytes =
+      (l.stride * l.width * l.pixel() + l.out_width * l.channels) * int64_t(sizeof(float));
+  const int64_t fit = kBandBytes / std::max<int64_t>(1, row_bytes);
+  const int64_t rows = std::max<int64_t>(4, std::min(round_up(l.out_height, wanted) / wanted, fit));
+  plan.band = std::max<int64_t>(1, std::min(l.out_height, rows));
+  plan.bands = (l.out_height + plan.band - 1) / plan.band;
   return plan;
 }
 
@@ -279,6 +362,31 @@ void in_parallel(int threads, const Work& work) {
 #endif
 }
 
+// Fresh memory costs more than the work done in it: a thread keeps what is not too large.
+template <int Use>
+class Workspace {
+ public:
+  explicit Workspace(int64_t vectors) {
+    if (kept().size() < size_t(vectors + 1) * kLanes) kept().resize(size_t(vectors + 1) * kLanes);
+    const uintptr_t at = reinterpret_cast<uintptr_t>(kept().data());
+    vectors_ = reinterpret_cast<Vec*>((at + sizeof(Vec) - 1) / sizeof(Vec) * sizeof(Vec));
+  }
+  ~Workspace() {
+    if (kept().size() * sizeof(float) > kKeptBytes) std::vector<float>().swap(kept());
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  Vec* vectors() const { return vectors_; }
+  float* floats() const { return reinterpret_cast<float*>(vectors_); }
+
+ private:
+  static std::vector<float>& kept() {
+    static thread_local std::vector<float> memory;
+    return memory;
+  }
+  Vec* vectors_;
+};
+
 // Large tensors come as untouched memory; asking for large pages makes touching it cheaper.
 void advise(const Layer& l) {
 #ifdef __linux__
@@ -291,48 +399,200 @@ void advise(const Layer& l) {
 #endif
 }
 
-}  // namespace
-
-extern "C" void mixed_depthwise2d(const Layer* layer, const Group* groups, int64_t group_count,
-                                  int threads) {
-  const Layer& l = *layer;
-  const Plan plan = make_plan(l, groups, group_count);
+void run(const Layer& l, const Plan& plan, int threads, float* sums) {
   const int64_t block_count = int64_t(plan.blocks.size()), band_cost = plan.cost.back();
-  if (l.batch * l.out_height * l.out_width * block_count == 0) return;
-  if (l.batch * l.out_height * l.out_width * band_cost < kSerialWork) threads = 1;
-  advise(l);
-
-  const int64_t wanted =
-      std::max<int64_t>(1, kChunksPerThread * threads / (l.batch * block_count));
-  const int64_t row_bytes =
-      (l.stride * l.width + l.out_width) * l.channels * int64_t(sizeof(float));
-  const int64_t most = std::min((l.out_height + wanted - 1) / wanted, kBandBytes / row_bytes);
-  const int64_t band = std::min(l.out_height, std::max<int64_t>(most, 4));  // not too thin
-  const int64_t bands = (l.out_height + band - 1) / band;
-
   const int64_t chunks = int64_t(threads) * kChunksPerThread;
   const auto task_at = [&](int64_t chunk) {  // the first task of a chunk: equal cost, not count
-    const int64_t total = l.batch * bands * band_cost;
+    const int64_t total = l.batch * plan.bands * band_cost;
     const int64_t at = total / chunks * chunk + total % chunks * chunk / chunks;
     const auto block = std::lower_bound(plan.cost.begin(), plan.cost.end(), at % band_cost);
     return at / band_cost * block_count + (block - plan.cost.begin());
   };
   std::vector<std::atomic<int64_t>> taken(threads);
   in_parallel(threads, [&](int me) {
-    const std::unique_ptr<float[]> memory(new float[(plan.scratch + 1) * kLanes]);
-    Vec* scratch = reinterpret_cast<Vec*>(
-        round_up(reinterpret_cast<uintptr_t>(memory.get()), sizeof(Vec)));
+    const Workspace<0> scratch(plan.scratch);
     for (int i = 0; i < threads; ++i) {  // this thread's own chunks, then what others have left
       const int owner = (me + i) % threads;
       for (int64_t turn = taken[owner]++; turn < kChunksPerThread; turn = taken[owner]++) {
         const int64_t chunk = owner * kChunksPerThread + turn;
         for (int64_t task = task_at(chunk), end = task_at(chunk + 1); task < end; ++task) {
           const Block& b = plan.blocks[size_t(task % block_count)];
-          const int64_t row = task / block_count % bands * band;
-          b.convolve(l, b, task / block_count / bands, row, std::min(l.out_height, row + band),
-                     scratch);
+          const int64_t band = task / block_count % plan.bands, row = band * plan.band;
+          b.convolve(l, b, {task / block_count / plan.bands, row,
+                            std::min(l.out_height, row + plan.band),
+                            sums ? sums + band * l.channels : nullptr, scratch.vectors()});
         }
       }
     }
   });
+}
+
+}  // namespace
+
+extern "C" void mixed_depthwise2d(const Layer* shape, const Group* groups, int64_t group_count,
+                                  const float* x, const float* weight, const float* bias,
+                                  float* y, int threads) {
+  Layer l = *shape;
+  l.x = x, l.weight = weight, l.bias = bias, l.y = y;
+  const Plan plan = make_plan(l, groups, group_count, threads);
+  const int64_t work = l.batch * l.out_height * l.out_width * plan.cost.back();
+  if (work == 0) return;
+  advise(l);
+  run(l, plan, work < kSerialWork ? 1 : threads, nullptr);
+}
+
+// Whole network blocks: a 1x1 convolution computed into the ring, and one after the gate.
+namespace {
+
+constexpr int kVectors = kTile == 14 ? 2 : 1;  // vectors of outputs in the inner loop
+constexpr int64_t kPointTile = 7, kPointChunk = 14 * kPointTile;  // pixels
+
+// sums[v * T + t] += weights of vector v * x[t * pixel + i], over i
+template <int V, int T>
+inline __attribute__((always_inline)) void multiply(Vec (&sums)[V * T], const float* x,
+                                                    int64_t pixel, const float* panel, int64_t n,
+                                                    const float* gate) {
+  for (int64_t i = 0; i < n; ++i, panel += kPanel) {
+    Vec weight[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) {
+      weight[v] = load(panel + v * kLanes / kPanel * n * kPanel + v * kLanes % kPanel, kLanes);
+      if (gate) weight[v] *= gate[i];
+    }
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) {
+      const float input = x[t * pixel + i];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[v * T + t] += weight[v] * input;
+    }
+  }
+}
+
+template <int T>
+void expand_pixels(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to) {
+  const Vec bias = load_own(p.bias + b.window + b.skip, b);
+  for (int64_t at = 0; at < count; at += T) {
+    const int64_t from = std::min(at, count - T);
+    Vec sums[T];
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) sums[t] = bias;
+    multiply<1, T>(sums, x + from * p.inputs, p.inputs, b.panel, p.group_inputs(), nullptr);
+    if (p.activation != kNone) activate(sums, p.activation);
+#pragma GCC unroll 16
+    for (int t = 0; t < T; ++t) to[from + t] = sums[t];
+  }
+}
+
+void expand_row(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to) {
+  if (count >= kTile) expand_pixels<kTile>(p, b, x, count, to);
+  else if (count >= kShortTile) expand_pixels<kShortTile>(p, b, x, count, to);
+  else expand_pixels<1>(p, b, x, count, to);
+}
+
+template <int V, int T>
+void point_tile(const Pointwise& p, const float* x, const float* gate, const float* residual,
+                float* y, int64_t group, int64_t c) {
+  const int64_t first = group * p.group_outputs() + c, n = p.group_inputs();
+  const auto lanes = [&](int v) {
+    return int(std::min<int64_t>(kLanes, p.group_outputs() - c - v * kLanes));
+  };
+  Vec sums[V * T];
+#pragma GCC unroll 16
+  for (int i = 0; i < V * T; ++i) sums[i] = load(p.bias + first + i / T * kLanes, lanes(i / T));
+  if (gate) multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, gate + group * n);
+  else multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, nullptr);
+  if (p.activation != kNone) activate(sums, p.activation);
+#pragma GCC unroll 16
+  for (int i = 0; i < V * T; ++i) {
+    const int64_t at = i % T * p.outputs + first + i / T * kLanes;
+    if (residual) sums[i] += load(residual + at, lanes(i / T));
+    store(y + at, sums[i], 0, lanes(i / T));
+  }
+}
+
+template <int V, int T>
+void point_pixels(const Pointwise& p, const float* x, int64_t begin, int64_t end,
+                  const float* gate, const float* residual, float* y, int64_t group, int64_t c) {
+  for (int64_t pixel = begin; pixel < end; pixel += T) {
+    const int64_t from = std::min(pixel, end - T), out = from * p.outputs;
+    point_tile<V, T>(p, x + from * p.inputs, gate, residual ? residual + out : nullptr, y + out,
+                     group, c);
+  }
+}
+
+// Part `part` of `parts` of a 1x1 convolution, its activation, and the addition of `residual`.
+void pointwise(const Pointwise& p, const float* x, int64_t pixels, const float* gate,
+               const float* residual, float* y, int part, int parts) {
+  const int64_t step = kVectors * kLanes, columns = (p.group_outputs() + step - 1) / step;
+  const int64_t each = columns * p.groups, chunks = (pixels + kPointChunk - 1) / kPointChunk;
+  const int64_t tasks = chunks * each;
+  for (int64_t task = tasks * part / parts; task < tasks * (part + 1) / parts; ++task) {
+    const int64_t begin = task / each * kPointChunk, end = std::min(pixels, begin + kPointChunk);
+    const int64_t group = task % each / columns, c = task % columns * step;
+    const bool several = p.group_outputs() - c > (kVectors - 1) * kLanes;
+    const auto compute = end - begin >= kPointTile
+        ? (several ? point_pixels<kVectors, kPointTile> : point_pixels<1, kPointTile>)
+        : (several ? point_pixels<kVectors, 1> : point_pixels<1, 1>);
+    compute(p, x, begin, end, gate, residual, y, group, c);
+  }
+}
+
+struct InvertedResidual {
+  Layer depthwise;
+  Pointwise expand, squeeze, excite, project;  // 0 inputs: not there
+  int64_t residual;
+};
+
+void find_gate(const InvertedResidual& b, const float* sums, int64_t bands, float* gate) {
+  const int64_t channels = b.depthwise.channels;
+  float *means = gate + channels, *squeezed = means + channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    float sum = 0;
+    for (int64_t band = 0; band < bands; ++band) sum += sums[band * channels + c];
+    means[c] = sum / float(b.depthwise.out_height * b.depthwise.out_width);
+  }
+  pointwise(b.squeeze, means, 1, nullptr, nullptr, squeezed, 0, 1);
+  pointwise(b.excite, squeezed, 1, nullptr, nullptr, gate, 0, 1);
+}
+
+void run_image(const InvertedResidual& b, const Layer& l, const Plan& plan, int threads, float* y) {
+  const int64_t pixels = l.out_height * l.out_width, bands = plan.bands;
+  const Workspace<1> wide((pixels + bands) * l.channels / kLanes + 1);
+  Layer one = l;
+  one.y = wide.floats();
+  float* sums = b.squeeze.inputs ? one.y + pixels * l.channels : nullptr;
+  if (sums) std::fill(sums, sums + bands * l.channels, 0.0f);
+  run(one, plan, threads, sums);
+  in_parallel(threads, [&](int me) {
+    const Workspace<2> memory((2 * l.channels + b.squeeze.outputs) / kLanes + 1);
+    float* gate = sums ? memory.floats() : nullptr;
+    if (gate) find_gate(b, sums, bands, gate);
+    pointwise(b.project, one.y, pixels, gate, b.residual ? l.x : nullptr, y, me, threads);
+  });
+}
+
+}  // namespace
+
+extern "C" void inverted_residual(const InvertedResidual* block, const Group* groups,
+                                  int64_t group_count, const float* x, float* y, int threads) {
+  const InvertedResidual& b = *block;
+  Layer l = b.depthwise;
+  l.batch = 1;
+  l.expand = b.expand.inputs ? &b.expand : nullptr;
+  const int64_t in = l.height * l.width * l.pixel();
+  const int64_t out = l.out_height * l.out_width * b.project.outputs;
+  const auto run_images = [&](int64_t begin, int64_t end, int together) {
+    const Plan plan = make_plan(l, groups, group_count, together);
+    for (int64_t image = begin; image < end; ++image) {
+      Layer one = l;
+      one.x = x + image * in;
+      run_image(b, one, plan, together, y + image * out);
+    }
+  };
+  if (b.depthwise.batch * out == 0) return;
+  const int64_t apart = b.depthwise.batch / threads * threads;
+  in_parallel(apart ? threads : 1, [&](int me) {
+    run_images(apart * me / threads, apart * (me + 1) / threads, 1);
+  });
+  run_images(apart, b.depthwise.batch, threads);
 }

@@ -215,7 +215,7 @@ def pads(mix: Mix, height: int, width: int) -> list[Pad]:
 
 # %%
 #| export fast.py
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -258,8 +258,10 @@ pack_weights(kernels)
 # %%
 #| export fast.py
 def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply an activation by its name in `ACTIVATIONS`."""
-    functions = {"relu": F.relu, "silu": F.silu, "relu6": F.relu6}
+    """Apply an activation by its name in `ACTIVATIONS`, or "sigmoid"."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu, "silu": F.silu, "relu6": F.relu6, "sigmoid": torch.sigmoid,
+    }  # fmt: skip
     return functions[activation](x) if activation != "none" else x
 
 
@@ -814,6 +816,7 @@ table(
 # constexpr int kShortTile = 7;            // MixNet's last layers are 7 pixels wide
 # constexpr int64_t kBandBytes = 1 << 20;  // rows worked on: half of a common second-level cache
 # constexpr uintptr_t kHugePage = 2 << 20, kFreshBytes = 32 << 20;
+# constexpr int64_t kKeptBytes = 16 << 20;  // memory that a thread keeps from call to call
 # constexpr int kChunksPerThread = 4;
 # constexpr int64_t kSerialWork = 20000;  // vector multiply-adds: below, waking threads costs more
 #
@@ -822,17 +825,10 @@ table(
 # typedef float LooseVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 # ```
 #
-# Loading and storing. `lanes` is less than a vector only in a tensor that has fewer channels than that.
+# Loading and storing. `lanes` is less than a vector where there are fewer channels than that.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
-# inline Vec load(const float* from, int lanes) {
-#   if (lanes == kLanes) return *reinterpret_cast<const LooseVec*>(from);
-#   Vec v{};
-#   for (int i = 0; i < lanes; ++i) v[i] = from[i];
-#   return v;
-# }
-#
 # template <int Size = kLanes>
 # inline void copy_lanes(float* to, const float* from, int lanes) {  // kLanes, kLanes / 2, ..., 1
 #   if (lanes & Size) std::memcpy(to, from, Size * sizeof(float));
@@ -840,17 +836,26 @@ table(
 #     copy_lanes<Size / 2>(to + (lanes & Size), from + (lanes & Size), lanes);
 # }
 #
+# inline Vec load(const float* from, int lanes) {
+#   if (lanes == kLanes) return *reinterpret_cast<const LooseVec*>(from);
+#   Vec v{};
+#   copy_lanes(reinterpret_cast<float*>(&v), from, lanes);
+#   return v;
+# }
+#
 # // By value: taking an address would drive the sums out of their registers.
 # inline void store(float* to, Vec v, int skip, int lanes) {
-#   copy_lanes(to, reinterpret_cast<const float*>(&v) + skip, lanes);
+#   if (lanes == kLanes) *reinterpret_cast<LooseVec*>(to) = v;
+#   else copy_lanes(to, reinterpret_cast<const float*>(&v) + skip, lanes);
 # }
 # ```
 #
-# SiLU is $x / (1 + e^{-x})$, and C++ has no exponential of a vector. Write $e^x = 2^n e^r$ with a small rest $r$. The power of two goes straight into the exponent bits of a float; $e^r$ is a short polynomial.
+# SiLU is $x / (1 + e^{-x})$, and C++ has no exponential of a vector. Write $e^x = 2^n e^r$ with a small rest $r$. The power of two goes straight into the exponent bits of a float; $e^r$ is a short polynomial. Results below $10^{-34}$ become zero. Left as they are, they would soon be multiplied into *denormal* numbers, which cost a processor a hundred times as much as others.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
-# enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3 };
+# enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3, kSigmoid = 4 };
+# constexpr float kLowest = -80;  // below, a sigmoid counts as zero
 #
 # // n is the nearest integer to x / ln 2, so |r| <= ln 2 / 2.
 # inline Vec exp_vec(Vec x) {
@@ -874,12 +879,15 @@ table(
 #     if (activation == kRelu || activation == kRelu6)
 #       sums[t] = sums[t] < 0.0f ? Vec{} : sums[t];  // written so that a NaN stays
 #     if (activation == kRelu6) sums[t] = sums[t] > 6.0f ? Vec{} + 6.0f : sums[t];
-#     if (activation == kSilu) sums[t] = sums[t] / (1.0f + exp_vec(-sums[t]));
+#     if (activation == kSilu || activation == kSigmoid) {
+#       const Vec above = activation == kSilu ? sums[t] : Vec{} + 1.0f;
+#       sums[t] = sums[t] < kLowest ? Vec{} : above / (1.0f + exp_vec(-sums[t]));
+#     }
 #   }
 # }
 # ```
 #
-# What a call is, and what it is cut into. A *block* is up to 16 neighbouring channels of one group. Its *window* is the full vector that is read for it.
+# What a call is, and what it is cut into. A *block* is up to 16 neighbouring channels of one group. Its *window* is the full vector that is read for it. (`Pointwise`, `expand`, `panel` and `sums` stay empty until the section on whole network blocks.)
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -887,20 +895,52 @@ table(
 #   int64_t channels, kernel, dilation, top, left;
 # };
 #
+# constexpr int kPanel = 16;  // outputs of a 1x1 convolution whose weights lie together
+#
+# // A 1x1 convolution in equal groups of channels. Weights: for each group, for each kPanel of its
+# // outputs, (inputs of the group, kPanel), with zeros for outputs that are not there.
+# struct Pointwise {
+#   const float *weight, *bias;
+#   int64_t inputs, outputs, groups, activation;
+#   int64_t group_inputs() const { return inputs / groups; }
+#   int64_t group_outputs() const { return outputs / groups; }
+#   const float* panel(int64_t group, int64_t c) const {  // weights of the group's outputs from c on
+#     const int64_t panels = (group_outputs() + kPanel - 1) / kPanel;
+#     return weight + (group * panels + c / kPanel) * group_inputs() * kPanel + c % kPanel;
+#   }
+# };
+#
 # struct Layer {
 #   const float *x, *weight, *bias;
 #   float* y;
 #   int64_t batch, height, width, channels, out_height, out_width, stride, activation;
+#   const Pointwise* expand;  // what makes `channels` of fewer, on the way in; or null
+#   int64_t pixel() const { return expand ? expand->inputs : channels; }  // numbers in x
+# };
+#
+# struct Task {
+#   int64_t image, row_begin, row_end;
+#   float* sums;  // of each channel over these rows, to be added to; or null
+#   Vec* scratch;
 # };
 #
 # struct Block {
 #   Group group;
 #   int64_t window;         // the vector's first channel in the tensor
 #   int read, skip, lanes;  // lanes read; of these the first to write, and how many
-#   const float* weight;    // of the window's first channel; the next tap is group.channels on
-#   void (*convolve)(const Layer&, const Block&, int64_t image, int64_t row_begin,
-#                    int64_t row_end, Vec* scratch);
+#   int64_t input;          // the first number to read of a pixel of x
+#   const float* weight;    // of the first channel to write; the next tap is group.channels on
+#   const float* panel;     // of `expand`, for the window
+#   void (*convolve)(const Layer&, const Block&, const Task&);
 # };
+#
+# // A vector of a parameter; what comes into lanes that are not written does not matter.
+# inline Vec load_own(const float* first, const Block& b) {
+#   if (b.read == kLanes) return load(first - b.skip, kLanes);
+#   Vec v{};
+#   copy_lanes(reinterpret_cast<float*>(&v) + b.skip, first, b.lanes);
+#   return v;
+# }
 # ```
 #
 # Step 3's inner loop, with a stride. `K = 0` means that size, stride and dilation are known at run time only.
@@ -946,7 +986,7 @@ table(
 #   const int64_t reach = (k - 1) * dilation + 1;
 #   const int64_t pitch = ((l.out_width + tile - 1) / tile * tile - 1) * stride + reach;
 #   Ring ring{scratch, reach, pitch, std::min(g.left, pitch), std::min(g.left + l.width, pitch)};
-#   for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load(b.weight + i * g.channels, b.read);
+#   for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load_own(b.weight + i * g.channels, b);
 #   for (int64_t i = 0; i < reach; ++i) {  // zeros left and right of the image
 #     std::fill(ring.row(i), ring.row(i) + ring.begin, Vec{});
 #     std::fill(ring.row(i) + ring.end, ring.row(i) + pitch, Vec{});
@@ -954,16 +994,28 @@ table(
 #   return ring;
 # }
 #
+# inline void copy_row(const float* from, int64_t count, int64_t pixel, int64_t line, int lanes,
+#                      Vec* to) {
+#   if (lanes == kLanes) {
+#     for (int64_t i = 0; i < count; ++i, from += pixel) {
+#       __builtin_prefetch(from + line);  // the row below: a hint, harmless past the last row
+#       to[i] = load(from, kLanes);
+#     }
+#   } else {
+#     for (int64_t i = 0; i < count; ++i, from += pixel) to[i] = load(from, lanes);
+#   }
+# }
+#
+# void expand_row(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to);
+#
 # inline void fetch_rows(Ring& ring, const Layer& l, const Block& b, int64_t image, int64_t y0) {
-#   const int64_t line = l.width * l.channels;
+#   const int64_t line = l.width * l.pixel(), count = ring.end - ring.begin;
 #   for (ring.next = std::max(ring.next, y0); ring.next < std::min(l.height, y0 + ring.reach);
 #        ++ring.next) {
-#     const float* from = l.x + (image * l.height + ring.next) * line + b.window;
-#     Vec* row = ring.row(ring.next);
-#     for (int64_t column = ring.begin; column < ring.end; ++column, from += l.channels) {
-#       __builtin_prefetch(from + line);  // the row below: a hint, harmless past the last row
-#       row[column] = load(from, b.read);
-#     }
+#     const float* from = l.x + (image * l.height + ring.next) * line + b.input;
+#     Vec* to = ring.row(ring.next) + ring.begin;
+#     if (l.expand) expand_row(*l.expand, b, from, count, to);
+#     else copy_row(from, count, l.channels, line, b.read, to);
 #   }
 # }
 # ```
@@ -986,17 +1038,23 @@ table(
 #   }
 # }
 #
+# inline void add_row_to_sums(const Layer& l, const Block& b, const float* row, float* sums) {
+#   Vec total = load(sums, b.lanes);
+#   for (int64_t ox = 0; ox < l.out_width; ++ox) total += load(row + ox * l.channels, b.lanes);
+#   store(sums, total, 0, b.lanes);
+# }
+#
 # template <int K, int S, int T>
-# void convolve_rows(const Layer& l, const Block& b, int64_t image, int64_t row_begin,
-#                    int64_t row_end, Vec* scratch) {
+# void convolve_rows(const Layer& l, const Block& b, const Task& task) {
 #   const int64_t k = K ? K : b.group.kernel, stride = S ? S : l.stride;
 #   const int64_t dilation = K ? 1 : b.group.dilation;
-#   Ring ring = open_ring(l, b, k, stride, dilation, T, scratch);
-#   const Vec bias = l.bias ? load(l.bias + b.window, b.read) : Vec{};
-#   for (int64_t oy = row_begin; oy < row_end; ++oy) {
+#   const int64_t first = b.window + b.skip, size = l.out_width * l.channels;
+#   Ring ring = open_ring(l, b, k, stride, dilation, T, task.scratch);
+#   const Vec bias = l.bias ? load_own(l.bias + first, b) : Vec{};
+#   for (int64_t oy = task.row_begin; oy < task.row_end; ++oy) {
 #     const int64_t y0 = oy * stride - b.group.top;
-#     fetch_rows(ring, l, b, image, y0);
-#     float* to = l.y + (image * l.out_height + oy) * l.out_width * l.channels + b.window + b.skip;
+#     fetch_rows(ring, l, b, task.image, y0);
+#     float* to = l.y + (task.image * l.out_height + oy) * size + first;
 #     for (int64_t ox = 0; ox < l.out_width; ox += T) {
 #       Vec sums[T];
 # #pragma GCC unroll 16
@@ -1009,6 +1067,7 @@ table(
 #       if (l.activation != kNone) activate(sums, l.activation);
 #       store_row(sums, l, b, to, ox);
 #     }
+#     if (task.sums) add_row_to_sums(l, b, to, task.sums + first);
 #   }
 # }
 # ```
@@ -1051,7 +1110,7 @@ table(
 # }
 # ```
 #
-# Cutting a call into blocks. They end where the group ends, and at whole vectors of the *tensor*, so that stores stay on whole cache lines.
+# Cutting a call into blocks. They end where the group ends, and at whole vectors of the *tensor*, so that stores stay on whole cache lines. A *band* is the rows that are worked on together: few enough for the second-level cache, and enough bands for every thread.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -1059,33 +1118,59 @@ table(
 #   std::vector<Block> blocks;
 #   std::vector<int64_t> cost{0};  // cost[i]: of all blocks before block i, for one output pixel
 #   int64_t scratch = 0;           // vectors that the largest ring and its weights take
+#   int64_t band, bands;           // rows of a band, and how many bands
 # };
 #
-# Plan make_plan(const Layer& l, const Group* groups, int64_t group_count) {
+# Block make_block(const Layer& l, const Group& g, int64_t channel, int64_t left) {
+#   Block b{};
+#   b.group = g;
+#   b.convolve = version_for(l, g);
+#   b.read = int(std::min<int64_t>(kLanes, l.channels));
+#   b.lanes = int(std::min(left, kLanes - channel % kLanes));
+#   b.window = b.input = std::min(channel, std::max<int64_t>(0, l.channels - kLanes));
+#   b.skip = int(channel - b.window);
+#   if (l.expand) {  // here the vectors are those of the 1x1 convolution's panels
+#     const Pointwise& p = *l.expand;
+#     const int64_t group = channel / p.group_outputs(), at = channel % p.group_outputs();
+#     b.skip = int(at % kLanes);
+#     b.read = b.lanes = int(std::min({left, kLanes - at % kLanes, p.group_outputs() - at}));
+#     b.window = channel - b.skip;
+#     b.input = group * p.group_inputs();
+#     b.panel = p.panel(group, at - b.skip);
+#   }
+#   return b;
+# }
+#
+# Plan make_plan(const Layer& l, const Group* groups, int64_t group_count, int threads) {
 #   Plan plan;
+#   const int64_t before = l.expand ? l.expand->group_inputs() * l.stride * l.stride : 0;
 #   int64_t first = 0;
 #   const float* weight = l.weight;
 #   for (const Group* g = groups; g != groups + group_count; ++g) {
 #     const int64_t reach = (g->kernel - 1) * g->dilation + 1;
 #     const int64_t pitch = (round_up(l.out_width, tile_width(l.out_width)) - 1) * l.stride + reach;
 #     plan.scratch = std::max(plan.scratch, reach * pitch + g->kernel * g->kernel);
-#     for (int64_t c = 0, lanes; c < g->channels; c += lanes) {
-#       lanes = std::min(g->channels - c, kLanes - (first + c) % kLanes);
-#       const int64_t last = std::max<int64_t>(0, l.channels - kLanes);
-#       const int64_t window = std::min(first + c, last), skip = first + c - window;
-#       const int read = int(std::min<int64_t>(kLanes, l.channels));
-#       plan.blocks.push_back(
-#           {*g, window, read, int(skip), int(lanes), weight + c - skip, version_for(l, *g)});
-#       plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + 16);
+#     for (int64_t c = 0; c < g->channels; c += plan.blocks.back().lanes) {
+#       plan.blocks.push_back(make_block(l, *g, first + c, g->channels - c));
+#       plan.blocks.back().weight = weight + c;
+#       plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + 16 + before);
 #     }
 #     first += g->channels;
 #     weight += g->channels * g->kernel * g->kernel;
 #   }
+#   const int64_t tasks = std::max<int64_t>(1, l.batch * int64_t(plan.blocks.size()));
+#   const int64_t wanted = std::max<int64_t>(1, kChunksPerThread * threads / tasks);
+#   const int64_t row_bytes =
+#       (l.stride * l.width * l.pixel() + l.out_width * l.channels) * int64_t(sizeof(float));
+#   const int64_t fit = kBandBytes / std::max<int64_t>(1, row_bytes);
+#   const int64_t rows = std::max<int64_t>(4, std::min(round_up(l.out_height, wanted) / wanted, fit));
+#   plan.band = std::max<int64_t>(1, std::min(l.out_height, rows));
+#   plan.bands = (l.out_height + plan.band - 1) / plan.band;
 #   return plan;
 # }
 # ```
 #
-# The window never leaves its buffers. In the tensor it lies between channel 0 and C − 16. In the weights, each group has at least one weight for each channel before and after it, so stepping back by `skip` stays inside.
+# The window never leaves its buffers. In the tensor it lies between channel 0 and C − 16. In the weights, each group has at least one weight for each channel before and after it, so stepping back by `skip` stays inside. Otherwise only the block's own lanes are read.
 #
 # Threads. Where the compiler has OpenMP, that is torch's own pool of threads. Each thread owns some chunks of equal *cost*; when done, it takes what others have left.
 #
@@ -1105,6 +1190,31 @@ table(
 # #endif
 # }
 #
+# // Fresh memory costs more than the work done in it: a thread keeps what is not too large.
+# template <int Use>
+# class Workspace {
+#  public:
+#   explicit Workspace(int64_t vectors) {
+#     if (kept().size() < size_t(vectors + 1) * kLanes) kept().resize(size_t(vectors + 1) * kLanes);
+#     const uintptr_t at = reinterpret_cast<uintptr_t>(kept().data());
+#     vectors_ = reinterpret_cast<Vec*>((at + sizeof(Vec) - 1) / sizeof(Vec) * sizeof(Vec));
+#   }
+#   ~Workspace() {
+#     if (kept().size() * sizeof(float) > kKeptBytes) std::vector<float>().swap(kept());
+#   }
+#   Workspace(const Workspace&) = delete;
+#   Workspace& operator=(const Workspace&) = delete;
+#   Vec* vectors() const { return vectors_; }
+#   float* floats() const { return reinterpret_cast<float*>(vectors_); }
+#
+#  private:
+#   static std::vector<float>& kept() {
+#     static thread_local std::vector<float> memory;
+#     return memory;
+#   }
+#   Vec* vectors_;
+# };
+#
 # // Large tensors come as untouched memory; asking for large pages makes touching it cheaper.
 # void advise(const Layer& l) {
 # #ifdef __linux__
@@ -1116,56 +1226,52 @@ table(
 #     madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 # #endif
 # }
-#
-# }  // namespace
 # ```
 #
-# And the function itself. A task is one block on one *band* of rows: bands small enough for the second-level cache, and enough of them for every thread.
+# And the function itself. A task is one block on one band of one image.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
-# extern "C" void mixed_depthwise2d(const Layer* layer, const Group* groups, int64_t group_count,
-#                                   int threads) {
-#   const Layer& l = *layer;
-#   const Plan plan = make_plan(l, groups, group_count);
+# void run(const Layer& l, const Plan& plan, int threads, float* sums) {
 #   const int64_t block_count = int64_t(plan.blocks.size()), band_cost = plan.cost.back();
-#   if (l.batch * l.out_height * l.out_width * block_count == 0) return;
-#   if (l.batch * l.out_height * l.out_width * band_cost < kSerialWork) threads = 1;
-#   advise(l);
-#
-#   const int64_t wanted =
-#       std::max<int64_t>(1, kChunksPerThread * threads / (l.batch * block_count));
-#   const int64_t row_bytes =
-#       (l.stride * l.width + l.out_width) * l.channels * int64_t(sizeof(float));
-#   const int64_t most = std::min((l.out_height + wanted - 1) / wanted, kBandBytes / row_bytes);
-#   const int64_t band = std::min(l.out_height, std::max<int64_t>(most, 4));  // not too thin
-#   const int64_t bands = (l.out_height + band - 1) / band;
-#
 #   const int64_t chunks = int64_t(threads) * kChunksPerThread;
 #   const auto task_at = [&](int64_t chunk) {  // the first task of a chunk: equal cost, not count
-#     const int64_t total = l.batch * bands * band_cost;
+#     const int64_t total = l.batch * plan.bands * band_cost;
 #     const int64_t at = total / chunks * chunk + total % chunks * chunk / chunks;
 #     const auto block = std::lower_bound(plan.cost.begin(), plan.cost.end(), at % band_cost);
 #     return at / band_cost * block_count + (block - plan.cost.begin());
 #   };
 #   std::vector<std::atomic<int64_t>> taken(threads);
 #   in_parallel(threads, [&](int me) {
-#     const std::unique_ptr<float[]> memory(new float[(plan.scratch + 1) * kLanes]);
-#     Vec* scratch = reinterpret_cast<Vec*>(
-#         round_up(reinterpret_cast<uintptr_t>(memory.get()), sizeof(Vec)));
+#     const Workspace<0> scratch(plan.scratch);
 #     for (int i = 0; i < threads; ++i) {  // this thread's own chunks, then what others have left
 #       const int owner = (me + i) % threads;
 #       for (int64_t turn = taken[owner]++; turn < kChunksPerThread; turn = taken[owner]++) {
 #         const int64_t chunk = owner * kChunksPerThread + turn;
 #         for (int64_t task = task_at(chunk), end = task_at(chunk + 1); task < end; ++task) {
 #           const Block& b = plan.blocks[size_t(task % block_count)];
-#           const int64_t row = task / block_count % bands * band;
-#           b.convolve(l, b, task / block_count / bands, row, std::min(l.out_height, row + band),
-#                      scratch);
+#           const int64_t band = task / block_count % plan.bands, row = band * plan.band;
+#           b.convolve(l, b, {task / block_count / plan.bands, row,
+#                             std::min(l.out_height, row + plan.band),
+#                             sums ? sums + band * l.channels : nullptr, scratch.vectors()});
 #         }
 #       }
 #     }
 #   });
+# }
+#
+# }  // namespace
+#
+# extern "C" void mixed_depthwise2d(const Layer* shape, const Group* groups, int64_t group_count,
+#                                   const float* x, const float* weight, const float* bias,
+#                                   float* y, int threads) {
+#   Layer l = *shape;
+#   l.x = x, l.weight = weight, l.bias = bias, l.y = y;
+#   const Plan plan = make_plan(l, groups, group_count, threads);
+#   const int64_t work = l.batch * l.out_height * l.out_width * plan.cost.back();
+#   if (work == 0) return;
+#   advise(l);
+#   run(l, plan, work < kSerialWork ? 1 : threads, nullptr);
 # }
 # ```
 
@@ -1182,7 +1288,7 @@ class _Layer(ctypes.Structure):
             "batch", "height", "width", "channels", "out_height", "out_width", "stride",
             "activation",
         )
-    ]  # fmt: skip
+    ] + [("expand", ctypes.c_void_p)]  # fmt: skip
 
 
 class _Group(ctypes.Structure):
@@ -1193,17 +1299,22 @@ class _Group(ctypes.Structure):
 
 @functools.cache
 def load_kernel() -> Any:
-    """The compiled kernel, or None where there is no compiler."""
+    """The compiled kernel's library, or None where there is no compiler."""
     library = load_library("mixed_depthwise2d.cpp")
-    if library is None:
-        return None
-    function = library.mixed_depthwise2d
-    function.argtypes = [
-        ctypes.POINTER(_Layer), ctypes.POINTER(_Group), ctypes.c_int64, ctypes.c_int,
-    ]  # fmt: skip
-    function.restype = None
-    return function
+    if library is not None:
+        pointer: Any = ctypes.c_void_p
+        groups: list[Any] = [ctypes.POINTER(_Group), ctypes.c_int64]
+        library.mixed_depthwise2d.argtypes = [
+            ctypes.POINTER(_Layer), *groups, *[pointer] * 4, ctypes.c_int,
+        ]  # fmt: skip
+        library.mixed_depthwise2d.restype = None
+        library.inverted_residual.argtypes = [pointer, *groups, pointer, pointer, ctypes.c_int]
+        library.inverted_residual.restype = None
+    return library
 
+
+# %% [markdown]
+# What only depends on the sizes is worked out once for each of them. That, and calling past PyTorch's dispatcher further down, keeps Python's share small.
 
 # %%
 #| export fast.py
@@ -1217,23 +1328,34 @@ def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
     return (_Group * len(entries))(*entries)
 
 
+@functools.lru_cache(maxsize=1024)
+def _layer(mix: Mix, size: torch.Size) -> tuple[_Layer, "ctypes.Array[_Group]", tuple[int, ...]]:
+    """A call's sizes and groups as the kernel takes them, and the shape of its output."""
+    batch, height, width = size[0], size[2], size[3]
+    out = output_size(height, mix.stride), output_size(width, mix.stride)
+    count, activation = sum(mix.channels), ACTIVATIONS.index(mix.activation)
+    numbers = (batch, height, width, count, *out, mix.stride, activation)
+    layer = _Layer(None, None, None, None, *numbers, None)
+    return layer, _groups(mix, height, width), (batch, count, *out)
+
+
 # %%
 #| export fast.py
 def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the compiled kernel: float32 on a CPU, output in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    batch, count, height, width = x.shape
-    size = output_size(height, mix.stride), output_size(width, mix.stride)
-    y = torch.empty((batch, count, *size), memory_format=torch.channels_last)
-    layer = _Layer(
-        x.data_ptr(), weight.data_ptr(), None if bias is None else bias.data_ptr(), y.data_ptr(),
-        batch, height, width, count, *size, mix.stride, ACTIVATIONS.index(mix.activation),
+    layer, groups, size = _layer(mix, x.shape)
+    y = torch.empty(size, memory_format=torch.channels_last)
+    load_kernel().mixed_depthwise2d(
+        layer, groups, len(groups), x.data_ptr(), weight.data_ptr(),
+        None if bias is None else bias.data_ptr(), y.data_ptr(), _threads(),
     )  # fmt: skip
-    threads = 1 if _libraries.forked else torch.get_num_threads()
-    groups = _groups(mix, height, width)
-    load_kernel()(layer, groups, len(groups), threads)
     return y
+
+
+def _threads() -> int:
+    return 1 if _libraries.forked else torch.get_num_threads()
 
 
 # %% [markdown]
@@ -1425,18 +1547,24 @@ def mixed_depthwise2d(
     Source: ours; the paper (section 3) says that MixConv "could be implemented as a single op".
     Chapter 8.
     """
-    steps = [1] * len(kernel_sizes) if dilations is None else dilations
+    steps = (1,) * len(kernel_sizes) if dilations is None else tuple(dilations)
+    mix = Mix(tuple(channels), tuple(kernel_sizes), stride, steps, padding, activation)
+    return _call(x, weight, bias, mix)
+
+
+# %%
+#| export fast.py
+def _call(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation by the shortest way that everybody who watches allows."""
     if not torch.compiler.is_compiling():
-        mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(steps), padding, activation)
         if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
             _check(x, weight, bias, mix)
             return split_form(x, weight, bias, mix)
         if not _is_watched(x, weight, bias):
             _check(x, weight, bias, mix)
             return _forward(x, weight, bias, mix)
-    lists = list(channels), list(kernel_sizes), stride, list(steps)
     operation = torch.ops.mixconv.mixed_depthwise2d
-    return cast("Tensor", operation(x, weight, bias, *lists, padding, activation))
+    return cast("Tensor", operation(x, weight, bias, *map(_as_list, mix)))
 
 
 # %% [markdown]
@@ -1661,7 +1789,8 @@ print("Triton's kernel agrees wherever Triton is installed")
 # - every batch norm that follows a convolution is folded into it;
 # - mixed depthwise layers, and plain ones from 5×5 up, are one operation, with bias and activation inside (plain 3×3 layers stay with PyTorch, whose own kernel is as good there);
 # - groups of 1×1 convolutions are one grouped convolution;
-# - activations work in place, and weights lie in channels_last.
+# - activations work in place, and weights lie in channels_last;
+# - and then whole blocks become one operation.
 #
 # It must find out what follows what. `torch.fx` traces the model once, without running it. Layers are not looked into.
 
@@ -1854,7 +1983,7 @@ class FusedMixConv2d(FusedMixConv2d):
         if x.dim() == 3:
             return cast("Tensor", self(x[None]))[0]
         x = x.to(self.weight.dtype)  # under autocast the layers around may give another
-        return mixed_depthwise2d(x, self.weight, self.bias, **self.mix._asdict())
+        return _call(x, self.weight, self.bias, self.mix)
 
     def train(self, mode: bool = True) -> "FusedMixConv2d":
         """Refuse training mode.
@@ -1945,7 +2074,756 @@ def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
 
 
 # %% [markdown]
-# Before a layer, hooks and parametrisations have to be absent: what they do cannot be seen. The rest is a loop.
+# ## The whole block in one pass
+#
+# With that, the mixed layers are a small part of a network's time. What is the rest? Follow the bytes again, through one of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, kernels 3 and 5, gate, back to 40.
+#
+# The input has 28 · 28 · 40 · 4 = 125,440 bytes. The expanded tensor has six times as many, 752,640. And it is moved often: written by the expansion, read and written by its activation, read and written by the depthwise layer, read for the gate's means, read and written by the gating, read by the projection. Nine times 752,640 bytes, for a block whose input and output are 250,880.
+#
+# So do not make it. The depthwise kernel reads 16 channels of a few rows into its ring. It can as well *compute* them there, from the input: a 1×1 convolution of a row for 16 outputs is a small matrix product. The expanded tensor never exists. The depthwise layer's output must, because the gate needs its means before the projection can start. It stays in the cache.
+
+# %%
+small, wide = 28 * 28 * 40 * 4, 28 * 28 * 240 * 4
+assert (small, wide) == (125_440, 752_640)
+print(f"one operation after another: {(9 * wide + 2 * small) / 1e6:.1f} MB")
+print(f"in one pass: {(2 * wide + 2 * small) / 1e6:.1f} MB")
+
+# %% [markdown]
+# The matrix product needs its weights in another order: *panels* of 16 outputs, and within a panel all 16 weights of one input side by side. Where a group has no multiple of 16 outputs, the last panel is filled up with zeros.
+
+# %%
+#| export fast.py
+PANEL = 16  # the kernel's kPanel
+
+
+class Point(NamedTuple):
+    """A 1×1 convolution in equal groups, and the activation behind it."""
+
+    inputs: int
+    outputs: int
+    groups: int
+    activation: str
+
+
+def pack_pointwise(weight: Tensor, groups: int) -> Tensor:
+    """A 1×1 convolution's weight `(outputs, inputs / groups, 1, 1)` as panels, one axis."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    rows = F.pad(weight.reshape(groups, outputs, inputs), (0, 0, 0, -outputs % PANEL))
+    return rows.view(groups, -1, PANEL, inputs).transpose(2, 3).reshape(-1)
+
+
+def unpack_pointwise(packed: Tensor, point: Point) -> Tensor:
+    """`pack_pointwise` undone."""
+    inputs, outputs = point.inputs // point.groups, point.outputs // point.groups
+    rows = packed.view(point.groups, -1, inputs, PANEL).transpose(2, 3).flatten(1, 2)
+    return rows[:, :outputs].reshape(point.outputs, inputs, 1, 1)
+
+
+# %% [markdown]
+# Two groups of 3 inputs and 2 outputs each. Every panel has 3 rows of 16 places; 2 of them are in use:
+
+# %%
+weight = torch.arange(1.0, 13).view(4, 3, 1, 1)
+packed = pack_pointwise(weight, groups=2)
+assert torch.equal(unpack_pointwise(packed, Point(6, 4, 2, "none")), weight)
+packed.view(2, 3, PANEL)[:, :, :4].int()
+
+
+# %% [markdown]
+# A block in one value, and what it computes, one PyTorch operation after another. This is the form that the fast one is held to; it also serves where there is no compiler, and where gradients of the input are wanted.
+
+# %%
+#| export fast.py
+class BlockSpec(NamedTuple):
+    """An inverted residual block; what is None is left out.
+
+    Weights and biases go with it in the order expand, depthwise, squeeze, excite, project: 1×1
+    weights from `pack_pointwise`, the depthwise ones from `pack_weights`, empty where left out.
+    """
+
+    mix: Mix
+    expand: Point | None
+    squeeze: Point | None
+    excite: Point | None
+    project: Point
+    residual: bool
+
+
+# %%
+#| export fast.py
+def block_form(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """The block as separate operations: the reference.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+    """
+
+    def pointwise(y: Tensor, index: int, point: Point) -> Tensor:
+        weight = unpack_pointwise(weights[index], point)
+        return activate(F.conv2d(y, weight, biases[index], groups=point.groups), point.activation)
+
+    y = x if spec.expand is None else pointwise(x, 0, spec.expand)
+    y = _call(y, weights[1], biases[1], spec.mix)
+    if spec.squeeze is not None and spec.excite is not None:
+        means = y.mean((2, 3), keepdim=True)
+        y = y * pointwise(pointwise(means, 2, spec.squeeze), 3, spec.excite)
+    y = pointwise(y, 4, spec.project)
+    return x + y if spec.residual else y
+
+
+# %% [markdown]
+# Now in C++. The inner loop: one vector of weights, several pixels' inputs, several sums that do not wait for one another. It is step 3's idea again, with `i` running over inputs instead of taps. With `V = 2`, two vectors of outputs share each input. The gate is multiplied into the weights: there are fewer of them than of pixels.
+#
+# ```cpp
+# //| export mixed_depthwise2d.cpp
+# // Whole network blocks: a 1x1 convolution computed into the ring, and one after the gate.
+# namespace {
+#
+# constexpr int kVectors = kTile == 14 ? 2 : 1;  // vectors of outputs in the inner loop
+# constexpr int64_t kPointTile = 7, kPointChunk = 14 * kPointTile;  // pixels
+#
+# // sums[v * T + t] += weights of vector v * x[t * pixel + i], over i
+# template <int V, int T>
+# inline __attribute__((always_inline)) void multiply(Vec (&sums)[V * T], const float* x,
+#                                                     int64_t pixel, const float* panel, int64_t n,
+#                                                     const float* gate) {
+#   for (int64_t i = 0; i < n; ++i, panel += kPanel) {
+#     Vec weight[V];
+# #pragma GCC unroll 16
+#     for (int v = 0; v < V; ++v) {
+#       weight[v] = load(panel + v * kLanes / kPanel * n * kPanel + v * kLanes % kPanel, kLanes);
+#       if (gate) weight[v] *= gate[i];
+#     }
+# #pragma GCC unroll 16
+#     for (int t = 0; t < T; ++t) {
+#       const float input = x[t * pixel + i];
+# #pragma GCC unroll 16
+#       for (int v = 0; v < V; ++v) sums[v * T + t] += weight[v] * input;
+#     }
+#   }
+# }
+# ```
+#
+# Into the ring: one row of pixels, 16 expanded channels. The last tile of a row moves back so as to end where the row ends; some pixels are then computed twice, with the same result.
+#
+# ```cpp
+# //| export mixed_depthwise2d.cpp
+# template <int T>
+# void expand_pixels(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to) {
+#   const Vec bias = load_own(p.bias + b.window + b.skip, b);
+#   for (int64_t at = 0; at < count; at += T) {
+#     const int64_t from = std::min(at, count - T);
+#     Vec sums[T];
+# #pragma GCC unroll 16
+#     for (int t = 0; t < T; ++t) sums[t] = bias;
+#     multiply<1, T>(sums, x + from * p.inputs, p.inputs, b.panel, p.group_inputs(), nullptr);
+#     if (p.activation != kNone) activate(sums, p.activation);
+# #pragma GCC unroll 16
+#     for (int t = 0; t < T; ++t) to[from + t] = sums[t];
+#   }
+# }
+#
+# void expand_row(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to) {
+#   if (count >= kTile) expand_pixels<kTile>(p, b, x, count, to);
+#   else if (count >= kShortTile) expand_pixels<kShortTile>(p, b, x, count, to);
+#   else expand_pixels<1>(p, b, x, count, to);
+# }
+# ```
+#
+# Any other 1×1 convolution of the block: the gate's two (on one "pixel", the means) and the projection. Threads share the pixels in chunks, and where these are few, the outputs.
+#
+# ```cpp
+# //| export mixed_depthwise2d.cpp
+# template <int V, int T>
+# void point_tile(const Pointwise& p, const float* x, const float* gate, const float* residual,
+#                 float* y, int64_t group, int64_t c) {
+#   const int64_t first = group * p.group_outputs() + c, n = p.group_inputs();
+#   const auto lanes = [&](int v) {
+#     return int(std::min<int64_t>(kLanes, p.group_outputs() - c - v * kLanes));
+#   };
+#   Vec sums[V * T];
+# #pragma GCC unroll 16
+#   for (int i = 0; i < V * T; ++i) sums[i] = load(p.bias + first + i / T * kLanes, lanes(i / T));
+#   if (gate) multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, gate + group * n);
+#   else multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, nullptr);
+#   if (p.activation != kNone) activate(sums, p.activation);
+# #pragma GCC unroll 16
+#   for (int i = 0; i < V * T; ++i) {
+#     const int64_t at = i % T * p.outputs + first + i / T * kLanes;
+#     if (residual) sums[i] += load(residual + at, lanes(i / T));
+#     store(y + at, sums[i], 0, lanes(i / T));
+#   }
+# }
+#
+# template <int V, int T>
+# void point_pixels(const Pointwise& p, const float* x, int64_t begin, int64_t end,
+#                   const float* gate, const float* residual, float* y, int64_t group, int64_t c) {
+#   for (int64_t pixel = begin; pixel < end; pixel += T) {
+#     const int64_t from = std::min(pixel, end - T), out = from * p.outputs;
+#     point_tile<V, T>(p, x + from * p.inputs, gate, residual ? residual + out : nullptr, y + out,
+#                      group, c);
+#   }
+# }
+#
+# // Part `part` of `parts` of a 1x1 convolution, its activation, and the addition of `residual`.
+# void pointwise(const Pointwise& p, const float* x, int64_t pixels, const float* gate,
+#                const float* residual, float* y, int part, int parts) {
+#   const int64_t step = kVectors * kLanes, columns = (p.group_outputs() + step - 1) / step;
+#   const int64_t each = columns * p.groups, chunks = (pixels + kPointChunk - 1) / kPointChunk;
+#   const int64_t tasks = chunks * each;
+#   for (int64_t task = tasks * part / parts; task < tasks * (part + 1) / parts; ++task) {
+#     const int64_t begin = task / each * kPointChunk, end = std::min(pixels, begin + kPointChunk);
+#     const int64_t group = task % each / columns, c = task % columns * step;
+#     const bool several = p.group_outputs() - c > (kVectors - 1) * kLanes;
+#     const auto compute = end - begin >= kPointTile
+#         ? (several ? point_pixels<kVectors, kPointTile> : point_pixels<1, kPointTile>)
+#         : (several ? point_pixels<kVectors, 1> : point_pixels<1, 1>);
+#     compute(p, x, begin, end, gate, residual, y, group, c);
+#   }
+# }
+# ```
+#
+# One image: the depthwise layer with its expansion and its sums, the gate, the projection. The gate's two products are so small that every thread computes them for itself.
+#
+# ```cpp
+# //| export mixed_depthwise2d.cpp
+# struct InvertedResidual {
+#   Layer depthwise;
+#   Pointwise expand, squeeze, excite, project;  // 0 inputs: not there
+#   int64_t residual;
+# };
+#
+# void find_gate(const InvertedResidual& b, const float* sums, int64_t bands, float* gate) {
+#   const int64_t channels = b.depthwise.channels;
+#   float *means = gate + channels, *squeezed = means + channels;
+#   for (int64_t c = 0; c < channels; ++c) {
+#     float sum = 0;
+#     for (int64_t band = 0; band < bands; ++band) sum += sums[band * channels + c];
+#     means[c] = sum / float(b.depthwise.out_height * b.depthwise.out_width);
+#   }
+#   pointwise(b.squeeze, means, 1, nullptr, nullptr, squeezed, 0, 1);
+#   pointwise(b.excite, squeezed, 1, nullptr, nullptr, gate, 0, 1);
+# }
+#
+# void run_image(const InvertedResidual& b, const Layer& l, const Plan& plan, int threads, float* y) {
+#   const int64_t pixels = l.out_height * l.out_width, bands = plan.bands;
+#   const Workspace<1> wide((pixels + bands) * l.channels / kLanes + 1);
+#   Layer one = l;
+#   one.y = wide.floats();
+#   float* sums = b.squeeze.inputs ? one.y + pixels * l.channels : nullptr;
+#   if (sums) std::fill(sums, sums + bands * l.channels, 0.0f);
+#   run(one, plan, threads, sums);
+#   in_parallel(threads, [&](int me) {
+#     const Workspace<2> memory((2 * l.channels + b.squeeze.outputs) / kLanes + 1);
+#     float* gate = sums ? memory.floats() : nullptr;
+#     if (gate) find_gate(b, sums, bands, gate);
+#     pointwise(b.project, one.y, pixels, gate, b.residual ? l.x : nullptr, y, me, threads);
+#   });
+# }
+# ```
+#
+# And all images. As long as there is one for every thread, each thread takes whole images: nobody waits, and the wide tensor stays in that core's own cache. All threads work together on each of those that are left.
+#
+# ```cpp
+# //| export mixed_depthwise2d.cpp
+# }  // namespace
+#
+# extern "C" void inverted_residual(const InvertedResidual* block, const Group* groups,
+#                                   int64_t group_count, const float* x, float* y, int threads) {
+#   const InvertedResidual& b = *block;
+#   Layer l = b.depthwise;
+#   l.batch = 1;
+#   l.expand = b.expand.inputs ? &b.expand : nullptr;
+#   const int64_t in = l.height * l.width * l.pixel();
+#   const int64_t out = l.out_height * l.out_width * b.project.outputs;
+#   const auto run_images = [&](int64_t begin, int64_t end, int together) {
+#     const Plan plan = make_plan(l, groups, group_count, together);
+#     for (int64_t image = begin; image < end; ++image) {
+#       Layer one = l;
+#       one.x = x + image * in;
+#       run_image(b, one, plan, together, y + image * out);
+#     }
+#   };
+#   if (b.depthwise.batch * out == 0) return;
+#   const int64_t apart = b.depthwise.batch / threads * threads;
+#   in_parallel(apart ? threads : 1, [&](int me) {
+#     run_images(apart * me / threads, apart * (me + 1) / threads, 1);
+#   });
+#   run_images(apart, b.depthwise.batch, threads);
+# }
+# ```
+
+# %% [markdown]
+# For Python, the structures once more, and the block's sizes and pointers, worked out once for each block and image size.
+
+# %%
+#| export fast.py
+class _Point(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_void_p) for name in ("weight", "bias")] + [
+        (name, ctypes.c_int64) for name in ("inputs", "outputs", "groups", "activation")
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        ("depthwise", _Layer), ("expand", _Point), ("squeeze", _Point), ("excite", _Point),
+        ("project", _Point), ("residual", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _block(
+    spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...]
+) -> tuple[_Block, "ctypes.Array[_Group]", tuple[int, ...]]:
+    """A block as the kernel takes it; pointers to weights and biases in turn."""
+    layer, groups, (batch, _, *out) = _layer(spec.mix, size)
+    layer = _Layer.from_buffer_copy(layer)
+    layer.weight, layer.bias = pointers[2:4]
+    names = (*ACTIVATIONS, "sigmoid")
+    points = [
+        _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
+        if point is not None else _Point()
+        for i, point in zip((0, 4, 6, 8), spec[1:5], strict=True)
+    ]  # fmt: skip
+    block = _Block(layer, *points, spec.residual)
+    return block, groups, (batch, spec.project.outputs, *out)
+
+
+# %%
+#| export fast.py
+def block_kernel_form(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """The block by the compiled kernel: float32 on a CPU, output in channels_last."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    pairs = zip(weights, biases, strict=True)
+    kept = [tensor.contiguous() for pair in pairs for tensor in pair]
+    block, groups, size = _block(spec, x.shape, tuple([t.data_ptr() for t in kept]))
+    y = torch.empty(size, memory_format=torch.channels_last)
+    load_kernel().inverted_residual(
+        ctypes.byref(block), groups, len(groups), x.data_ptr(), y.data_ptr(), _threads()
+    )
+    return y
+
+
+# %% [markdown]
+# Sizes are checked before pointers are given away, and the block becomes an operation of PyTorch's, like the layer before. It has no gradient of its own: it is for inference, and where a gradient of the input is wanted, the separate operations run.
+
+# %%
+#| export fast.py
+def _fits(spec: BlockSpec, count: int, inputs: int) -> bool:
+    """Whether each layer of a block takes what the one before gives."""
+    mix, expand, squeeze, excite, project, residual = spec
+    ends = [project.inputs, count if expand is None else expand.outputs]
+    if squeeze is not None and excite is not None:
+        ends += [squeeze.inputs, excite.outputs, count + excite.inputs - squeeze.outputs]
+    both = (squeeze is None) == (excite is None)
+    same = not residual or (mix.stride == 1 and inputs == project.outputs)
+    return both and same and set(ends) == {count}
+
+
+# %%
+#| export fast.py
+@functools.lru_cache(maxsize=1024)
+def _check_spec(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
+    """Channels of the input, and how many weights and biases each layer has."""
+    count, packed = _check_mix(spec.mix)
+    inputs = count if spec.expand is None else spec.expand.inputs
+    if not _fits(spec, count, inputs):
+        raise ValueError(f"the block's layers do not fit together: {spec}")
+    weights, biases = [0, packed, 0, 0, 0], [0, count, 0, 0, 0]
+    for index, point in zip((0, 2, 3, 4), spec[1:5], strict=True):
+        if point is not None:
+            if point.groups < 1 or point.inputs % point.groups or point.outputs % point.groups:
+                raise ValueError(f"groups must divide inputs and outputs, got {point}")
+            panels = point.groups * -(-point.outputs // point.groups // PANEL)
+            weights[index] = panels * PANEL * (point.inputs // point.groups)
+            biases[index] = point.outputs
+    return inputs, weights, biases
+
+
+# %%
+#| export fast.py
+def _check_block(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> None:
+    inputs, *expected = _check_spec(spec)
+    if x.dim() != 4 or x.shape[1] != inputs:
+        raise ValueError(f"x must be (N, {inputs}, H, W), got {tuple(x.shape)}")
+    for name, tensors, sizes in zip(
+        ("weights", "biases"), (weights, biases), expected, strict=True
+    ):
+        if [t.numel() for t in tensors] != sizes:
+            raise ValueError(
+                f"{name} must hold {sizes} numbers, got {[t.numel() for t in tensors]}"
+            )
+        if any(t.dtype != x.dtype or t.device != x.device for t in tensors):
+            raise ValueError(f"x and {name} must agree in dtype and device")
+
+
+# %%
+#| export fast.py
+def _block_forward(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    _check_block(x, weights, biases, spec)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and load_kernel() is not None:
+        return block_kernel_form(x, weights, biases, spec)
+    y = block_form(x, weights, biases, spec)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _as_numbers(spec: BlockSpec) -> list[int]:
+    """The 1×1 layers as `torch.library` can take them; zeros for what is left out."""
+    names = (*ACTIVATIONS, "sigmoid")
+    rows = [(*p[:3], names.index(p.activation)) if p is not None else [0] * 4 for p in spec[1:5]]
+    return [number for row in rows for number in row]
+
+
+def _as_spec(points: Sequence[int], mix: Mix, residual: bool) -> BlockSpec:
+    names, rows = (*ACTIVATIONS, "sigmoid"), [points[i : i + 4] for i in range(0, 16, 4)]
+    found = [Point(i, o, groups, names[a]) if i else None for i, o, groups, a in rows]
+    return BlockSpec(mix, found[0], found[1], found[2], cast("Point", found[3]), residual)
+
+
+# %%
+#| export fast.py
+@torch.library.custom_op("mixconv::inverted_residual", mutates_args=())
+def _block_operation(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], points: Sequence[int],
+    channels: Sequence[int], kernel_sizes: Sequence[int], stride: int, dilations: Sequence[int],
+    padding: str, activation: str, residual: bool,
+) -> Tensor:  # fmt: skip
+    mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
+    return _block_forward(x, weights, biases, _as_spec(points, mix, residual))
+
+
+@_block_operation.register_fake
+def _block_fake(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], points: Sequence[int],
+    channels: Sequence[int], kernel_sizes: Sequence[int], stride: int, dilations: Sequence[int],
+    padding: str, activation: str, residual: bool,
+) -> Tensor:  # fmt: skip
+    size = output_size(x.shape[2], stride), output_size(x.shape[3], stride)
+    shape = (x.shape[0], points[13], *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+# %%
+#| export fast.py
+def inverted_residual(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """An inverted residual block, from its input to its output, in one operation.
+
+    Args:
+        x: best in channels_last; anything else is copied to it first.
+        weights: of the five layers of `spec`, packed; see `BlockSpec`.
+        biases: of the five layers.
+        spec: the block.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Raises:
+        ValueError: for sizes and dtypes that do not fit together.
+
+    Source: ours; the block is the paper's (section 4, Figure 8). Chapter 8.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return block_form(x, weights, biases, spec)
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return block_form(x, weights, biases, spec)
+        if not _is_watched(x, weights[1], biases[1]):
+            return _block_forward(x, weights, biases, spec)
+    lists = [*map(_as_list, spec.mix)]
+    operation = torch.ops.mixconv.inverted_residual
+    numbers = _as_numbers(spec)
+    return cast("Tensor", operation(x, weights, biases, numbers, *lists, spec.residual))
+
+
+# %%
+#| export fast.py
+class FusedBlock(nn.Module):
+    """An inverted residual block, or a depthwise separable one, as one operation.
+
+    Args:
+        spec: the block.
+        weights: packed, as `inverted_residual` takes them.
+        biases: of the five layers.
+
+    Shape:
+        Input `(N, C, H, W)` or `(C, H, W)`, output as from the block it replaces.
+    """
+
+    def __init__(
+        self, spec: BlockSpec, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        for index, pair in enumerate(zip(weights, biases, strict=True)):
+            for name, tensor in zip(("weight", "bias"), pair, strict=True):
+                self.register_buffer(f"{name}{index}", tensor.detach().clone())
+
+
+# %%
+#| export fast.py
+class FusedBlock(FusedBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the block."""
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        buffers = [*self._buffers.values()]
+        weights, biases = cast("list[Tensor]", buffers[0::2]), cast("list[Tensor]", buffers[1::2])
+        return inverted_residual(x.to(weights[1].dtype), weights, biases, self.spec)
+
+    def train(self, mode: bool = True) -> "FusedBlock":
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        _refuse(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
+
+
+# %% [markdown]
+# Proof: a block with everything in it, its packed form, and the kernel. Values and the gradient of the input.
+
+# %%
+def point(inputs: int, outputs: int, groups: int, activation: str):
+    """A random 1×1 convolution: weight, bias and description."""
+    weight = torch.randn(outputs, inputs // groups, 1, 1) / (inputs // groups) ** 0.5
+    return (
+        pack_pointwise(weight, groups),
+        torch.randn(outputs),
+        Point(inputs, outputs, groups, activation),
+    )
+
+
+mix = Mix((40, 37, 23), (3, 5, 9), 1, (1, 1, 1), "same", "silu")
+parts = [
+    point(20, 100, 2, "silu"), (torch.randn(40 * 9 + 37 * 25 + 23 * 81) / 5, torch.randn(100)),
+    point(100, 6, 1, "silu"), point(6, 100, 1, "sigmoid"), point(100, 20, 2, "none"),
+]  # fmt: skip
+weights, biases = [part[0] for part in parts], [part[1] for part in parts]
+spec = BlockSpec(mix, *(parts[i][2] for i in (0, 2, 3, 4)), residual=True)
+
+# %%
+for height, width in ((28, 28), (9, 17), (3, 5), (1, 1)):
+    x = torch.randn(3, 20, height, width)
+    with torch.no_grad():
+        result = inverted_residual(x, weights, biases, spec)
+        expected = block_form(x.double(), [w.double() for w in weights],
+                              [b.double() for b in biases], spec)  # fmt: skip
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+print("the kernel computes what the separate operations compute")
+inverted_residual(x.requires_grad_(), weights, biases, spec).sum().backward()
+print("and the input has a gradient:", tuple(x.grad.shape))
+
+# %% [markdown]
+# Which modules are such blocks? Trace one, and read the program backwards from its result: perhaps an addition of the input; a 1×1 convolution; perhaps a product with a gate; a depthwise layer; perhaps another 1×1 convolution; the input. Between them activations, and layers that do nothing in evaluation. What reads otherwise is no such block, and is left as it is.
+
+# %%
+#| export fast.py
+_IDLE = {"Identity", "FoldedNorm", "DropPath", "Dropout", "StochasticDepth"}  # in evaluation
+_POOLS = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d"}
+
+
+class _Reader:
+    """Reads a traced module from its output to its input."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.layers = dict(module.named_modules())
+        self.graph = _Tracer().trace(module)
+        self.inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def layer(self, node: Any) -> nn.Module | None:
+        """The module that a node calls."""
+        called = isinstance(node, torch.fx.Node) and node.op == "call_module"
+        return self.layers[str(node.target)] if called else None
+
+    def name(self, node: Any) -> str:
+        """What a node calls, whether module, method or function."""
+        if not isinstance(node, torch.fx.Node):
+            return ""
+        target = node.target if isinstance(node.target, str) else type(node.target).__name__
+        function = getattr(node.target, "__name__", target)
+        return type(self.layer(node)).__name__ if node.op == "call_module" else function
+
+    def skip(self, node: Any) -> Any:
+        """The node, or the first one before it that does something."""
+        while self.name(node) in _IDLE:
+            node = node.args[0]
+        return node
+
+
+# %%
+#| export fast.py
+class _Reader(_Reader):
+    def unit(self, node: Any) -> tuple[nn.Module, str, Any] | None:
+        """A convolution, the activation behind it, and what it takes; None for something else."""
+        node, activation = self.skip(node), "none"
+        names = {name.lower(): value for name, value in _ACTIVATION_NAMES.items()}
+        if (found := names.get(self.name(node).lower().rstrip("_"))) is not None:
+            activation, node = found, self.skip(node.args[0])
+        layer = self.layer(node)
+        if layer is None or not (isinstance(layer, FusedMixConv2d) or _convolutions(layer)):
+            return None
+        return layer, activation, node.args[0]
+
+    def pooled(self, node: Any) -> Any:
+        """What a node takes the mean of, over all pixels; None if it does something else."""
+        node = self.skip(node)
+        if self.name(node) not in _POOLS:
+            return None
+        layer, rest = self.layer(node), (*node.args[1:], *node.kwargs.values())
+        size = (getattr(layer, "output_size", None),) if layer is not None else rest
+        whole = [1], [(1, 1)], [(2, 3), True], [[2, 3], True], [(-2, -1), True], [[-2, -1], True]
+        return self.skip(node.args[0]) if [*size] in whole else None
+
+
+# %%
+#| export fast.py
+def _read_point(unit: tuple[nn.Module, str, Any] | None) -> tuple[nn.Conv2d, Point] | None:
+    """A 1×1 convolution and its description."""
+    if unit is None or not isinstance(conv := unit[0], nn.Conv2d):
+        return None
+    plain = conv.kernel_size == (1, 1) == conv.stride and conv.padding in (0, (0, 0), "same")
+    point = Point(conv.in_channels, conv.out_channels, conv.groups, unit[1])
+    return (conv, point) if plain else None
+
+
+def _read_mix(unit: tuple[nn.Module, str, Any]) -> tuple[Mix, Tensor, Tensor | None] | None:
+    """A depthwise layer as one operation: what, weight and bias."""
+    layer, activation, _ = unit
+    if isinstance(layer, FusedMixConv2d):
+        mix = layer.mix if activation == "none" else layer.mix._replace(activation=activation)
+        once = activation == "none" or layer.mix.activation == "none"
+        return (mix, layer.weight, layer.bias) if once else None
+    conv = cast("nn.Conv2d", layer)
+    if (found := describe_mix([conv], activation)) is None:
+        return None
+    return found, pack_weights([conv.weight]), conv.bias
+
+
+# %% [markdown]
+# The gate is the only part with a branch: the product's two factors both come from the depthwise layer.
+
+# %%
+#| export fast.py
+def _read_gate(reader: _Reader, node: Any) -> tuple[Any, list[Any]] | None:
+    """What a gate scales, and its two 1×1 convolutions; (node, two Nones) without a gate."""
+    node = reader.skip(node)
+    if reader.name(node) not in ("mul", "imul", "mul_"):
+        return node, [None, None]
+    factors = [reader.skip(factor) for factor in node.args]
+    sigmoids = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
+    if len(factors) != 2 or len(sigmoids) != 1:
+        return None
+    (scaled,) = (f for f in factors if f is not sigmoids[0])
+    excite = _read_point(unit := reader.unit(sigmoids[0].args[0]))
+    squeeze = _read_point(unit := reader.unit(unit[2])) if unit else None
+    if unit is None or squeeze is None or excite is None or excite[1].activation != "none":
+        return None
+    if reader.pooled(unit[2]) is not scaled:
+        return None
+    return scaled, [squeeze, (excite[0], excite[1]._replace(activation="sigmoid"))]
+
+
+# %%
+#| export fast.py
+def _read_addition(reader: _Reader) -> tuple[Any, bool]:
+    """What the output is without the addition of the input, and whether that is added."""
+    (x,), (output,) = reader.inputs, (n for n in reader.graph.nodes if n.op == "output")
+    node = reader.skip(output.args[0])
+    if reader.name(node) in ("add", "iadd", "add_") and not node.kwargs and len(node.args) == 2:
+        others = [part for part in node.args if reader.skip(part) is not x]
+        if len(others) == 1:
+            return others[0], True
+    return node, False
+
+
+# %%
+#| export fast.py
+def _read_block(reader: _Reader) -> tuple[list[Any], Any, bool] | None:
+    """The 1×1 convolutions (None where left out), the depthwise layer, and the addition."""
+    node, residual = _read_addition(reader)
+    project = _read_point(unit := reader.unit(node))
+    gate = _read_gate(reader, unit[2]) if unit is not None else None
+    depthwise = reader.unit(gate[0]) if gate is not None else None
+    if gate is None or depthwise is None or (mix := _read_mix(depthwise)) is None:
+        return None
+    expand, node = None, reader.skip(depthwise[2])
+    if node is not reader.inputs[0] and (unit := reader.unit(node)) is not None:
+        expand, node = _read_point(unit), reader.skip(unit[2])
+        project = project if expand is not None else None
+    whole = node is reader.inputs[0] and project is not None
+    return ([expand, *gate[1], project], mix, residual) if whole else None
+
+
+# %%
+#| export fast.py
+def _pack_block(
+    points: list[Any], mix: tuple[Mix, Tensor, Tensor | None], residual: bool
+) -> FusedBlock:
+    expand, squeeze, excite, project = (pair and pair[1] for pair in points)
+    spec = BlockSpec(mix[0], expand, squeeze, excite, project, residual)
+    none = mix[1].new_zeros(0)
+    weights = [pack_pointwise(pair[0].weight, pair[1].groups) if pair else none for pair in points]
+    given = [pair[0].bias if pair else none for pair in points]
+    weights.insert(1, mix[1])
+    given.insert(1, mix[2])
+    counts = _check_spec(spec)[2]
+    biases = [none.new_zeros(n) if b is None else b for b, n in zip(given, counts, strict=True)]
+    return FusedBlock(spec, weights, biases).eval()
+
+
+# %%
+#| export fast.py
+def fuse_block(block: nn.Module) -> FusedBlock | None:
+    """The block as one operation; None if the operation cannot stand in for it.
+
+    Args:
+        block: without batch norms, in evaluation mode, float32 on a CPU.
+    """
+    if any(_is_touched(part) for part in block.modules()):
+        return None
+    try:
+        reader = _Reader(block)
+        found = _read_block(reader) if len(reader.inputs) == 1 else None
+        return _pack_block(*found) if found is not None else None
+    except Exception:  # anything may go wrong in a stranger's forward
+        return None
+
+
+# %%
+#| export fast.py
+def _fuse_blocks(model: nn.Module) -> None:
+    """Put `FusedBlock`s in place of all blocks that are such."""
+    for name, child in model.named_children():
+        parts = [_is_depthwise(part) for part in child.modules()]
+        if sum(parts) == 1 and len(parts) > 1 and (fused := fuse_block(child)) is not None:
+            setattr(model, name, fused)
+        elif any(parts):
+            _fuse_blocks(child)
+
+
+def _is_depthwise(layer: nn.Module) -> bool:
+    convs = _convolutions(layer)
+    plain = bool(convs) and all(c.groups == c.in_channels > 1 for c in convs)
+    return plain or isinstance(layer, FusedMixConv2d)
+
+
+# %% [markdown]
+# Now the whole. Before a layer or block, hooks and parametrisations have to be absent: what they do cannot be seen.
 
 # %%
 #| export fast.py
@@ -1953,14 +2831,15 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     """A copy of a model that computes the same in evaluation, and faster.
 
     Batch norms are folded, mixed depthwise layers become one operation, grouped 1×1 convolutions
-    one convolution; weights are put in channels_last. The copy cannot be trained. Works on this
-    package's layers and networks, on timm's MixNets, and on what else is built like them.
+    one convolution; weights are put in channels_last. With the kernel, whole inverted residual
+    and depthwise separable blocks become one operation. The copy cannot be trained. Works on
+    this package's layers and networks, on timm's MixNets, and on what else is built like them.
 
     Args:
         model: any module; it is not changed.
-        backend: "kernel" for the operation `mixconv::mixed_depthwise2d`; "merged" for ordinary
-            convolutions only, as ONNX needs; "auto" for the kernel where it can be compiled (or
-            Triton is there for a model on a GPU), else merged.
+        backend: "kernel" for `mixconv::mixed_depthwise2d` and `mixconv::inverted_residual`;
+            "merged" for ordinary convolutions only, as ONNX needs; "auto" for the kernel where
+            it can be compiled (or Triton is there for a model on a GPU), else merged.
 
     Raises:
         ValueError: for an unknown backend.
@@ -1972,6 +2851,17 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     root = nn.Sequential(copy.deepcopy(model)).eval().requires_grad_(False)
     if backend == "auto":
         backend = "kernel" if _kernel_at_hand(root) else "merged"
+    _fuse_layers(root, backend)
+    weight = next(root.parameters(), torch.empty(0))
+    if backend == "kernel" and weight.dtype == torch.float32 and weight.device.type == "cpu":
+        _fuse_blocks(root)
+    return root[0]
+
+
+# %%
+#| export fast.py
+def _fuse_layers(root: nn.Module, backend: str) -> None:
+    """Fold what can be folded, and put the fast form of each layer in its place."""
     for chain in find_chains(root):
         layer = root.get_submodule(chain[0])
         if not any(_is_touched(part) for part in layer.modules()):
@@ -1981,7 +2871,6 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
     for conv in root.modules():
         if isinstance(conv, nn.Conv2d):
             conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return root[0]
 
 
 # %%
@@ -2064,7 +2953,7 @@ program = export(small, (torch.randn(2, 24, 16, 16),), dynamic_shapes=(free,))
 x = torch.randn(3, 24, 11, 20)
 with torch.no_grad():
     print("equal at another size:", torch.allclose(program.module()(x), small(x), atol=1e-6))
-sum("mixed_depthwise2d" in str(node.target) for node in program.graph.nodes)
+sum("inverted_residual" in str(node.target) for node in program.graph.nodes)
 
 # %% [markdown]
 # ## What came of it

@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -299,6 +300,7 @@ def bench_growth(options: argparse.Namespace) -> list[Any]:
 def bench_steps(rounds: int) -> list[Any]:
     """The chapter's steps towards the kernel, on one thread, and the kernel itself."""
     library, kernel, rows = fast.load_library("depthwise_steps.cpp"), fast.load_kernel(), []
+    kernel = kernel.mixed_depthwise2d
     threads = torch.get_num_threads()
     for size, channels, k in ((14, 480, 9), (28, 240, 5), (56, 96, 3)):
         x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
@@ -313,12 +315,13 @@ def bench_steps(rounds: int) -> list[Any]:
             )
         }  # fmt: skip
         mix = fast.Mix((channels,), (k,), 1, (1,), "symmetric", "none")
-        size_fields = (1, size, size, channels, size, size, 1, 0)
-        layer = fast._Layer(x.data_ptr(), weight.data_ptr(), None, y.data_ptr(), *size_fields)
-        groups = fast._groups(mix, size, size)
+        layer, groups, _ = fast._layer(mix, x.shape)
+        arrays = (x.data_ptr(), weight.data_ptr(), None, y.data_ptr())
         for count in (1, threads):
             label = "thread" if count == 1 else "threads"
-            runs[f"4 the kernel, {count} {label}"] = partial(kernel, layer, groups, 1, count)
+            runs[f"4 the kernel, {count} {label}"] = partial(
+                kernel, layer, groups, 1, *arrays, count
+            )
         rows.append(
             {"size": size, "channels": channels, "kernel_size": k,
              "seconds": take_turns(runs, rounds)}
@@ -357,6 +360,13 @@ def openvino_session(openvino: Any, path: str, threads: int, x: Tensor) -> Run:
     return lambda: request.infer([array])
 
 
+def fuse_layers(model: nn.Module) -> nn.Module:
+    """`fuse_for_inference` without its last step, whole blocks."""
+    root = nn.Sequential(copy.deepcopy(model)).eval().requires_grad_(False)
+    fast._fuse_layers(root, "kernel")
+    return root[0]
+
+
 def network_runs(
     name: str, batch: int, modules: dict[str, Any], folder: Path, options: argparse.Namespace
 ) -> dict[str, Run]:
@@ -375,6 +385,7 @@ def network_runs(
     for label, model in models.items():
         runs[label] = partial(model, x)
     runs["fused, merged"] = partial(exports["ours"], last)
+    runs["fused, layers"] = partial(fuse_layers(ours), last)
     runs["fused"] = partial(fast.fuse_for_inference(ours), last)
     if "timm" in exports:
         runs["timm, fused"] = partial(fast.fuse_for_inference(exports["timm"]), last)
@@ -403,24 +414,41 @@ def bench_networks(options: argparse.Namespace, modules: dict[str, Any]) -> list
     return rows
 
 
-def peak_memory(model: nn.Module, x: Tensor) -> int:
-    """The most bytes that tensors hold at one time in a forward, weights and input left out."""
-    with torch.profiler.profile(profile_memory=True) as profile, torch.no_grad():
-        model(x)
-    held = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    return peak
-
-
-def bench_memory(modules: dict[str, Any]) -> dict[str, int]:
+def peak_memory(form: str) -> int:
+    """Bytes that a forward adds to this process, workspaces and all; for a process of its own."""
+    if form == "timm":
+        model = optional("timm").create_model("mixnet_s").eval()
+    else:
+        model = fast.fuse_for_inference(mixnet_s())
     x = torch.randn(16, 3, 224, 224)
-    forms = {"fused": fast.fuse_for_inference(mixnet_s())}
-    if modules["timm"]:
-        forms["timm"] = modules["timm"].create_model("mixnet_s").eval()
-    return {name: peak_memory(model, x) for name, model in forms.items()}
+    with torch.inference_mode():
+        model(x[:1, :, :32, :32])  # whatever is set up once
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = proc_status("VmRSS")
+        model(x)
+    return proc_status("VmHWM") - before
+
+
+def proc_status(field: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
+
+
+def bench_memory(modules: dict[str, Any], threads: int) -> dict[str, int]:
+    if not Path("/proc/self/clear_refs").exists():
+        missing["memory"] = "only measured on Linux"
+        return {}
+    forms = ["fused", "timm"] if modules["timm"] else ["fused"]
+    command = [sys.executable, "-m", "tools.bench", "--threads", str(threads), "--memory"]
+    found = {}
+    for form in forms:
+        done = subprocess.run(
+            [*command, form], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        found[form] = int(done.stdout)
+    return found
 
 
 # The report
@@ -454,7 +482,7 @@ def goals(report: dict[str, Any]) -> list[dict[str, Any]]:
     if "timm, eager" in seconds:
         over = seconds["timm, eager"] / seconds["fused"]
         add("MixNet-S over timm eager, batch 1", 3.5, over)
-        memory = report["memory"]
+    if "timm" in (memory := report["memory"]):
         label = "memory of a MixNet-S forward over timm's, batch 16"
         add(label, 1, memory["fused"] / memory["timm"], at_least=False)
     if "timm, ONNX Runtime" in seconds:
@@ -472,6 +500,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=0, help="default 9, or 3 with --quick")
+    parser.add_argument("--memory", choices=["fused", "timm"], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "bench.json")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 9)
@@ -485,6 +514,9 @@ def main() -> int:
         return 1
     started, load = time.perf_counter(), os.getloadavg()[0]
     torch.set_num_threads(options.threads)
+    if options.memory:
+        print(peak_memory(options.memory))
+        return 0
     torch.manual_seed(0)
     modules = {name: optional(name) for name in PEERS}
     peers = [name for name in ("timm", "geffnet", "pytorchcv") if modules[name]]
@@ -495,7 +527,7 @@ def main() -> int:
     report["layers"] = bench_layers(options, peers, machine["multiply_adds_per_second"])
     report["growth"] = bench_growth(options)
     report["networks"] = bench_networks(options, modules)
-    report["memory"] = bench_memory(modules)
+    report["memory"] = bench_memory(modules, options.threads)
     report["goals"] = goals(report)
     report["minutes"] = round((time.perf_counter() - started) / 60, 1)
     unfinished = options.out.with_suffix(".tmp")

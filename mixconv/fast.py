@@ -372,13 +372,13 @@ def load_library(name: str) -> ctypes.CDLL | None:
     return _libraries.loaded[name]
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")] + [
+class _Sizes(ctypes.Structure):
+    _fields_ = [
         (name, ctypes.c_int64) for name in (
             "batch", "height", "width", "channels", "out_height", "out_width", "stride",
             "activation",
         )
-    ] + [("expand", ctypes.c_void_p)]  # fmt: skip
+    ]  # fmt: skip
 
 
 class _Group(ctypes.Structure):
@@ -392,18 +392,27 @@ def load_kernel() -> Any:
     """The compiled kernel's library, or None where there is no compiler."""
     library = load_library("mixed_depthwise2d.cpp")
     if library is not None:
-        pointer: Any = ctypes.c_void_p
-        groups: list[Any] = [ctypes.POINTER(_Group), ctypes.c_int64]
-        library.mixed_depthwise2d.argtypes = [
-            ctypes.POINTER(_Layer), *groups, *[pointer] * 4, ctypes.c_int,
-        ]  # fmt: skip
-        library.mixed_depthwise2d.restype = None
-        library.inverted_residual.argtypes = [pointer, *groups, pointer, pointer, ctypes.c_int]
-        library.inverted_residual.restype = None
+        pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.new_plan.argtypes = [pointer, pointer, pointer, size, count]
+        library.new_plan.restype = pointer
+        library.delete_plan.argtypes = [pointer]
+        library.mixed_depthwise2d.argtypes = library.inverted_residual.argtypes = [pointer] * 5
+        library.mixed_depthwise2d.restype = library.inverted_residual.restype = None
     return library
 
 
-@functools.lru_cache(maxsize=1024)
+class _Plan:
+    """A call's sizes, cut into blocks for so many threads; any thread may use it."""
+
+    def __init__(self, library: Any, sizes: _Sizes, expand: Any, groups: Any, threads: int) -> None:
+        self.delete = library.delete_plan
+        point = None if expand is None else ctypes.byref(expand)
+        self.handle = library.new_plan(ctypes.byref(sizes), point, groups, len(groups), threads)
+
+    def __del__(self) -> None:
+        self.delete(self.handle)
+
+
 def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
     groups = zip(mix.channels, mix.kernel_sizes, mix.dilations, strict=True)
     entries = [
@@ -413,27 +422,29 @@ def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
     return (_Group * len(entries))(*entries)
 
 
+def _sizes(mix: Mix, size: torch.Size) -> _Sizes:
+    out = output_size(size[2], mix.stride), output_size(size[3], mix.stride)
+    activation = ACTIVATIONS.index(mix.activation)
+    return _Sizes(size[0], *size[2:], sum(mix.channels), *out, mix.stride, activation)
+
+
 @functools.lru_cache(maxsize=1024)
-def _layer(mix: Mix, size: torch.Size) -> tuple[_Layer, "ctypes.Array[_Group]", tuple[int, ...]]:
-    """A call's sizes and groups as the kernel takes them, and the shape of its output."""
-    batch, height, width = size[0], size[2], size[3]
-    out = output_size(height, mix.stride), output_size(width, mix.stride)
-    count, activation = sum(mix.channels), ACTIVATIONS.index(mix.activation)
-    numbers = (batch, height, width, count, *out, mix.stride, activation)
-    layer = _Layer(None, None, None, None, *numbers, None)
-    return layer, _groups(mix, height, width), (batch, count, *out)
+def _plan(library: Any, mix: Mix, size: torch.Size, threads: int) -> tuple[_Plan, tuple[int, ...]]:
+    """The plan for an input of this size, and the shape of the output."""
+    sizes = _sizes(mix, size)
+    plan = _Plan(library, sizes, None, _groups(mix, size[2], size[3]), threads)
+    return plan, (size[0], size[1], sizes.out_height, sizes.out_width)
 
 
 def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the compiled kernel: float32 on a CPU, output in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    layer, groups, size = _layer(mix, x.shape)
+    library = load_kernel()
+    plan, size = _plan(library, mix, x.shape, _threads())
     y = torch.empty(size, memory_format=torch.channels_last)
-    load_kernel().mixed_depthwise2d(
-        layer, groups, len(groups), x.data_ptr(), weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), y.data_ptr(), _threads(),
-    )  # fmt: skip
+    bias_at = None if bias is None else bias.data_ptr()
+    library.mixed_depthwise2d(plan.handle, x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr())
     return y
 
 
@@ -459,15 +470,26 @@ def _check_mix(mix: Mix) -> tuple[int, int]:
     return sum(channels), sum(c * k * k for c, k in zip(channels, sizes, strict=True))
 
 
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> None:
+def _check_sizes(mix: Mix, x: torch.Size, weight: torch.Size, bias: torch.Size | None) -> None:
     count, packed = _check_mix(mix)
-    if x.dim() != 4 or x.shape[1] != count:
-        raise ValueError(f"x must be (N, {count}, H, W), got {tuple(x.shape)}")
-    if weight.dim() != 1 or weight.shape[0] != packed:
-        raise ValueError(f"weight must hold {packed} packed numbers, got {tuple(weight.shape)}")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != count):
-        raise ValueError(f"bias must be ({count},), got {tuple(bias.shape)}")
-    for other in (weight, weight if bias is None else bias):
+    if len(x) != 4 or x[1] != count:
+        raise ValueError(f"x must be (N, {count}, H, W), got {tuple(x)}")
+    if len(weight) != 1 or weight[0] != packed:
+        raise ValueError(f"weight must hold {packed} packed numbers, got {tuple(weight)}")
+    if bias is not None and (len(bias) != 1 or bias[0] != count):
+        raise ValueError(f"bias must be ({count},), got {tuple(bias)}")
+
+
+_sizes_checked = functools.lru_cache(maxsize=1024)(
+    _check_sizes
+)  # a call repeats what one before did
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix, sizes: Callable[..., None]
+) -> None:
+    sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
+    for other in (weight,) if bias is None else (weight, bias):
         if other.dtype != x.dtype or other.device != x.device:
             raise ValueError("x, weight and bias must agree in dtype and device")
 
@@ -489,7 +511,7 @@ def _operation(
     activation: str,
 ) -> Tensor:  # fmt: skip
     mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
-    _check(x, weight, bias, mix)
+    _check(x, weight, bias, mix, _check_sizes)
     return _forward(x, weight, bias, mix)
 
 
@@ -500,7 +522,7 @@ def _(
     activation: str,
 ) -> Tensor:  # fmt: skip
     mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
-    _check(x, weight, bias, mix)
+    _check(x, weight, bias, mix, _check_sizes)
     size = (*x.shape[:2], output_size(x.shape[2], stride), output_size(x.shape[3], stride))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -609,10 +631,10 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the shortest way that everybody who watches allows."""
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
-            _check(x, weight, bias, mix)
+            _check(x, weight, bias, mix, _check_sizes)
             return split_form(x, weight, bias, mix)
         if not _is_watched(x, weight, bias):
-            _check(x, weight, bias, mix)
+            _check(x, weight, bias, mix, _sizes_checked)
             return _forward(x, weight, bias, mix)
     operation = torch.ops.mixconv.mixed_depthwise2d
     return cast("Tensor", operation(x, weight, bias, *map(_as_list, mix)))
@@ -934,27 +956,37 @@ class _Point(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        ("depthwise", _Layer), ("expand", _Point), ("squeeze", _Point), ("excite", _Point),
-        ("project", _Point), ("residual", ctypes.c_int64),
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("squeeze", _Point),
+        ("excite", _Point), ("project", _Point), ("residual", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+def _points(spec: BlockSpec, pointers: tuple[int, ...]) -> list[_Point]:
+    names, places = (*ACTIVATIONS, "sigmoid"), zip((0, 4, 6, 8), spec[1:5], strict=True)
+    return [
+        _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
+        if point is not None else _Point()
+        for i, point in places
     ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _block(
-    spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...]
-) -> tuple[_Block, "ctypes.Array[_Group]", tuple[int, ...]]:
-    """A block as the kernel takes it; pointers to weights and biases in turn."""
-    layer, groups, (batch, _, *out) = _layer(spec.mix, size)
-    layer = _Layer.from_buffer_copy(layer)
-    layer.weight, layer.bias = pointers[2:4]
-    names = (*ACTIVATIONS, "sigmoid")
-    points = [
-        _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
-        if point is not None else _Point()
-        for i, point in zip((0, 4, 6, 8), spec[1:5], strict=True)
-    ]  # fmt: skip
-    block = _Block(layer, *points, spec.residual)
-    return block, groups, (batch, spec.project.outputs, *out)
+    library: Any, spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...], threads: int
+) -> tuple[_Block, _Plan, _Plan, tuple[int, ...]]:
+    """A block as the kernel takes it, its plans, and the shape of its output.
+
+    The pointers are those of all weights and biases in turn.
+    """
+    expand, *points = _points(spec, pointers)
+    sizes, groups = _sizes(spec.mix, size), _groups(spec.mix, size[2], size[3])
+    sizes.batch = 1
+    first = expand if spec.expand is not None else None
+    plans = [_Plan(library, sizes, first, groups, n) for n in (1, threads)]
+    block = _Block(*pointers[2:4], *points, spec.residual, size[0])
+    out = size[0], spec.project.outputs, sizes.out_height, sizes.out_width
+    return block, plans[0], plans[1], out
 
 
 def block_kernel_form(
@@ -964,10 +996,11 @@ def block_kernel_form(
     x = x.contiguous(memory_format=torch.channels_last)
     pairs = zip(weights, biases, strict=True)
     kept = [tensor.contiguous() for pair in pairs for tensor in pair]
-    block, groups, size = _block(spec, x.shape, tuple([t.data_ptr() for t in kept]))
+    library, pointers = load_kernel(), tuple([tensor.data_ptr() for tensor in kept])
+    block, alone, together, size = _block(library, spec, x.shape, pointers, _threads())
     y = torch.empty(size, memory_format=torch.channels_last)
-    load_kernel().inverted_residual(
-        ctypes.byref(block), groups, len(groups), x.data_ptr(), y.data_ptr(), _threads()
+    library.inverted_residual(
+        ctypes.byref(block), alone.handle, together.handle, x.data_ptr(), y.data_ptr()
     )
     return y
 

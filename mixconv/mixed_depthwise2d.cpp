@@ -108,16 +108,19 @@ struct Pointwise {
   int64_t inputs, outputs, groups, activation;
   int64_t group_inputs() const { return inputs / groups; }
   int64_t group_outputs() const { return outputs / groups; }
-  const float* panel(int64_t group, int64_t c) const {  // weights of the group's outputs from c on
+  int64_t panel(int64_t group, int64_t c) const {  // where the group's outputs from c on begin
     const int64_t panels = (group_outputs() + kPanel - 1) / kPanel;
-    return weight + (group * panels + c / kPanel) * group_inputs() * kPanel + c % kPanel;
+    return (group * panels + c / kPanel) * group_inputs() * kPanel + c % kPanel;
   }
 };
 
-struct Layer {
+struct Sizes {
+  int64_t batch, height, width, channels, out_height, out_width, stride, activation;
+};
+
+struct Layer : Sizes {
   const float *x, *weight, *bias;
   float* y;
-  int64_t batch, height, width, channels, out_height, out_width, stride, activation;
   const Pointwise* expand;  // what makes `channels` of fewer, on the way in; or null
   int64_t pixel() const { return expand ? expand->inputs : channels; }  // numbers in x
 };
@@ -133,8 +136,8 @@ struct Block {
   int64_t window;         // the vector's first channel in the tensor
   int read, skip, lanes;  // lanes read; of these the first to write, and how many
   int64_t input;          // the first number to read of a pixel of x
-  const float* weight;    // of the first channel to write; the next tap is group.channels on
-  const float* panel;     // of `expand`, for the window
+  int64_t weight;         // of the first channel to write; the next tap is group.channels on
+  int64_t panel;          // of the weights of `expand`, for the window
   void (*convolve)(const Layer&, const Block&, const Task&);
 };
 
@@ -180,7 +183,8 @@ inline Ring open_ring(const Layer& l, const Block& b, int64_t k, int64_t stride,
   const int64_t reach = (k - 1) * dilation + 1;
   const int64_t pitch = ((l.out_width + tile - 1) / tile * tile - 1) * stride + reach;
   Ring ring{scratch, reach, pitch, std::min(g.left, pitch), std::min(g.left + l.width, pitch)};
-  for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load_own(b.weight + i * g.channels, b);
+  const float* weight = l.weight + b.weight;
+  for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load_own(weight + i * g.channels, b);
   for (int64_t i = 0; i < reach; ++i) {  // zeros left and right of the image
     std::fill(ring.row(i), ring.row(i) + ring.begin, Vec{});
     std::fill(ring.row(i) + ring.end, ring.row(i) + pitch, Vec{});
@@ -247,7 +251,10 @@ void convolve_rows(const Layer& l, const Block& b, const Task& task) {
     for (int64_t ox = 0; ox < l.out_width; ox += T) {
       Vec sums[T];
 #pragma GCC unroll 16
-      for (int t = 0; t < T; ++t) sums[t] = bias;
+      for (int t = 0; t < T; ++t) {
+        sums[t] = bias;
+        __builtin_prefetch(to + (ox + t) * l.channels, 1);  // will be written: fetch it meanwhile
+      }
       for (int64_t ky = 0; ky < k; ++ky) {
         const int64_t iy = y0 + ky * dilation;
         if (iy < 0 || iy >= l.height) continue;
@@ -294,10 +301,13 @@ ConvolveRows version_for(const Layer& l, const Group& g) {
 }
 
 struct Plan {
+  Layer layer{};  // pointers are filled in at each call
+  Pointwise expand{};
+  int threads = 1;
   std::vector<Block> blocks;
   std::vector<int64_t> cost{0};  // cost[i]: of all blocks before block i, for one output pixel
   int64_t scratch = 0;           // vectors that the largest ring and its weights take
-  int64_t band, bands;           // rows of a band, and how many bands
+  int64_t band = 1, bands = 0;   // rows of a band, and how many bands
 };
 
 Block make_block(const Layer& l, const Group& g, int64_t channel, int64_t left) {
@@ -320,11 +330,10 @@ Block make_block(const Layer& l, const Group& g, int64_t channel, int64_t left) 
   return b;
 }
 
-Plan make_plan(const Layer& l, const Group* groups, int64_t group_count, int threads) {
-  Plan plan;
+void cut_blocks(Plan& plan, const Group* groups, int64_t group_count) {
+  const Layer& l = plan.layer;
   const int64_t before = l.expand ? l.expand->group_inputs() * l.stride * l.stride : 0;
-  int64_t first = 0;
-  const float* weight = l.weight;
+  int64_t first = 0, weight = 0;
   for (const Group* g = groups; g != groups + group_count; ++g) {
     const int64_t reach = (g->kernel - 1) * g->dilation + 1;
     const int64_t pitch = (round_up(l.out_width, tile_width(l.out_width)) - 1) * l.stride + reach;
@@ -337,15 +346,18 @@ Plan make_plan(const Layer& l, const Group* groups, int64_t group_count, int thr
     first += g->channels;
     weight += g->channels * g->kernel * g->kernel;
   }
+}
+
+void cut_bands(Plan& plan) {
+  const Layer& l = plan.layer;
   const int64_t tasks = std::max<int64_t>(1, l.batch * int64_t(plan.blocks.size()));
-  const int64_t wanted = std::max<int64_t>(1, kChunksPerThread * threads / tasks);
+  const int64_t wanted = std::max<int64_t>(1, kChunksPerThread * plan.threads / tasks);
   const int64_t row_bytes =
       (l.stride * l.width * l.pixel() + l.out_width * l.channels) * int64_t(sizeof(float));
   const int64_t fit = kBandBytes / std::max<int64_t>(1, row_bytes);
   const int64_t rows = std::max<int64_t>(4, std::min(round_up(l.out_height, wanted) / wanted, fit));
   plan.band = std::max<int64_t>(1, std::min(l.out_height, rows));
   plan.bands = (l.out_height + plan.band - 1) / plan.band;
-  return plan;
 }
 
 template <typename Work>
@@ -399,11 +411,12 @@ void advise(const Layer& l) {
 #endif
 }
 
-void run(const Layer& l, const Plan& plan, int threads, float* sums) {
+void run(const Layer& l, const Plan& plan, float* sums) {
   const int64_t block_count = int64_t(plan.blocks.size()), band_cost = plan.cost.back();
+  const int64_t total = l.batch * plan.bands * band_cost;
+  const int threads = total * plan.band * l.out_width < kSerialWork ? 1 : plan.threads;
   const int64_t chunks = int64_t(threads) * kChunksPerThread;
   const auto task_at = [&](int64_t chunk) {  // the first task of a chunk: equal cost, not count
-    const int64_t total = l.batch * plan.bands * band_cost;
     const int64_t at = total / chunks * chunk + total % chunks * chunk / chunks;
     const auto block = std::lower_bound(plan.cost.begin(), plan.cost.end(), at % band_cost);
     return at / band_cost * block_count + (block - plan.cost.begin());
@@ -429,16 +442,26 @@ void run(const Layer& l, const Plan& plan, int threads, float* sums) {
 
 }  // namespace
 
-extern "C" void mixed_depthwise2d(const Layer* shape, const Group* groups, int64_t group_count,
-                                  const float* x, const float* weight, const float* bias,
-                                  float* y, int threads) {
-  Layer l = *shape;
+extern "C" Plan* new_plan(const Sizes* sizes, const Pointwise* expand, const Group* groups,
+                          int64_t group_count, int threads) {
+  Plan* plan = new Plan;
+  static_cast<Sizes&>(plan->layer) = *sizes;
+  if (expand) plan->expand = *expand, plan->layer.expand = &plan->expand;
+  plan->threads = threads;
+  cut_blocks(*plan, groups, group_count);
+  cut_bands(*plan);
+  return plan;
+}
+
+extern "C" void delete_plan(Plan* plan) { delete plan; }
+
+extern "C" void mixed_depthwise2d(const Plan* plan, const float* x, const float* weight,
+                                  const float* bias, float* y) {
+  Layer l = plan->layer;
   l.x = x, l.weight = weight, l.bias = bias, l.y = y;
-  const Plan plan = make_plan(l, groups, group_count, threads);
-  const int64_t work = l.batch * l.out_height * l.out_width * plan.cost.back();
-  if (work == 0) return;
+  if (l.batch * l.out_height * l.out_width == 0) return;
   advise(l);
-  run(l, plan, work < kSerialWork ? 1 : threads, nullptr);
+  run(l, *plan, nullptr);
 }
 
 // Whole network blocks: a 1x1 convolution computed into the ring, and one after the gate.
@@ -470,13 +493,14 @@ inline __attribute__((always_inline)) void multiply(Vec (&sums)[V * T], const fl
 
 template <int T>
 void expand_pixels(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to) {
+  const float* panel = p.weight + b.panel;
   const Vec bias = load_own(p.bias + b.window + b.skip, b);
   for (int64_t at = 0; at < count; at += T) {
     const int64_t from = std::min(at, count - T);
     Vec sums[T];
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) sums[t] = bias;
-    multiply<1, T>(sums, x + from * p.inputs, p.inputs, b.panel, p.group_inputs(), nullptr);
+    multiply<1, T>(sums, x + from * p.inputs, p.inputs, panel, p.group_inputs(), nullptr);
     if (p.activation != kNone) activate(sums, p.activation);
 #pragma GCC unroll 16
     for (int t = 0; t < T; ++t) to[from + t] = sums[t];
@@ -499,8 +523,9 @@ void point_tile(const Pointwise& p, const float* x, const float* gate, const flo
   Vec sums[V * T];
 #pragma GCC unroll 16
   for (int i = 0; i < V * T; ++i) sums[i] = load(p.bias + first + i / T * kLanes, lanes(i / T));
-  if (gate) multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, gate + group * n);
-  else multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, nullptr);
+  const float* panel = p.weight + p.panel(group, c);
+  if (gate) multiply<V, T>(sums, x + group * n, p.inputs, panel, n, gate + group * n);
+  else multiply<V, T>(sums, x + group * n, p.inputs, panel, n, nullptr);
   if (p.activation != kNone) activate(sums, p.activation);
 #pragma GCC unroll 16
   for (int i = 0; i < V * T; ++i) {
@@ -538,61 +563,53 @@ void pointwise(const Pointwise& p, const float* x, int64_t pixels, const float* 
 }
 
 struct InvertedResidual {
-  Layer depthwise;
-  Pointwise expand, squeeze, excite, project;  // 0 inputs: not there
-  int64_t residual;
+  const float *weight, *bias;          // of the depthwise layer
+  Pointwise squeeze, excite, project;  // 0 inputs: not there
+  int64_t residual, batch;
 };
 
-void find_gate(const InvertedResidual& b, const float* sums, int64_t bands, float* gate) {
-  const int64_t channels = b.depthwise.channels;
-  float *means = gate + channels, *squeezed = means + channels;
-  for (int64_t c = 0; c < channels; ++c) {
+void find_gate(const InvertedResidual& b, const Layer& l, const float* sums, int64_t bands,
+               float* gate) {
+  float *means = gate + l.channels, *squeezed = means + l.channels;
+  for (int64_t c = 0; c < l.channels; ++c) {
     float sum = 0;
-    for (int64_t band = 0; band < bands; ++band) sum += sums[band * channels + c];
-    means[c] = sum / float(b.depthwise.out_height * b.depthwise.out_width);
+    for (int64_t band = 0; band < bands; ++band) sum += sums[band * l.channels + c];
+    means[c] = sum / float(l.out_height * l.out_width);
   }
   pointwise(b.squeeze, means, 1, nullptr, nullptr, squeezed, 0, 1);
   pointwise(b.excite, squeezed, 1, nullptr, nullptr, gate, 0, 1);
 }
 
-void run_image(const InvertedResidual& b, const Layer& l, const Plan& plan, int threads, float* y) {
-  const int64_t pixels = l.out_height * l.out_width, bands = plan.bands;
-  const Workspace<1> wide((pixels + bands) * l.channels / kLanes + 1);
-  Layer one = l;
-  one.y = wide.floats();
-  float* sums = b.squeeze.inputs ? one.y + pixels * l.channels : nullptr;
-  if (sums) std::fill(sums, sums + bands * l.channels, 0.0f);
-  run(one, plan, threads, sums);
-  in_parallel(threads, [&](int me) {
+void run_image(const InvertedResidual& b, const Plan& plan, const float* x, float* y) {
+  Layer l = plan.layer;
+  const int64_t pixels = l.out_height * l.out_width;
+  const Workspace<1> wide((pixels + plan.bands) * l.channels / kLanes + 1);
+  l.x = x, l.weight = b.weight, l.bias = b.bias, l.y = wide.floats();
+  float* sums = b.squeeze.inputs ? l.y + pixels * l.channels : nullptr;
+  if (sums) std::fill(sums, sums + plan.bands * l.channels, 0.0f);
+  run(l, plan, sums);
+  in_parallel(plan.threads, [&](int me) {
     const Workspace<2> memory((2 * l.channels + b.squeeze.outputs) / kLanes + 1);
     float* gate = sums ? memory.floats() : nullptr;
-    if (gate) find_gate(b, sums, bands, gate);
-    pointwise(b.project, one.y, pixels, gate, b.residual ? l.x : nullptr, y, me, threads);
+    if (gate) find_gate(b, l, sums, plan.bands, gate);
+    pointwise(b.project, l.y, pixels, gate, b.residual ? x : nullptr, y, me, plan.threads);
   });
 }
 
 }  // namespace
 
-extern "C" void inverted_residual(const InvertedResidual* block, const Group* groups,
-                                  int64_t group_count, const float* x, float* y, int threads) {
-  const InvertedResidual& b = *block;
-  Layer l = b.depthwise;
-  l.batch = 1;
-  l.expand = b.expand.inputs ? &b.expand : nullptr;
+extern "C" void inverted_residual(const InvertedResidual* block, const Plan* alone,
+                                  const Plan* together, const float* x, float* y) {
+  const Layer& l = together->layer;
   const int64_t in = l.height * l.width * l.pixel();
-  const int64_t out = l.out_height * l.out_width * b.project.outputs;
-  const auto run_images = [&](int64_t begin, int64_t end, int together) {
-    const Plan plan = make_plan(l, groups, group_count, together);
-    for (int64_t image = begin; image < end; ++image) {
-      Layer one = l;
-      one.x = x + image * in;
-      run_image(b, one, plan, together, y + image * out);
-    }
-  };
-  if (b.depthwise.batch * out == 0) return;
-  const int64_t apart = b.depthwise.batch / threads * threads;
-  in_parallel(apart ? threads : 1, [&](int me) {
-    run_images(apart * me / threads, apart * (me + 1) / threads, 1);
+  const int64_t out = l.out_height * l.out_width * block->project.outputs;
+  if (block->batch * out == 0) return;
+  const int threads = together->threads;
+  const int64_t rounds = block->batch / threads;
+  in_parallel(rounds ? threads : 1, [&](int me) {
+    for (int64_t image = rounds * me; image < rounds * (me + 1); ++image)
+      run_image(*block, *alone, x + image * in, y + image * out);
   });
-  run_images(apart, b.depthwise.batch, threads);
+  for (int64_t image = rounds * threads; image < block->batch; ++image)
+    run_image(*block, *together, x + image * in, y + image * out);
 }

@@ -904,16 +904,19 @@ table(
 #   int64_t inputs, outputs, groups, activation;
 #   int64_t group_inputs() const { return inputs / groups; }
 #   int64_t group_outputs() const { return outputs / groups; }
-#   const float* panel(int64_t group, int64_t c) const {  // weights of the group's outputs from c on
+#   int64_t panel(int64_t group, int64_t c) const {  // where the group's outputs from c on begin
 #     const int64_t panels = (group_outputs() + kPanel - 1) / kPanel;
-#     return weight + (group * panels + c / kPanel) * group_inputs() * kPanel + c % kPanel;
+#     return (group * panels + c / kPanel) * group_inputs() * kPanel + c % kPanel;
 #   }
 # };
 #
-# struct Layer {
+# struct Sizes {
+#   int64_t batch, height, width, channels, out_height, out_width, stride, activation;
+# };
+#
+# struct Layer : Sizes {
 #   const float *x, *weight, *bias;
 #   float* y;
-#   int64_t batch, height, width, channels, out_height, out_width, stride, activation;
 #   const Pointwise* expand;  // what makes `channels` of fewer, on the way in; or null
 #   int64_t pixel() const { return expand ? expand->inputs : channels; }  // numbers in x
 # };
@@ -929,8 +932,8 @@ table(
 #   int64_t window;         // the vector's first channel in the tensor
 #   int read, skip, lanes;  // lanes read; of these the first to write, and how many
 #   int64_t input;          // the first number to read of a pixel of x
-#   const float* weight;    // of the first channel to write; the next tap is group.channels on
-#   const float* panel;     // of `expand`, for the window
+#   int64_t weight;         // of the first channel to write; the next tap is group.channels on
+#   int64_t panel;          // of the weights of `expand`, for the window
 #   void (*convolve)(const Layer&, const Block&, const Task&);
 # };
 #
@@ -986,7 +989,8 @@ table(
 #   const int64_t reach = (k - 1) * dilation + 1;
 #   const int64_t pitch = ((l.out_width + tile - 1) / tile * tile - 1) * stride + reach;
 #   Ring ring{scratch, reach, pitch, std::min(g.left, pitch), std::min(g.left + l.width, pitch)};
-#   for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load_own(b.weight + i * g.channels, b);
+#   const float* weight = l.weight + b.weight;
+#   for (int64_t i = 0; i < k * k; ++i) ring.taps()[i] = load_own(weight + i * g.channels, b);
 #   for (int64_t i = 0; i < reach; ++i) {  // zeros left and right of the image
 #     std::fill(ring.row(i), ring.row(i) + ring.begin, Vec{});
 #     std::fill(ring.row(i) + ring.end, ring.row(i) + pitch, Vec{});
@@ -1058,7 +1062,10 @@ table(
 #     for (int64_t ox = 0; ox < l.out_width; ox += T) {
 #       Vec sums[T];
 # #pragma GCC unroll 16
-#       for (int t = 0; t < T; ++t) sums[t] = bias;
+#       for (int t = 0; t < T; ++t) {
+#         sums[t] = bias;
+#         __builtin_prefetch(to + (ox + t) * l.channels, 1);  // will be written: fetch it meanwhile
+#       }
 #       for (int64_t ky = 0; ky < k; ++ky) {
 #         const int64_t iy = y0 + ky * dilation;
 #         if (iy < 0 || iy >= l.height) continue;
@@ -1115,10 +1122,13 @@ table(
 # ```cpp
 # //| export mixed_depthwise2d.cpp
 # struct Plan {
+#   Layer layer{};  // pointers are filled in at each call
+#   Pointwise expand{};
+#   int threads = 1;
 #   std::vector<Block> blocks;
 #   std::vector<int64_t> cost{0};  // cost[i]: of all blocks before block i, for one output pixel
 #   int64_t scratch = 0;           // vectors that the largest ring and its weights take
-#   int64_t band, bands;           // rows of a band, and how many bands
+#   int64_t band = 1, bands = 0;   // rows of a band, and how many bands
 # };
 #
 # Block make_block(const Layer& l, const Group& g, int64_t channel, int64_t left) {
@@ -1141,11 +1151,10 @@ table(
 #   return b;
 # }
 #
-# Plan make_plan(const Layer& l, const Group* groups, int64_t group_count, int threads) {
-#   Plan plan;
+# void cut_blocks(Plan& plan, const Group* groups, int64_t group_count) {
+#   const Layer& l = plan.layer;
 #   const int64_t before = l.expand ? l.expand->group_inputs() * l.stride * l.stride : 0;
-#   int64_t first = 0;
-#   const float* weight = l.weight;
+#   int64_t first = 0, weight = 0;
 #   for (const Group* g = groups; g != groups + group_count; ++g) {
 #     const int64_t reach = (g->kernel - 1) * g->dilation + 1;
 #     const int64_t pitch = (round_up(l.out_width, tile_width(l.out_width)) - 1) * l.stride + reach;
@@ -1158,15 +1167,18 @@ table(
 #     first += g->channels;
 #     weight += g->channels * g->kernel * g->kernel;
 #   }
+# }
+#
+# void cut_bands(Plan& plan) {
+#   const Layer& l = plan.layer;
 #   const int64_t tasks = std::max<int64_t>(1, l.batch * int64_t(plan.blocks.size()));
-#   const int64_t wanted = std::max<int64_t>(1, kChunksPerThread * threads / tasks);
+#   const int64_t wanted = std::max<int64_t>(1, kChunksPerThread * plan.threads / tasks);
 #   const int64_t row_bytes =
 #       (l.stride * l.width * l.pixel() + l.out_width * l.channels) * int64_t(sizeof(float));
 #   const int64_t fit = kBandBytes / std::max<int64_t>(1, row_bytes);
 #   const int64_t rows = std::max<int64_t>(4, std::min(round_up(l.out_height, wanted) / wanted, fit));
 #   plan.band = std::max<int64_t>(1, std::min(l.out_height, rows));
 #   plan.bands = (l.out_height + plan.band - 1) / plan.band;
-#   return plan;
 # }
 # ```
 #
@@ -1228,15 +1240,16 @@ table(
 # }
 # ```
 #
-# And the function itself. A task is one block on one band of one image.
+# The work. A task is one block on one band of one image.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
-# void run(const Layer& l, const Plan& plan, int threads, float* sums) {
+# void run(const Layer& l, const Plan& plan, float* sums) {
 #   const int64_t block_count = int64_t(plan.blocks.size()), band_cost = plan.cost.back();
+#   const int64_t total = l.batch * plan.bands * band_cost;
+#   const int threads = total * plan.band * l.out_width < kSerialWork ? 1 : plan.threads;
 #   const int64_t chunks = int64_t(threads) * kChunksPerThread;
 #   const auto task_at = [&](int64_t chunk) {  // the first task of a chunk: equal cost, not count
-#     const int64_t total = l.batch * plan.bands * band_cost;
 #     const int64_t at = total / chunks * chunk + total % chunks * chunk / chunks;
 #     const auto block = std::lower_bound(plan.cost.begin(), plan.cost.end(), at % band_cost);
 #     return at / band_cost * block_count + (block - plan.cost.begin());
@@ -1261,17 +1274,32 @@ table(
 # }
 #
 # }  // namespace
+# ```
 #
-# extern "C" void mixed_depthwise2d(const Layer* shape, const Group* groups, int64_t group_count,
-#                                   const float* x, const float* weight, const float* bias,
-#                                   float* y, int threads) {
-#   Layer l = *shape;
+# And the functions that others call. A plan only depends on sizes, so it is made once and kept. Making it would be quick enough; but then it would lie in one core's cache, freshly written, and the other cores would wait for every line of it, in every call.
+#
+# ```cpp
+# //| export mixed_depthwise2d.cpp
+# extern "C" Plan* new_plan(const Sizes* sizes, const Pointwise* expand, const Group* groups,
+#                           int64_t group_count, int threads) {
+#   Plan* plan = new Plan;
+#   static_cast<Sizes&>(plan->layer) = *sizes;
+#   if (expand) plan->expand = *expand, plan->layer.expand = &plan->expand;
+#   plan->threads = threads;
+#   cut_blocks(*plan, groups, group_count);
+#   cut_bands(*plan);
+#   return plan;
+# }
+#
+# extern "C" void delete_plan(Plan* plan) { delete plan; }
+#
+# extern "C" void mixed_depthwise2d(const Plan* plan, const float* x, const float* weight,
+#                                   const float* bias, float* y) {
+#   Layer l = plan->layer;
 #   l.x = x, l.weight = weight, l.bias = bias, l.y = y;
-#   const Plan plan = make_plan(l, groups, group_count, threads);
-#   const int64_t work = l.batch * l.out_height * l.out_width * plan.cost.back();
-#   if (work == 0) return;
+#   if (l.batch * l.out_height * l.out_width == 0) return;
 #   advise(l);
-#   run(l, plan, work < kSerialWork ? 1 : threads, nullptr);
+#   run(l, *plan, nullptr);
 # }
 # ```
 
@@ -1282,13 +1310,13 @@ table(
 
 # %%
 #| export fast.py
-class _Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ("x", "weight", "bias", "y")] + [
+class _Sizes(ctypes.Structure):
+    _fields_ = [
         (name, ctypes.c_int64) for name in (
             "batch", "height", "width", "channels", "out_height", "out_width", "stride",
             "activation",
         )
-    ] + [("expand", ctypes.c_void_p)]  # fmt: skip
+    ]  # fmt: skip
 
 
 class _Group(ctypes.Structure):
@@ -1302,23 +1330,32 @@ def load_kernel() -> Any:
     """The compiled kernel's library, or None where there is no compiler."""
     library = load_library("mixed_depthwise2d.cpp")
     if library is not None:
-        pointer: Any = ctypes.c_void_p
-        groups: list[Any] = [ctypes.POINTER(_Group), ctypes.c_int64]
-        library.mixed_depthwise2d.argtypes = [
-            ctypes.POINTER(_Layer), *groups, *[pointer] * 4, ctypes.c_int,
-        ]  # fmt: skip
-        library.mixed_depthwise2d.restype = None
-        library.inverted_residual.argtypes = [pointer, *groups, pointer, pointer, ctypes.c_int]
-        library.inverted_residual.restype = None
+        pointer, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+        library.new_plan.argtypes = [pointer, pointer, pointer, size, count]
+        library.new_plan.restype = pointer
+        library.delete_plan.argtypes = [pointer]
+        library.mixed_depthwise2d.argtypes = library.inverted_residual.argtypes = [pointer] * 5
+        library.mixed_depthwise2d.restype = library.inverted_residual.restype = None
     return library
 
 
 # %% [markdown]
-# What only depends on the sizes is worked out once for each of them. That, and calling past PyTorch's dispatcher further down, keeps Python's share small.
+# Plans are kept for the last thousand combinations of layer, image size and number of threads. A plan that is no longer kept lives until the last call that uses it is over.
 
 # %%
 #| export fast.py
-@functools.lru_cache(maxsize=1024)
+class _Plan:
+    """A call's sizes, cut into blocks for so many threads; any thread may use it."""
+
+    def __init__(self, library: Any, sizes: _Sizes, expand: Any, groups: Any, threads: int) -> None:
+        self.delete = library.delete_plan
+        point = None if expand is None else ctypes.byref(expand)
+        self.handle = library.new_plan(ctypes.byref(sizes), point, groups, len(groups), threads)
+
+    def __del__(self) -> None:
+        self.delete(self.handle)
+
+
 def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
     groups = zip(mix.channels, mix.kernel_sizes, mix.dilations, strict=True)
     entries = [
@@ -1328,29 +1365,31 @@ def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
     return (_Group * len(entries))(*entries)
 
 
-@functools.lru_cache(maxsize=1024)
-def _layer(mix: Mix, size: torch.Size) -> tuple[_Layer, "ctypes.Array[_Group]", tuple[int, ...]]:
-    """A call's sizes and groups as the kernel takes them, and the shape of its output."""
-    batch, height, width = size[0], size[2], size[3]
-    out = output_size(height, mix.stride), output_size(width, mix.stride)
-    count, activation = sum(mix.channels), ACTIVATIONS.index(mix.activation)
-    numbers = (batch, height, width, count, *out, mix.stride, activation)
-    layer = _Layer(None, None, None, None, *numbers, None)
-    return layer, _groups(mix, height, width), (batch, count, *out)
+def _sizes(mix: Mix, size: torch.Size) -> _Sizes:
+    out = output_size(size[2], mix.stride), output_size(size[3], mix.stride)
+    activation = ACTIVATIONS.index(mix.activation)
+    return _Sizes(size[0], *size[2:], sum(mix.channels), *out, mix.stride, activation)
 
 
 # %%
 #| export fast.py
+@functools.lru_cache(maxsize=1024)
+def _plan(library: Any, mix: Mix, size: torch.Size, threads: int) -> tuple[_Plan, tuple[int, ...]]:
+    """The plan for an input of this size, and the shape of the output."""
+    sizes = _sizes(mix, size)
+    plan = _Plan(library, sizes, None, _groups(mix, size[2], size[3]), threads)
+    return plan, (size[0], size[1], sizes.out_height, sizes.out_width)
+
+
 def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the compiled kernel: float32 on a CPU, output in channels_last."""
     x = x.contiguous(memory_format=torch.channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    layer, groups, size = _layer(mix, x.shape)
+    library = load_kernel()
+    plan, size = _plan(library, mix, x.shape, _threads())
     y = torch.empty(size, memory_format=torch.channels_last)
-    load_kernel().mixed_depthwise2d(
-        layer, groups, len(groups), x.data_ptr(), weight.data_ptr(),
-        None if bias is None else bias.data_ptr(), y.data_ptr(), _threads(),
-    )  # fmt: skip
+    bias_at = None if bias is None else bias.data_ptr()
+    library.mixed_depthwise2d(plan.handle, x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr())
     return y
 
 
@@ -1383,15 +1422,26 @@ def _check_mix(mix: Mix) -> tuple[int, int]:
 
 # %%
 #| export fast.py
-def _check(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> None:
+def _check_sizes(mix: Mix, x: torch.Size, weight: torch.Size, bias: torch.Size | None) -> None:
     count, packed = _check_mix(mix)
-    if x.dim() != 4 or x.shape[1] != count:
-        raise ValueError(f"x must be (N, {count}, H, W), got {tuple(x.shape)}")
-    if weight.dim() != 1 or weight.shape[0] != packed:
-        raise ValueError(f"weight must hold {packed} packed numbers, got {tuple(weight.shape)}")
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != count):
-        raise ValueError(f"bias must be ({count},), got {tuple(bias.shape)}")
-    for other in (weight, weight if bias is None else bias):
+    if len(x) != 4 or x[1] != count:
+        raise ValueError(f"x must be (N, {count}, H, W), got {tuple(x)}")
+    if len(weight) != 1 or weight[0] != packed:
+        raise ValueError(f"weight must hold {packed} packed numbers, got {tuple(weight)}")
+    if bias is not None and (len(bias) != 1 or bias[0] != count):
+        raise ValueError(f"bias must be ({count},), got {tuple(bias)}")
+
+
+_sizes_checked = functools.lru_cache(maxsize=1024)(
+    _check_sizes
+)  # a call repeats what one before did
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix, sizes: Callable[..., None]
+) -> None:
+    sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
+    for other in (weight,) if bias is None else (weight, bias):
         if other.dtype != x.dtype or other.device != x.device:
             raise ValueError("x, weight and bias must agree in dtype and device")
 
@@ -1420,7 +1470,7 @@ def _operation(
     activation: str,
 ) -> Tensor:  # fmt: skip
     mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
-    _check(x, weight, bias, mix)
+    _check(x, weight, bias, mix, _check_sizes)
     return _forward(x, weight, bias, mix)
 
 
@@ -1431,7 +1481,7 @@ def _(
     activation: str,
 ) -> Tensor:  # fmt: skip
     mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
-    _check(x, weight, bias, mix)
+    _check(x, weight, bias, mix, _check_sizes)
     size = (*x.shape[:2], output_size(x.shape[2], stride), output_size(x.shape[3], stride))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -1558,10 +1608,10 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the shortest way that everybody who watches allows."""
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
-            _check(x, weight, bias, mix)
+            _check(x, weight, bias, mix, _check_sizes)
             return split_form(x, weight, bias, mix)
         if not _is_watched(x, weight, bias):
-            _check(x, weight, bias, mix)
+            _check(x, weight, bias, mix, _sizes_checked)
             return _forward(x, weight, bias, mix)
     operation = torch.ops.mixconv.mixed_depthwise2d
     return cast("Tensor", operation(x, weight, bias, *map(_as_list, mix)))
@@ -2212,13 +2262,14 @@ def block_form(
 # //| export mixed_depthwise2d.cpp
 # template <int T>
 # void expand_pixels(const Pointwise& p, const Block& b, const float* x, int64_t count, Vec* to) {
+#   const float* panel = p.weight + b.panel;
 #   const Vec bias = load_own(p.bias + b.window + b.skip, b);
 #   for (int64_t at = 0; at < count; at += T) {
 #     const int64_t from = std::min(at, count - T);
 #     Vec sums[T];
 # #pragma GCC unroll 16
 #     for (int t = 0; t < T; ++t) sums[t] = bias;
-#     multiply<1, T>(sums, x + from * p.inputs, p.inputs, b.panel, p.group_inputs(), nullptr);
+#     multiply<1, T>(sums, x + from * p.inputs, p.inputs, panel, p.group_inputs(), nullptr);
 #     if (p.activation != kNone) activate(sums, p.activation);
 # #pragma GCC unroll 16
 #     for (int t = 0; t < T; ++t) to[from + t] = sums[t];
@@ -2246,8 +2297,9 @@ def block_form(
 #   Vec sums[V * T];
 # #pragma GCC unroll 16
 #   for (int i = 0; i < V * T; ++i) sums[i] = load(p.bias + first + i / T * kLanes, lanes(i / T));
-#   if (gate) multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, gate + group * n);
-#   else multiply<V, T>(sums, x + group * n, p.inputs, p.panel(group, c), n, nullptr);
+#   const float* panel = p.weight + p.panel(group, c);
+#   if (gate) multiply<V, T>(sums, x + group * n, p.inputs, panel, n, gate + group * n);
+#   else multiply<V, T>(sums, x + group * n, p.inputs, panel, n, nullptr);
 #   if (p.activation != kNone) activate(sums, p.activation);
 # #pragma GCC unroll 16
 #   for (int i = 0; i < V * T; ++i) {
@@ -2290,73 +2342,65 @@ def block_form(
 # ```cpp
 # //| export mixed_depthwise2d.cpp
 # struct InvertedResidual {
-#   Layer depthwise;
-#   Pointwise expand, squeeze, excite, project;  // 0 inputs: not there
-#   int64_t residual;
+#   const float *weight, *bias;          // of the depthwise layer
+#   Pointwise squeeze, excite, project;  // 0 inputs: not there
+#   int64_t residual, batch;
 # };
 #
-# void find_gate(const InvertedResidual& b, const float* sums, int64_t bands, float* gate) {
-#   const int64_t channels = b.depthwise.channels;
-#   float *means = gate + channels, *squeezed = means + channels;
-#   for (int64_t c = 0; c < channels; ++c) {
+# void find_gate(const InvertedResidual& b, const Layer& l, const float* sums, int64_t bands,
+#                float* gate) {
+#   float *means = gate + l.channels, *squeezed = means + l.channels;
+#   for (int64_t c = 0; c < l.channels; ++c) {
 #     float sum = 0;
-#     for (int64_t band = 0; band < bands; ++band) sum += sums[band * channels + c];
-#     means[c] = sum / float(b.depthwise.out_height * b.depthwise.out_width);
+#     for (int64_t band = 0; band < bands; ++band) sum += sums[band * l.channels + c];
+#     means[c] = sum / float(l.out_height * l.out_width);
 #   }
 #   pointwise(b.squeeze, means, 1, nullptr, nullptr, squeezed, 0, 1);
 #   pointwise(b.excite, squeezed, 1, nullptr, nullptr, gate, 0, 1);
 # }
 #
-# void run_image(const InvertedResidual& b, const Layer& l, const Plan& plan, int threads, float* y) {
-#   const int64_t pixels = l.out_height * l.out_width, bands = plan.bands;
-#   const Workspace<1> wide((pixels + bands) * l.channels / kLanes + 1);
-#   Layer one = l;
-#   one.y = wide.floats();
-#   float* sums = b.squeeze.inputs ? one.y + pixels * l.channels : nullptr;
-#   if (sums) std::fill(sums, sums + bands * l.channels, 0.0f);
-#   run(one, plan, threads, sums);
-#   in_parallel(threads, [&](int me) {
+# void run_image(const InvertedResidual& b, const Plan& plan, const float* x, float* y) {
+#   Layer l = plan.layer;
+#   const int64_t pixels = l.out_height * l.out_width;
+#   const Workspace<1> wide((pixels + plan.bands) * l.channels / kLanes + 1);
+#   l.x = x, l.weight = b.weight, l.bias = b.bias, l.y = wide.floats();
+#   float* sums = b.squeeze.inputs ? l.y + pixels * l.channels : nullptr;
+#   if (sums) std::fill(sums, sums + plan.bands * l.channels, 0.0f);
+#   run(l, plan, sums);
+#   in_parallel(plan.threads, [&](int me) {
 #     const Workspace<2> memory((2 * l.channels + b.squeeze.outputs) / kLanes + 1);
 #     float* gate = sums ? memory.floats() : nullptr;
-#     if (gate) find_gate(b, sums, bands, gate);
-#     pointwise(b.project, one.y, pixels, gate, b.residual ? l.x : nullptr, y, me, threads);
+#     if (gate) find_gate(b, l, sums, plan.bands, gate);
+#     pointwise(b.project, l.y, pixels, gate, b.residual ? x : nullptr, y, me, plan.threads);
 #   });
 # }
 # ```
 #
-# And all images. As long as there is one for every thread, each thread takes whole images: nobody waits, and the wide tensor stays in that core's own cache. All threads work together on each of those that are left.
+# And all images. As long as there is one for every thread, each thread takes whole images: nobody waits, and the wide tensor stays in that core's own cache. All threads work together on each of those that are left. Hence two plans.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
 # }  // namespace
 #
-# extern "C" void inverted_residual(const InvertedResidual* block, const Group* groups,
-#                                   int64_t group_count, const float* x, float* y, int threads) {
-#   const InvertedResidual& b = *block;
-#   Layer l = b.depthwise;
-#   l.batch = 1;
-#   l.expand = b.expand.inputs ? &b.expand : nullptr;
+# extern "C" void inverted_residual(const InvertedResidual* block, const Plan* alone,
+#                                   const Plan* together, const float* x, float* y) {
+#   const Layer& l = together->layer;
 #   const int64_t in = l.height * l.width * l.pixel();
-#   const int64_t out = l.out_height * l.out_width * b.project.outputs;
-#   const auto run_images = [&](int64_t begin, int64_t end, int together) {
-#     const Plan plan = make_plan(l, groups, group_count, together);
-#     for (int64_t image = begin; image < end; ++image) {
-#       Layer one = l;
-#       one.x = x + image * in;
-#       run_image(b, one, plan, together, y + image * out);
-#     }
-#   };
-#   if (b.depthwise.batch * out == 0) return;
-#   const int64_t apart = b.depthwise.batch / threads * threads;
-#   in_parallel(apart ? threads : 1, [&](int me) {
-#     run_images(apart * me / threads, apart * (me + 1) / threads, 1);
+#   const int64_t out = l.out_height * l.out_width * block->project.outputs;
+#   if (block->batch * out == 0) return;
+#   const int threads = together->threads;
+#   const int64_t rounds = block->batch / threads;
+#   in_parallel(rounds ? threads : 1, [&](int me) {
+#     for (int64_t image = rounds * me; image < rounds * (me + 1); ++image)
+#       run_image(*block, *alone, x + image * in, y + image * out);
 #   });
-#   run_images(apart, b.depthwise.batch, threads);
+#   for (int64_t image = rounds * threads; image < block->batch; ++image)
+#     run_image(*block, *together, x + image * in, y + image * out);
 # }
 # ```
 
 # %% [markdown]
-# For Python, the structures once more, and the block's sizes and pointers, worked out once for each block and image size.
+# For Python, the structures once more, filled once for each block, image size and number of threads.
 
 # %%
 #| export fast.py
@@ -2368,27 +2412,39 @@ class _Point(ctypes.Structure):
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        ("depthwise", _Layer), ("expand", _Point), ("squeeze", _Point), ("excite", _Point),
-        ("project", _Point), ("residual", ctypes.c_int64),
+        ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("squeeze", _Point),
+        ("excite", _Point), ("project", _Point), ("residual", ctypes.c_int64),
+        ("batch", ctypes.c_int64),
     ]  # fmt: skip
 
 
-@functools.lru_cache(maxsize=1024)
-def _block(
-    spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...]
-) -> tuple[_Block, "ctypes.Array[_Group]", tuple[int, ...]]:
-    """A block as the kernel takes it; pointers to weights and biases in turn."""
-    layer, groups, (batch, _, *out) = _layer(spec.mix, size)
-    layer = _Layer.from_buffer_copy(layer)
-    layer.weight, layer.bias = pointers[2:4]
-    names = (*ACTIVATIONS, "sigmoid")
-    points = [
+def _points(spec: BlockSpec, pointers: tuple[int, ...]) -> list[_Point]:
+    names, places = (*ACTIVATIONS, "sigmoid"), zip((0, 4, 6, 8), spec[1:5], strict=True)
+    return [
         _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
         if point is not None else _Point()
-        for i, point in zip((0, 4, 6, 8), spec[1:5], strict=True)
+        for i, point in places
     ]  # fmt: skip
-    block = _Block(layer, *points, spec.residual)
-    return block, groups, (batch, spec.project.outputs, *out)
+
+
+# %%
+#| export fast.py
+@functools.lru_cache(maxsize=1024)
+def _block(
+    library: Any, spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...], threads: int
+) -> tuple[_Block, _Plan, _Plan, tuple[int, ...]]:
+    """A block as the kernel takes it, its plans, and the shape of its output.
+
+    The pointers are those of all weights and biases in turn.
+    """
+    expand, *points = _points(spec, pointers)
+    sizes, groups = _sizes(spec.mix, size), _groups(spec.mix, size[2], size[3])
+    sizes.batch = 1
+    first = expand if spec.expand is not None else None
+    plans = [_Plan(library, sizes, first, groups, n) for n in (1, threads)]
+    block = _Block(*pointers[2:4], *points, spec.residual, size[0])
+    out = size[0], spec.project.outputs, sizes.out_height, sizes.out_width
+    return block, plans[0], plans[1], out
 
 
 # %%
@@ -2400,10 +2456,11 @@ def block_kernel_form(
     x = x.contiguous(memory_format=torch.channels_last)
     pairs = zip(weights, biases, strict=True)
     kept = [tensor.contiguous() for pair in pairs for tensor in pair]
-    block, groups, size = _block(spec, x.shape, tuple([t.data_ptr() for t in kept]))
+    library, pointers = load_kernel(), tuple([tensor.data_ptr() for tensor in kept])
+    block, alone, together, size = _block(library, spec, x.shape, pointers, _threads())
     y = torch.empty(size, memory_format=torch.channels_last)
-    load_kernel().inverted_residual(
-        ctypes.byref(block), groups, len(groups), x.data_ptr(), y.data_ptr(), _threads()
+    library.inverted_residual(
+        ctypes.byref(block), alone.handle, together.handle, x.data_ptr(), y.data_ptr()
     )
     return y
 

@@ -299,8 +299,8 @@ def bench_growth(options: argparse.Namespace) -> list[Any]:
 
 def bench_steps(rounds: int) -> list[Any]:
     """The chapter's steps towards the kernel, on one thread, and the kernel itself."""
-    library, kernel, rows = fast.load_library("depthwise_steps.cpp"), fast.load_kernel(), []
-    kernel = kernel.mixed_depthwise2d
+    early, library, rows = fast.load_library("depthwise_steps.cpp"), fast.load_kernel(), []
+    kernel = library.mixed_depthwise2d
     threads = torch.get_num_threads()
     for size, channels, k in ((14, 480, 9), (28, 240, 5), (56, 96, 3)):
         x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
@@ -308,20 +308,18 @@ def bench_steps(rounds: int) -> list[Any]:
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, weight, y)]
         numbers = [ctypes.c_int64(n) for n in (size, size, channels, k)]
         runs: dict[str, Run] = {
-            name: partial(getattr(library, f"step{i}_{word}"), *pointers, *numbers)
+            name: partial(getattr(early, f"step{i}_{word}"), *pointers, *numbers)
             for i, (word, name) in enumerate(
                 (("loops", "0 loops"), ("lanes", "1 sixteen channels at once"),
                  ("scratch", "2 no question inside"), ("rows", "3 rows in registers"))
             )
         }  # fmt: skip
         mix = fast.Mix((channels,), (k,), 1, (1,), "symmetric", "none")
-        layer, groups, _ = fast._layer(mix, x.shape)
         arrays = (x.data_ptr(), weight.data_ptr(), None, y.data_ptr())
         for count in (1, threads):
             label = "thread" if count == 1 else "threads"
-            runs[f"4 the kernel, {count} {label}"] = partial(
-                kernel, layer, groups, 1, *arrays, count
-            )
+            plan, _ = fast._plan(library, mix, x.shape, count)
+            runs[f"4 the kernel, {count} {label}"] = partial(kernel, plan.handle, *arrays)
         rows.append(
             {"size": size, "channels": channels, "kernel_size": k,
              "seconds": take_turns(runs, rounds)}

@@ -28,22 +28,28 @@ struct Weights {
 };
 
 // A block around the layer: with and without expansion, gate and addition, in one or two groups.
-double whole_block(const Layer& layer, const std::vector<Group>& groups,
-                   const std::vector<float>& w, const std::vector<float>& b, int threads) {
+double whole_block(Sizes sizes, const std::vector<Group>& groups, const std::vector<float>& w,
+                   const std::vector<float>& b, int threads) {
   double sum = 0;
+  const int64_t batch = sizes.batch, c = sizes.channels;
+  sizes.batch = 1;
   for (bool full : {false, true}) {
-    const int64_t c = layer.channels, even = full && c % 2 == 0 ? 2 : 1;
-    const int64_t in = full ? 6 : c, out = full && layer.stride == 1 ? in : 10;
-    const Weights expand(in, c, even, kSilu), squeeze(c, 3, 1, kRelu), excite(3, c, 1, kSigmoid);
-    const Weights project(c, out, even, full ? kNone : kRelu6);
-    InvertedResidual block{layer, {}, {}, {}, project.point, full && layer.stride == 1};
-    block.depthwise.weight = w.data();
-    block.depthwise.bias = b.data();
-    if (full) block.expand = expand.point, block.squeeze = squeeze.point,
-              block.excite = excite.point;
-    std::vector<float> x(layer.batch * layer.height * layer.width * in, 1.0f);
-    std::vector<float> y(layer.batch * layer.out_height * layer.out_width * out, NAN);
-    inverted_residual(&block, groups.data(), int64_t(groups.size()), x.data(), y.data(), threads);
+    const bool residual = full && sizes.stride == 1;
+    const int64_t in = full ? 6 : c, out = residual ? in : 10;
+    const int64_t parts = full && c % 2 == 0 ? 2 : 1;
+    const Weights expand(in, c, parts, kSilu), squeeze(c, 3, 1, kRelu), excite(3, c, 1, kSigmoid);
+    const Weights project(c, out, parts, full ? kNone : kRelu6);
+    InvertedResidual block{w.data(), b.data(), {}, {}, project.point, residual, batch};
+    if (full) block.squeeze = squeeze.point, block.excite = excite.point;
+    std::vector<float> x(batch * sizes.height * sizes.width * in, 1.0f);
+    std::vector<float> y(batch * sizes.out_height * sizes.out_width * out, NAN);
+    const Pointwise* first = full ? &expand.point : nullptr;
+    const int64_t count = int64_t(groups.size());
+    Plan* alone = new_plan(&sizes, first, groups.data(), count, 1);
+    Plan* together = new_plan(&sizes, first, groups.data(), count, threads);
+    inverted_residual(&block, alone, together, x.data(), y.data());
+    delete_plan(alone);
+    delete_plan(together);
     for (float value : y) sum += value;
   }
   return sum;
@@ -71,12 +77,12 @@ int main() {
             const int64_t oh = (s[1] + stride - 1) / stride, ow = (s[2] + stride - 1) / stride;
             std::vector<float> x(s[0] * s[1] * s[2] * channels, 1.0f), w(weights, 0.5f);
             std::vector<float> b(channels, 0.25f), y(s[0] * oh * ow * channels, NAN);
-            const Layer layer{nullptr, nullptr, nullptr, nullptr, s[0], s[1], s[2], channels,
-                              oh, ow, stride, activation, nullptr};
-            mixed_depthwise2d(&layer, groups.data(), int64_t(groups.size()), x.data(), w.data(),
-                              activation ? b.data() : nullptr, y.data(), threads);
+            const Sizes sizes{s[0], s[1], s[2], channels, oh, ow, stride, activation};
+            Plan* plan = new_plan(&sizes, nullptr, groups.data(), int64_t(groups.size()), threads);
+            mixed_depthwise2d(plan, x.data(), w.data(), activation ? b.data() : nullptr, y.data());
+            delete_plan(plan);
             for (float value : y) sum += value;
-            if (stride < 3) sum += whole_block(layer, groups, w, b, threads);
+            if (stride < 3) sum += whole_block(sizes, groups, w, b, threads);
           }
   std::printf("%.1f\n", sum);
   return std::isfinite(sum) ? 0 : 1;  // a NaN: an output that nobody wrote

@@ -1234,7 +1234,7 @@ table(
 #   const uintptr_t begin = reinterpret_cast<uintptr_t>(l.y), end = begin + size * sizeof(float);
 #   const uintptr_t from = (begin + kHugePage - 1) / kHugePage * kHugePage;
 #   const uintptr_t to = end / kHugePage * kHugePage;
-#   if (from < to && to - from >= kFreshBytes)
+#   if (from < to && end - begin >= kFreshBytes)
 #     madvise(reinterpret_cast<void*>(from), to - from, MADV_HUGEPAGE);
 # #endif
 # }

@@ -401,57 +401,6 @@ def load_kernel() -> Any:
     return library
 
 
-class _Plan:
-    """A call's sizes, cut into blocks for so many threads; any thread may use it."""
-
-    def __init__(self, library: Any, sizes: _Sizes, expand: Any, groups: Any, threads: int) -> None:
-        self.delete = library.delete_plan
-        point = None if expand is None else ctypes.byref(expand)
-        self.handle = library.new_plan(ctypes.byref(sizes), point, groups, len(groups), threads)
-
-    def __del__(self) -> None:
-        self.delete(self.handle)
-
-
-def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
-    groups = zip(mix.channels, mix.kernel_sizes, mix.dilations, strict=True)
-    entries = [
-        _Group(*group, pad.top, pad.left)
-        for group, pad in zip(groups, pads(mix, height, width), strict=True)
-    ]
-    return (_Group * len(entries))(*entries)
-
-
-def _sizes(mix: Mix, size: torch.Size) -> _Sizes:
-    out = output_size(size[2], mix.stride), output_size(size[3], mix.stride)
-    activation = ACTIVATIONS.index(mix.activation)
-    return _Sizes(size[0], *size[2:], sum(mix.channels), *out, mix.stride, activation)
-
-
-@functools.lru_cache(maxsize=1024)
-def _plan(library: Any, mix: Mix, size: torch.Size, threads: int) -> tuple[_Plan, tuple[int, ...]]:
-    """The plan for an input of this size, and the shape of the output."""
-    sizes = _sizes(mix, size)
-    plan = _Plan(library, sizes, None, _groups(mix, size[2], size[3]), threads)
-    return plan, (size[0], size[1], sizes.out_height, sizes.out_width)
-
-
-def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
-    """The operation by the compiled kernel: float32 on a CPU, output in channels_last."""
-    x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    library = load_kernel()
-    plan, size = _plan(library, mix, x.shape, _threads())
-    y = torch.empty(size, memory_format=torch.channels_last)
-    bias_at = None if bias is None else bias.data_ptr()
-    library.mixed_depthwise2d(plan.handle, x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr())
-    return y
-
-
-def _threads() -> int:
-    return 1 if _libraries.forked else torch.get_num_threads()
-
-
 @functools.lru_cache(maxsize=1024)
 def _check_mix(mix: Mix) -> tuple[int, int]:
     """How many channels and packed weights the operation has."""
@@ -480,26 +429,81 @@ def _check_sizes(mix: Mix, x: torch.Size, weight: torch.Size, bias: torch.Size |
         raise ValueError(f"bias must be ({count},), got {tuple(bias)}")
 
 
-_sizes_checked = functools.lru_cache(maxsize=1024)(
-    _check_sizes
-)  # a call repeats what one before did
-
-
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix, sizes: Callable[..., None]
-) -> None:
-    sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
+def _check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for other in (weight,) if bias is None else (weight, bias):
         if other.dtype != x.dtype or other.device != x.device:
             raise ValueError("x, weight and bias must agree in dtype and device")
 
 
+class _Plan:
+    """A call's sizes, cut into blocks for so many threads; any thread may use it."""
+
+    def __init__(self, library: Any, sizes: _Sizes, expand: Any, groups: Any, threads: int) -> None:
+        self.delete = library.delete_plan
+        point = None if expand is None else ctypes.byref(expand)
+        self.handle = library.new_plan(ctypes.byref(sizes), point, groups, len(groups), threads)
+
+    def __del__(self) -> None:
+        self.delete(self.handle)
+
+
+def _groups(mix: Mix, height: int, width: int) -> "ctypes.Array[_Group]":
+    groups = zip(mix.channels, mix.kernel_sizes, mix.dilations, strict=True)
+    entries = [
+        _Group(*group, pad.top, pad.left)
+        for group, pad in zip(groups, pads(mix, height, width), strict=True)
+    ]
+    return (_Group * len(entries))(*entries)
+
+
+def _sizes(mix: Mix, size: torch.Size) -> _Sizes:
+    out = output_size(size[2], mix.stride), output_size(size[3], mix.stride)
+    activation = ACTIVATIONS.index(mix.activation)
+    return _Sizes(size[0], *size[2:], sum(mix.channels), *out, mix.stride, activation)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    library: Any, mix: Mix, x: torch.Size, weight: torch.Size, bias: torch.Size | None, threads: int
+) -> tuple[_Plan, tuple[int, ...]]:
+    """The plan for tensors of these sizes, and the shape of the output."""
+    _check_sizes(mix, x, weight, bias)
+    sizes = _sizes(mix, x)
+    plan = _Plan(library, sizes, None, _groups(mix, x[2], x[3]), threads)
+    return plan, (x[0], x[1], sizes.out_height, sizes.out_width)
+
+
+def _threads() -> int:
+    return 1 if _libraries.forked else torch.get_num_threads()
+
+
+def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
+    """The operation by the compiled kernel: float32 on a CPU, output in channels_last.
+
+    Raises:
+        ValueError: for sizes that do not fit together.
+    """
+    library, bias_size = load_kernel(), None if bias is None else bias.shape
+    plan, size = _plan(library, mix, x.shape, weight.shape, bias_size, _threads())
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    if mix.stride == 1:
+        y = torch.empty_like(x)
+    else:
+        y = torch.empty(size, memory_format=torch.channels_last)
+    bias_at = None if bias is None else bias.data_ptr()
+    library.mixed_depthwise2d(plan.handle, x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr())
+    return y
+
+
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation in the fastest form that this machine, device and dtype allow."""
+    _check_kinds(x, weight, bias)
+    if x.dtype == torch.float32 and x.is_cpu and load_kernel() is not None:
+        return kernel_form(x, weight, bias, mix)
+    _check_sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
     if x.is_cuda and x.dtype != torch.float64 and find_spec("triton") is not None:
         return triton_form(x, weight, bias, mix)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and load_kernel() is not None:
-        return kernel_form(x, weight, bias, mix)
     form = merged_form if set(mix.dilations) == {1} and not x.is_cuda else split_form
     return form(x, weight, bias, mix).clone(memory_format=torch.channels_last)
 
@@ -511,7 +515,6 @@ def _operation(
     activation: str,
 ) -> Tensor:  # fmt: skip
     mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
-    _check(x, weight, bias, mix, _check_sizes)
     return _forward(x, weight, bias, mix)
 
 
@@ -522,7 +525,8 @@ def _(
     activation: str,
 ) -> Tensor:  # fmt: skip
     mix = Mix(tuple(channels), tuple(kernel_sizes), stride, tuple(dilations), padding, activation)
-    _check(x, weight, bias, mix, _check_sizes)
+    _check_kinds(x, weight, bias)
+    _check_sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
     size = (*x.shape[:2], output_size(x.shape[2], stride), output_size(x.shape[3], stride))
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -631,10 +635,10 @@ def _call(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the shortest way that everybody who watches allows."""
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
-            _check(x, weight, bias, mix, _check_sizes)
+            _check_kinds(x, weight, bias)
+            _check_sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
             return split_form(x, weight, bias, mix)
         if not _is_watched(x, weight, bias):
-            _check(x, weight, bias, mix, _sizes_checked)
             return _forward(x, weight, bias, mix)
     operation = torch.ops.mixconv.mixed_depthwise2d
     return cast("Tensor", operation(x, weight, bias, *map(_as_list, mix)))

@@ -319,7 +319,7 @@ def bench_steps(rounds: int) -> list[Any]:
         arrays = (x.data_ptr(), weight.data_ptr(), None, y.data_ptr())
         for count in (1, threads):
             label = "thread" if count == 1 else "threads"
-            plan, _ = fast._plan(library, mix, x.shape, count)
+            plan, _ = fast._plan(library, mix, x.shape, weight.shape, None, count)
             runs[f"4 the kernel, {count} {label}"] = partial(kernel, plan.handle, *arrays)
         rows.append(
             {"size": size, "channels": channels, "kernel_size": k,

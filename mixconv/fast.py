@@ -3,7 +3,8 @@
 """MixConv as one operation, and models rewritten for inference (chapter 8).
 
 `mixed_depthwise2d` runs a C++ kernel, compiled at first use; without a compiler, one merged
-convolution. `fuse_for_inference` rewrites a model to use it.
+convolution. `inverted_residual` does the same for a whole network block. `fuse_for_inference`
+rewrites a model to use them.
 """
 
 import contextlib

@@ -7,11 +7,12 @@
 # - tell from a layer's multiply-adds and bytes how fast it can be, and draw the roofline;
 # - fold a batch norm and merge kernels, on paper and in code;
 # - read a vectorised C++ kernel, built here in five steps, and call it as a PyTorch operation;
+# - compute a whole network block in one pass, and say what that saves;
 # - make any MixNet or MixConv model faster with one call.
 #
 # **Know first:** [chapter 3](03_layer.ipynb) and [chapter 4](04_blocks.ipynb). [Chapter 6](06_mixnet.ipynb) for the networks. No C++ beyond loops.
 #
-# **Time:** 45 minutes to read. Runs in under 60 seconds on two cores, after the kernel has been compiled once.
+# **Time:** 60 minutes to read. Runs in under 60 seconds on two cores, after the kernel has been compiled once.
 
 # %% [markdown]
 # Every time in this chapter comes from one file, `figures/bench.json`. `make bench` writes it. No cell here measures anything, so a slow day cannot change the book. Which machine that was:
@@ -155,7 +156,8 @@ table(
 """MixConv as one operation, and models rewritten for inference (chapter 8).
 
 `mixed_depthwise2d` runs a C++ kernel, compiled at first use; without a compiler, one merged
-convolution. `fuse_for_inference` rewrites a model to use it.
+convolution. `inverted_residual` does the same for a whole network block. `fuse_for_inference`
+rewrites a model to use them.
 """
 
 from typing import NamedTuple
@@ -2132,19 +2134,58 @@ def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
 # %% [markdown]
 # ## The whole block in one pass
 #
-# With that, the mixed layers are a small part of a network's time. What is the rest? Follow the bytes again, through one of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, kernels 3 and 5, gate, back to 40.
-#
-# The input has 28 · 28 · 40 · 4 = 125,440 bytes. The expanded tensor has six times as many, 752,640. And it is moved often: written by the expansion, read and written by its activation, read and written by the depthwise layer, read for the gate's means, read and written by the gating, read by the projection. Nine times 752,640 bytes, for a block whose input and output are 250,880.
-#
-# So do not make it. The depthwise kernel reads 16 channels of a few rows into its ring. It can as well *compute* them there, from the input: a 1×1 convolution of a row for 16 outputs is a small matrix product. The expanded tensor never exists. The depthwise layer's output must, because the gate needs its means before the projection can start. It stays in the cache.
+# With that, how much of a network's time do its depthwise layers still take? Add up their times in `bench.json`, each as one operation, and compare with all of MixNet-S, rewritten layer by layer.
 
 # %%
-small, wide = 28 * 28 * 40 * 4, 28 * 28 * 240 * 4
-assert (small, wide) == (125_440, 752_640)
-print(f"one operation after another: {(9 * wide + 2 * small) / 1e6:.1f} MB")
-print(f"in one pass: {(2 * wide + 2 * small) / 1e6:.1f} MB")
+from mixconv.layer import MixConv2d
+
+single = [row for row in layers if row["batch"] == 1]
+found = {
+    (r["size"], tuple(r["channels"]), tuple(r["kernel_sizes"])): r["seconds"]["fused"]
+    for r in single
+}
+size, total = 112, 0.0
+for block in mixnet_s().blocks:
+    layer = block.depthwise.conv
+    convs = list(layer.convs) if isinstance(layer, MixConv2d) else [layer]
+    channels = tuple(conv.in_channels for conv in convs)
+    total += found[size, channels, tuple(conv.kernel_size[0] for conv in convs)]
+    size //= block.stride
+network = next(r["seconds"] for r in bench["networks"] if r["batch"] == 1)
+print(f"depthwise layers: {1e3 * total:.1f} of {1e3 * network['fused, layers']:.1f} ms")
 
 # %% [markdown]
+# The rest is 1×1 convolutions, activations and gates. Follow the bytes again, through one of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, kernels 3 and 5, gate, back to 40. The input has 28 · 28 · 40 · 4 = 125,440 bytes, the expanded tensor six times as many, 752,640. Who reads and writes what?
+
+# %% tags=["drawing"]
+small, wide = 28 * 28 * 40 * 4, 28 * 28 * 240 * 4
+assert (small, wide) == (125_440, 752_640)
+PASSES = ["expand 1×1", "activation", "depthwise, activation", "means", "times gate", "project 1×1"]
+separate = [(small, wide), (wide, wide), (wide, wide), (wide, 0), (wide, wide), (wide, small)]
+fused_passes = [(small, 0), (0, 0), (0, wide), (0, 0), (0, 0), (wide, small)]
+figure, panels = plt.subplots(1, 2, figsize=(8, 2.8), sharex=True, sharey=True)
+for axis, title, passes in zip(
+    panels, ("one operation after another", "in one pass"), (separate, fused_passes), strict=True
+):
+    places = range(len(passes))
+    read, written = ([p[i] / 1e6 for p in passes] for i in (0, 1))
+    axis.barh(places, read, color="#5b8db8", label="read")
+    axis.barh(places, written, left=read, color="#d98b4a", label="written")
+    axis.set(title=f"{title}: {sum(read) + sum(written):.1f} MB", xlabel="MB")
+panels[0].set_yticks(list(places), PASSES)
+panels[0].invert_yaxis()
+panels[1].legend(fontsize=8)
+show(
+    figure,
+    "block_bytes.png",
+    "Bytes read and written by the six steps of a MixNet block. As separate operations each step "
+    "reads or writes the wide tensor, most of them both; in one pass it is written once by the "
+    "depthwise step and read once by the projection.",
+)
+
+# %% [markdown]
+# The right side does without the expanded tensor. The depthwise kernel reads 16 channels of a few rows into its ring. It can as well *compute* them there, from the input: a 1×1 convolution of a row for 16 outputs is a small matrix product. The expanded tensor never exists. The depthwise layer's output must, because the gate needs its means before the projection can start. But the means are summed up on the way, and the gate goes into the projection's weights.
+#
 # The matrix product needs its weights in another order: *panels* of 16 outputs, and within a panel all 16 weights of one input side by side. Where a group has no multiple of 16 outputs, the last panel is filled up with zeros.
 
 # %%
@@ -3100,7 +3141,11 @@ network_table(1)
 network_table(16)
 
 # %% [markdown]
-# `split`: this book's network as it is. `fused, merged`: with the backend "merged". `timm, fused`: timm's network given to `fuse_for_inference`. `ours, …`: the merged copy, exported to ONNX. A dash: not measured.
+# - `split`: this book's network as it is. All networks here have symmetric padding, as timm's of these names.
+# - `fused, merged`: with the backend "merged". `fused, layers`: with the kernel, but layer by layer. `fused`: whole blocks.
+# - `timm, fused`: timm's network given to `fuse_for_inference`.
+# - `ours, …`: the merged copy, exported to ONNX. `same padding`: as the official MixNets have it. Which zeros that needs depends on the image's size, so the exported program pads apart; the kernel pads on the way.
+# - A dash: not measured.
 #
 # Against the goals that were set before anything was written:
 
@@ -3116,12 +3161,18 @@ print(*(f"not measured: {name} ({why})" for name, why in missing.items()), sep="
 # %% [markdown]
 # Where a goal is missed, what limits it?
 #
-# - At batch 1 a small layer is over in tens of microseconds. Several of these are Python and waking other threads. The roofline knows neither, and its copies run inside the cache.
-# - A network is more than its depthwise layers. Most of MixNet-S's multiply-adds are in its stem and pointwise layers (chapter 6), which this chapter folds but does not speed up otherwise.
-# - At 112×112 with stride 2, blocks of 16 channels read 64 bytes of each pixel and skip the rest. Reading whole lines in order would be faster.
+# - At batch 1 a small layer is over in tens of microseconds. Several of these are Python and the start of a second thread, and the input is copied into the ring, pixel by pixel. The roofline knows none of this, and its copies run inside the cache.
+# - At 112×112 with stride 2, blocks of 16 channels read 64 bytes of each pixel and skip the rest. That is bound by how many cache lines a core may wait for at a time.
 # - At batch 32 the limit is memory that the system hands out page by page.
+# - One pass still reads every 1×1 weight for each image. On 7×7 pixels there are more weights than pixels' numbers.
 #
-# Tried, and not worth it: `torch.compile` on the split form (no gain), a sum of shifted products through it (slower, and over a minute to compile), stores that go around the cache, tiles of 28 outputs (registers run out), waking threads for single blocks (two threads writing to one cache line: half the speed).
+# Tried, and not worth it:
+#
+# - `torch.compile` on the split form: no gain. A sum of shifted products through it: slower, and over a minute to compile.
+# - oneDNN's convolutions with weights packed in advance and activations inside, for the 1×1 layers: a few percent. The time is in the passes, not in the products.
+# - Reading several neighbouring blocks in one pass at 112×112: better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache.
+# - Stores that go around the cache; tiles of 28 outputs (registers run out); waking threads for single blocks (two threads writing to one cache line: half the speed).
+# - An approximate division for SiLU: no gain, the multiply-adds around it hide it.
 #
 # ## Exercises
 #
@@ -3219,6 +3270,7 @@ attempt(count_blocks_solution, test_blocks)
 # - Depthwise layers have few multiply-adds *and* few multiply-adds per byte. Time goes where the bytes go.
 # - Merging and folding are algebra: same outputs, fewer passes over memory.
 # - A fast kernel is a layout, a vector, some sums that do not wait, and a cache that fits.
+# - The best pass over memory is the one not made: compute what is needed where it is needed.
 # - `fuse_for_inference(model)` does all of it. Time your own machine with `make bench`.
 #
 # Previous: [6 · MixNet](06_mixnet.ipynb) · Next: [9 · Using it](09_using_it.ipynb)

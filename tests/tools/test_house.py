@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import subprocess
 import tokenize
@@ -303,6 +304,27 @@ def test_every_figure_is_shown():
     pages = [path for path in [ROOT / "README.md", *(c.page for c in CHAPTERS)] if path.exists()]
     shown = {m["target"].rpartition("/")[2] for p in pages for m in IMAGE.finditer(p.read_text())}
     assert [f.name for f in sorted((ROOT / "figures").glob("*.png")) if f.name not in shown] == []
+
+
+def test_readme_speeds_are_those_of_the_bench():
+    networks = json.loads((ROOT / "figures" / "bench.json").read_text())["networks"]
+    keys = {
+        "`fuse_for_inference`": "fused",
+        "timm's export in ONNX Runtime": "timm, ONNX Runtime",
+        "timm's export in OpenVINO": "timm, OpenVINO",
+    }
+    line = r"^\| (\S[^|]*), (1|16) images? \|(.*)\|$"
+    rows = re.findall(line, (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    assert len(rows) == 2 * len(keys)
+    for label, batch, cells in rows:
+        times = [
+            row["seconds"]
+            for name in ("MixNet-S", "MixNet-M", "MixNet-L")
+            for row in networks
+            if row["network"] == name and row["batch"] == int(batch)
+        ]
+        ratios = [f"{row['timm, eager'] / row[keys[label]]:.1f}" for row in times]
+        assert cells.replace(" ", "").split("|") == ratios, label
 
 
 def anchors(path):

@@ -77,7 +77,7 @@ __all__ = [
 ]
 
 
-ACTIVATIONS = ("none", "relu", "silu", "relu6")
+ACTIVATIONS = ("none", "relu", "silu", "relu6")  # in the order of the kernel's enum
 
 
 class Mix(NamedTuple):
@@ -868,7 +868,7 @@ _ACTIVATION_NAMES = {
     "ReLU": "relu", "ReLU6": "relu6", "SiLU": "silu", "Swish": "silu", "SwishMe": "silu",
 }  # fmt: skip
 
-_SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: PyTorch's own kernel is as fast
+_SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: neither kernel is faster everywhere
 
 
 def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
@@ -891,6 +891,8 @@ def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
 
 
 PANEL = 16  # the kernel's kPanel
+
+_POINT_ACTIVATIONS = (*ACTIVATIONS, "sigmoid")
 
 
 class Point(NamedTuple):
@@ -959,7 +961,7 @@ class _Point(ctypes.Structure):
     ]
 
 
-class _Block(ctypes.Structure):
+class _InvertedResidual(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("squeeze", _Point),
         ("excite", _Point), ("project", _Point), ("residual", ctypes.c_int64),
@@ -968,18 +970,18 @@ class _Block(ctypes.Structure):
 
 
 def _points(spec: BlockSpec, pointers: tuple[int, ...]) -> list[_Point]:
-    names, places = (*ACTIVATIONS, "sigmoid"), zip((0, 4, 6, 8), spec[1:5], strict=True)
+    """The 1×1 layers; weights and biases lie at even and odd places, depthwise at 2 and 3."""
     return [
-        _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
+        _Point(*pointers[i : i + 2], *point[:3], _POINT_ACTIVATIONS.index(point.activation))
         if point is not None else _Point()
-        for i, point in places
+        for i, point in zip((0, 4, 6, 8), spec[1:5], strict=True)
     ]  # fmt: skip
 
 
 @functools.lru_cache(maxsize=1024)
 def _block(
     library: Any, spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...], threads: int
-) -> tuple[_Block, _Plan, _Plan, tuple[int, ...]]:
+) -> tuple[_InvertedResidual, _Plan, _Plan, tuple[int, ...]]:
     """A block as the kernel takes it, its plans, and the shape of its output.
 
     The pointers are those of all weights and biases in turn.
@@ -989,7 +991,7 @@ def _block(
     sizes.batch = 1
     first = expand if spec.expand is not None else None
     plans = [_Plan(library, sizes, first, groups, n) for n in (1, threads)]
-    block = _Block(*pointers[2:4], *points, spec.residual, size[0])
+    block = _InvertedResidual(*pointers[2:4], *points, spec.residual, size[0])
     out = size[0], spec.project.outputs, sizes.out_height, sizes.out_width
     return block, plans[0], plans[1], out
 
@@ -1014,11 +1016,12 @@ def _fits(spec: BlockSpec, count: int, inputs: int) -> bool:
     """Whether each layer of a block takes what the one before gives."""
     mix, expand, squeeze, excite, project, residual = spec
     ends = [project.inputs, count if expand is None else expand.outputs]
+    gate = squeeze is None and excite is None
     if squeeze is not None and excite is not None:
-        ends += [squeeze.inputs, excite.outputs, count + excite.inputs - squeeze.outputs]
-    both = (squeeze is None) == (excite is None)
+        ends += [squeeze.inputs, excite.outputs]
+        gate = squeeze.outputs == excite.inputs
     same = not residual or (mix.stride == 1 and inputs == project.outputs)
-    return both and same and set(ends) == {count}
+    return gate and same and set(ends) == {count}
 
 
 @functools.lru_cache(maxsize=1024)
@@ -1068,14 +1071,16 @@ def _block_forward(
 
 def _as_numbers(spec: BlockSpec) -> list[int]:
     """The 1×1 layers as `torch.library` can take them; zeros for what is left out."""
-    names = (*ACTIVATIONS, "sigmoid")
-    rows = [(*p[:3], names.index(p.activation)) if p is not None else [0] * 4 for p in spec[1:5]]
-    return [number for row in rows for number in row]
+    return [
+        number
+        for p in spec[1:5]
+        for number in ((*p[:3], _POINT_ACTIVATIONS.index(p.activation)) if p else (0, 0, 0, 0))
+    ]
 
 
 def _as_spec(points: Sequence[int], mix: Mix, residual: bool) -> BlockSpec:
-    names, rows = (*ACTIVATIONS, "sigmoid"), [points[i : i + 4] for i in range(0, 16, 4)]
-    found = [Point(i, o, groups, names[a]) if i else None for i, o, groups, a in rows]
+    rows = [points[i : i + 4] for i in range(0, 16, 4)]
+    found = [Point(i, o, g, _POINT_ACTIVATIONS[a]) if i else None for i, o, g, a in rows]
     return BlockSpec(mix, found[0], found[1], found[2], cast("Point", found[3]), residual)
 
 
@@ -1096,7 +1101,8 @@ def _block_fake(
     padding: str, activation: str, residual: bool,
 ) -> Tensor:  # fmt: skip
     size = output_size(x.shape[2], stride), output_size(x.shape[3], stride)
-    shape = (x.shape[0], points[13], *size)
+    project = points[12:]  # inputs, outputs, groups, activation
+    shape = (x.shape[0], project[1], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -1119,7 +1125,7 @@ def inverted_residual(
 
     Source: ours; the block is the paper's (section 4, Figure 8). Chapter 8.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases)):
         return block_form(x, weights, biases, spec)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -1180,6 +1186,14 @@ _IDLE = {"Identity", "FoldedNorm", "DropPath", "Dropout", "StochasticDepth"}  # 
 _POOLS = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d"}
 
 
+class _Unit(NamedTuple):
+    """A convolution, the activation behind it, and the node that it takes."""
+
+    layer: nn.Module
+    activation: str
+    source: Any
+
+
 class _Reader:
     """Reads a traced module from its output to its input."""
 
@@ -1207,8 +1221,8 @@ class _Reader:
             node = node.args[0]
         return node
 
-    def unit(self, node: Any) -> tuple[nn.Module, str, Any] | None:
-        """A convolution, the activation behind it, and what it takes; None for something else."""
+    def unit(self, node: Any) -> _Unit | None:
+        """The convolution whose activated output a node is; None if it is something else."""
         node, activation = self.skip(node), "none"
         names = {name.lower(): value for name, value in _ACTIVATION_NAMES.items()}
         if (found := names.get(self.name(node).lower().rstrip("_"))) is not None:
@@ -1216,7 +1230,7 @@ class _Reader:
         layer = self.layer(node)
         if layer is None or not (isinstance(layer, FusedMixConv2d) or _convolutions(layer)):
             return None
-        return layer, activation, node.args[0]
+        return _Unit(layer, activation, node.args[0])
 
     def pooled(self, node: Any) -> Any:
         """What a node takes the mean of, over all pixels; None if it does something else."""
@@ -1225,20 +1239,21 @@ class _Reader:
             return None
         layer, rest = self.layer(node), (*node.args[1:], *node.kwargs.values())
         size = (getattr(layer, "output_size", None),) if layer is not None else rest
+        # Arguments that mean all pixels: one output pixel, or axes and keepdim.
         whole = [1], [(1, 1)], [(2, 3), True], [[2, 3], True], [(-2, -1), True], [[-2, -1], True]
         return self.skip(node.args[0]) if [*size] in whole else None
 
 
-def _read_point(unit: tuple[nn.Module, str, Any] | None) -> tuple[nn.Conv2d, Point] | None:
+def _read_point(unit: _Unit | None) -> tuple[nn.Conv2d, Point] | None:
     """A 1×1 convolution and its description."""
-    if unit is None or not isinstance(conv := unit[0], nn.Conv2d):
+    if unit is None or not isinstance(conv := unit.layer, nn.Conv2d):
         return None
     plain = conv.kernel_size == (1, 1) == conv.stride and conv.padding in (0, (0, 0), "same")
-    point = Point(conv.in_channels, conv.out_channels, conv.groups, unit[1])
+    point = Point(conv.in_channels, conv.out_channels, conv.groups, unit.activation)
     return (conv, point) if plain else None
 
 
-def _read_mix(unit: tuple[nn.Module, str, Any]) -> tuple[Mix, Tensor, Tensor | None] | None:
+def _read_mix(unit: _Unit) -> tuple[Mix, Tensor, Tensor | None] | None:
     """A depthwise layer as one operation: what, weight and bias."""
     layer, activation, _ = unit
     if isinstance(layer, FusedMixConv2d):
@@ -1257,17 +1272,17 @@ def _read_gate(reader: _Reader, node: Any) -> tuple[Any, list[Any]] | None:
     if reader.name(node) not in ("mul", "imul", "mul_"):
         return node, [None, None]
     factors = [reader.skip(factor) for factor in node.args]
-    sigmoids = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
-    if len(factors) != 2 or len(sigmoids) != 1:
+    gates = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
+    if len(factors) != 2 or len(gates) != 1:
         return None
-    (scaled,) = (f for f in factors if f is not sigmoids[0])
-    excite = _read_point(unit := reader.unit(sigmoids[0].args[0]))
-    squeeze = _read_point(unit := reader.unit(unit[2])) if unit else None
-    if unit is None or squeeze is None or excite is None or excite[1].activation != "none":
+    (scaled,) = (f for f in factors if f is not gates[0])
+    outer = reader.unit(gates[0].args[0])
+    inner = reader.unit(outer.source) if outer is not None else None
+    excite, squeeze = _read_point(outer), _read_point(inner)
+    if inner is None or squeeze is None or excite is None or excite[1].activation != "none":
         return None
-    if reader.pooled(unit[2]) is not scaled:
-        return None
-    return scaled, [squeeze, (excite[0], excite[1]._replace(activation="sigmoid"))]
+    gate = [squeeze, (excite[0], excite[1]._replace(activation="sigmoid"))]
+    return (scaled, gate) if reader.pooled(inner.source) is scaled else None
 
 
 def _read_addition(reader: _Reader) -> tuple[Any, bool]:
@@ -1284,17 +1299,20 @@ def _read_addition(reader: _Reader) -> tuple[Any, bool]:
 def _read_block(reader: _Reader) -> tuple[list[Any], Any, bool] | None:
     """The 1×1 convolutions (None where left out), the depthwise layer, and the addition."""
     node, residual = _read_addition(reader)
-    project = _read_point(unit := reader.unit(node))
-    gate = _read_gate(reader, unit[2]) if unit is not None else None
-    depthwise = reader.unit(gate[0]) if gate is not None else None
-    if gate is None or depthwise is None or (mix := _read_mix(depthwise)) is None:
+    last = reader.unit(node)
+    project = _read_point(last)
+    if last is None or project is None or (gated := _read_gate(reader, last.source)) is None:
         return None
-    expand, node = None, reader.skip(depthwise[2])
-    if node is not reader.inputs[0] and (unit := reader.unit(node)) is not None:
-        expand, node = _read_point(unit), reader.skip(unit[2])
-        project = project if expand is not None else None
-    whole = node is reader.inputs[0] and project is not None
-    return ([expand, *gate[1], project], mix, residual) if whole else None
+    node, gate = gated
+    middle = reader.unit(node)
+    if middle is None or (mix := _read_mix(middle)) is None:
+        return None
+    (x,), expand, node = reader.inputs, None, reader.skip(middle.source)
+    if node is not x and (first := reader.unit(node)) is not None:
+        if (expand := _read_point(first)) is None:
+            return None
+        node = reader.skip(first.source)
+    return ([expand, *gate, project], mix, residual) if node is x else None
 
 
 def _pack_block(
@@ -1324,7 +1342,8 @@ def fuse_block(block: nn.Module) -> FusedBlock | None:
         reader = _Reader(block)
         found = _read_block(reader) if len(reader.inputs) == 1 else None
         return _pack_block(*found) if found is not None else None
-    except Exception:  # anything may go wrong in a stranger's forward
+    except Exception as error:  # anything may go wrong in a stranger's forward
+        log.debug("%s left as it is: %s", type(block).__name__, error)
         return None
 
 

@@ -37,6 +37,7 @@ constexpr int64_t kBandBytes = 1 << 20;  // rows worked on: half of a common sec
 constexpr uintptr_t kHugePage = 2 << 20, kFreshBytes = 32 << 20;
 constexpr int64_t kKeptBytes = 16 << 20;  // memory that a thread keeps from call to call
 constexpr int kChunksPerThread = 4;
+constexpr int64_t kCopyCost = 16;  // of reading a pixel and writing an output, in multiply-adds
 constexpr int64_t kSerialWork = 20000;  // vector multiply-adds: below, waking threads costs more
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
@@ -127,14 +128,14 @@ struct Layer : Sizes {
 
 struct Task {
   int64_t image, row_begin, row_end;
-  float* sums;  // of each channel over these rows, to be added to; or null
+  float* sums;  // of each channel over these rows of one image, to be added to; or null
   Vec* scratch;
 };
 
 struct Block {
   Group group;
   int64_t window;         // the vector's first channel in the tensor
-  int read, skip, lanes;  // lanes read; of these the first to write, and how many
+  int read, skip, lanes;  // lanes read of parameters; first lane to write, and how many
   int64_t input;          // the first number to read of a pixel of x
   int64_t weight;         // of the first channel to write; the next tap is group.channels on
   int64_t panel;          // of the weights of `expand`, for the window
@@ -301,7 +302,7 @@ ConvolveRows version_for(const Layer& l, const Group& g) {
 }
 
 struct Plan {
-  Layer layer{};  // pointers are filled in at each call
+  Layer layer{};  // x, weight, bias and y are filled in at each call
   Pointwise expand{};
   int threads = 1;
   std::vector<Block> blocks;
@@ -332,6 +333,7 @@ Block make_block(const Layer& l, const Group& g, int64_t channel, int64_t left) 
 
 void cut_blocks(Plan& plan, const Group* groups, int64_t group_count) {
   const Layer& l = plan.layer;
+  // For one output, the expansion makes stride x stride pixels.
   const int64_t before = l.expand ? l.expand->group_inputs() * l.stride * l.stride : 0;
   int64_t first = 0, weight = 0;
   for (const Group* g = groups; g != groups + group_count; ++g) {
@@ -341,7 +343,7 @@ void cut_blocks(Plan& plan, const Group* groups, int64_t group_count) {
     for (int64_t c = 0; c < g->channels; c += plan.blocks.back().lanes) {
       plan.blocks.push_back(make_block(l, *g, first + c, g->channels - c));
       plan.blocks.back().weight = weight + c;
-      plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + 16 + before);
+      plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + kCopyCost + before);
     }
     first += g->channels;
     weight += g->channels * g->kernel * g->kernel;
@@ -355,6 +357,7 @@ void cut_bands(Plan& plan) {
   const int64_t row_bytes =
       (l.stride * l.width * l.pixel() + l.out_width * l.channels) * int64_t(sizeof(float));
   const int64_t fit = kBandBytes / std::max<int64_t>(1, row_bytes);
+  // Not too few: neighbouring bands read, or expand, the rows they share twice.
   const int64_t rows = std::max<int64_t>(4, std::min(round_up(l.out_height, wanted) / wanted, fit));
   plan.band = std::max<int64_t>(1, std::min(l.out_height, rows));
   plan.bands = (l.out_height + plan.band - 1) / plan.band;
@@ -362,19 +365,20 @@ void cut_bands(Plan& plan) {
 
 template <typename Work>
 void in_parallel(int threads, const Work& work) {
-  if (threads <= 1) return work(0);
+  if (threads <= 1) return work(0, 1);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-  work(omp_get_thread_num());
+  work(omp_get_thread_num(), omp_get_num_threads());  // perhaps fewer than were asked for
 #else
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
-  work(0);
+  for (int i = 1; i < threads; ++i) others.emplace_back(work, i, threads);
+  work(0, threads);
   for (std::thread& other : others) other.join();
 #endif
 }
 
-// Fresh memory costs more than the work done in it: a thread keeps what is not too large.
+// Fresh memory costs more than the work done in it: a thread keeps what is not too large. `Use`
+// tells apart the pieces of memory that a thread uses at the same time.
 template <int Use>
 class Workspace {
  public:
@@ -422,7 +426,7 @@ void run(const Layer& l, const Plan& plan, float* sums) {
     return at / band_cost * block_count + (block - plan.cost.begin());
   };
   std::vector<std::atomic<int64_t>> taken(threads);
-  in_parallel(threads, [&](int me) {
+  in_parallel(threads, [&](int me, int) {
     const Workspace<0> scratch(plan.scratch);
     for (int i = 0; i < threads; ++i) {  // this thread's own chunks, then what others have left
       const int owner = (me + i) % threads;
@@ -446,7 +450,10 @@ extern "C" Plan* new_plan(const Sizes* sizes, const Pointwise* expand, const Gro
                           int64_t group_count, int threads) {
   Plan* plan = new Plan;
   static_cast<Sizes&>(plan->layer) = *sizes;
-  if (expand) plan->expand = *expand, plan->layer.expand = &plan->expand;
+  if (expand) {
+    plan->expand = *expand;
+    plan->layer.expand = &plan->expand;
+  }
   plan->threads = threads;
   cut_blocks(*plan, groups, group_count);
   cut_bands(*plan);
@@ -479,7 +486,8 @@ inline __attribute__((always_inline)) void multiply(Vec (&sums)[V * T], const fl
     Vec weight[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      weight[v] = load(panel + v * kLanes / kPanel * n * kPanel + v * kLanes % kPanel, kLanes);
+      const int64_t next_panels = v * kLanes / kPanel * n * kPanel;
+      weight[v] = load(panel + next_panels + v * kLanes % kPanel, kLanes);
       if (gate) weight[v] *= gate[i];
     }
 #pragma GCC unroll 16
@@ -588,11 +596,11 @@ void run_image(const InvertedResidual& b, const Plan& plan, const float* x, floa
   float* sums = b.squeeze.inputs ? l.y + pixels * l.channels : nullptr;
   if (sums) std::fill(sums, sums + plan.bands * l.channels, 0.0f);
   run(l, plan, sums);
-  in_parallel(plan.threads, [&](int me) {
+  in_parallel(plan.threads, [&](int me, int count) {
     const Workspace<2> memory((2 * l.channels + b.squeeze.outputs) / kLanes + 1);
     float* gate = sums ? memory.floats() : nullptr;
     if (gate) find_gate(b, l, sums, plan.bands, gate);
-    pointwise(b.project, l.y, pixels, gate, b.residual ? x : nullptr, y, me, plan.threads);
+    pointwise(b.project, l.y, pixels, gate, b.residual ? x : nullptr, y, me, count);
   });
 }
 
@@ -605,11 +613,11 @@ extern "C" void inverted_residual(const InvertedResidual* block, const Plan* alo
   const int64_t out = l.out_height * l.out_width * block->project.outputs;
   if (block->batch * out == 0) return;
   const int threads = together->threads;
-  const int64_t rounds = block->batch / threads;
-  in_parallel(rounds ? threads : 1, [&](int me) {
-    for (int64_t image = rounds * me; image < rounds * (me + 1); ++image)
+  const int64_t apart = block->batch / threads * threads;
+  in_parallel(apart ? threads : 1, [&](int me, int count) {
+    for (int64_t image = apart * me / count; image < apart * (me + 1) / count; ++image)
       run_image(*block, *alone, x + image * in, y + image * out);
   });
-  for (int64_t image = rounds * threads; image < block->batch; ++image)
+  for (int64_t image = apart; image < block->batch; ++image)
     run_image(*block, *together, x + image * in, y + image * out);
 }

@@ -7,12 +7,12 @@
 # - tell from a layer's multiply-adds and bytes how fast it can be, and draw the roofline;
 # - fold a batch norm and merge kernels, on paper and in code;
 # - read a vectorised C++ kernel, built here in five steps, and call it as a PyTorch operation;
-# - compute a whole network block in one pass, and say what that saves;
+# - compute a whole network block as one operation, and say what that saves;
 # - make any MixNet or MixConv model faster with one call.
 #
-# **Know first:** [chapter 3](03_layer.ipynb) and [chapter 4](04_blocks.ipynb). [Chapter 6](06_mixnet.ipynb) for the networks. No C++ beyond loops.
+# **Know first:** [chapter 3](03_layer.ipynb) and [chapter 4](04_blocks.ipynb). [Chapter 6](06_mixnet.ipynb) for the networks. C++: loops. From "The whole kernel" on there are templates, too; read the prose and skim the code.
 #
-# **Time:** 60 minutes to read. Runs in under 60 seconds on two cores, after the kernel has been compiled once.
+# **Time:** 90 minutes to read. Runs in under 60 seconds on two cores, after the kernel has been compiled once.
 
 # %% [markdown]
 # Every time in this chapter comes from one file, `figures/bench.json`. `make bench` writes it. No cell here measures anything, so a slow day cannot change the book. Which machine that was:
@@ -164,7 +164,7 @@ from typing import NamedTuple
 
 from mixconv.layer import PADDINGS, same_padding
 
-ACTIVATIONS = ("none", "relu", "silu", "relu6")
+ACTIVATIONS = ("none", "relu", "silu", "relu6")  # in the order of the kernel's enum
 
 
 class Mix(NamedTuple):
@@ -768,16 +768,17 @@ table(
 # - Step 1 gains about as much as the vector is wide. The loop was the problem, not the arithmetic.
 # - Step 2 alone gains nothing: processors guess border tests well. It is what makes step 3 possible.
 # - Step 3 breaks the wait of each sum for itself.
-# - On 56×56 with 3×3, steps 2 and 3 gain little: the padded plane no longer fits the first-level cache. The whole kernel mends that.
+# - On 56×56 with 3×3, steps 2 and 3 cost more than they gain: the padded plane no longer fits the first-level cache. The whole kernel mends that.
 
 # %% [markdown]
 # ## The whole kernel
 #
-# Step 4 is the real one: any number of groups and channels, strides, dilations, both paddings, bias, activation, threads. It is below from its first line to its last, and `mixconv/mixed_depthwise2d.cpp` is extracted from these blocks. Three ideas are new.
+# Step 4 is the real one: any number of groups and channels, strides, dilations, both paddings, bias, activation, threads. It is below from its first line to its last, and `mixconv/mixed_depthwise2d.cpp` is extracted from these blocks. Four ideas are new.
 #
 # 1. **A ring of k rows.** The whole padded plane of a 56×56 layer does not fit the first-level cache. The k rows in use do. When the window moves down a row, the new row overwrites the oldest.
 # 2. **Any channel count.** The last block of a group has fewer than 16 channels. Reading a full vector anyway is faster than a loop over the rest. It only must not leave the tensor, and of the results only the block's own are written.
 # 3. **Neighbours on one thread.** Groups of 90 or 120 channels do not start on a cache line. Two threads that write to one line slow each other down, so a thread takes neighbouring blocks.
+# 4. **Bands.** Rows are worked on a band at a time: few enough for the second-level cache, and enough bands to keep all threads busy.
 #
 # The vector is as wide as the machine's:
 #
@@ -820,6 +821,7 @@ table(
 # constexpr uintptr_t kHugePage = 2 << 20, kFreshBytes = 32 << 20;
 # constexpr int64_t kKeptBytes = 16 << 20;  // memory that a thread keeps from call to call
 # constexpr int kChunksPerThread = 4;
+# constexpr int64_t kCopyCost = 16;  // of reading a pixel and writing an output, in multiply-adds
 # constexpr int64_t kSerialWork = 20000;  // vector multiply-adds: below, waking threads costs more
 #
 # typedef float Vec __attribute__((vector_size(kLanes * 4)));
@@ -852,7 +854,7 @@ table(
 # }
 # ```
 #
-# SiLU is $x / (1 + e^{-x})$, and C++ has no exponential of a vector. Write $e^x = 2^n e^r$ with a small rest $r$. The power of two goes straight into the exponent bits of a float; $e^r$ is a short polynomial. Results below $10^{-34}$ become zero. Left as they are, they would soon be multiplied into *denormal* numbers, which cost a processor a hundred times as much as others.
+# SiLU is $x / (1 + e^{-x})$, and C++ has no exponential of a vector. Write $e^x = 2^n e^r$ with a small rest $r$. The power of two goes straight into the exponent bits of a float; $e^r$ is a short polynomial. Below $x = -80$ the result counts as zero. Left as it is, less than $10^{-32}$, it would soon be multiplied into *denormal* numbers, which take a processor many times as long as others.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -889,7 +891,7 @@ table(
 # }
 # ```
 #
-# What a call is, and what it is cut into. A *block* is up to 16 neighbouring channels of one group. Its *window* is the full vector that is read for it. (`Pointwise`, `expand`, `panel` and `sums` stay empty until the section on whole network blocks.)
+# What a call is, and what it is cut into. A *block* is up to 16 neighbouring channels of one group. Its *window* is the full vector that is read for it. (A network's blocks are something else; they come later, and share this code. What they add: a 1×1 convolution, `Pointwise`, computed on the way in, `Layer::expand`; where its weights begin, `Block::panel`; sums over pixels, `Task::sums`. Until then, skip `if (l.expand)` and `if (task.sums)`.)
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -925,14 +927,14 @@ table(
 #
 # struct Task {
 #   int64_t image, row_begin, row_end;
-#   float* sums;  // of each channel over these rows, to be added to; or null
+#   float* sums;  // of each channel over these rows of one image, to be added to; or null
 #   Vec* scratch;
 # };
 #
 # struct Block {
 #   Group group;
 #   int64_t window;         // the vector's first channel in the tensor
-#   int read, skip, lanes;  // lanes read; of these the first to write, and how many
+#   int read, skip, lanes;  // lanes read of parameters; first lane to write, and how many
 #   int64_t input;          // the first number to read of a pixel of x
 #   int64_t weight;         // of the first channel to write; the next tap is group.channels on
 #   int64_t panel;          // of the weights of `expand`, for the window
@@ -973,7 +975,7 @@ table(
 # }
 # ```
 #
-# The ring, in three functions. The weights lie behind it in the scratch. Rows above and below the image are skipped, not multiplied by zero: at 7×7 with a 9×9 kernel that saves up to 40% of the work.
+# The ring, in three functions. The weights lie behind it in the scratch. Rows above and below the image are skipped, not multiplied by zero: at 7×7 with a 9×9 kernel that saves a third of the work.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -1119,12 +1121,12 @@ table(
 # }
 # ```
 #
-# Cutting a call into blocks. They end where the group ends, and at whole vectors of the *tensor*, so that stores stay on whole cache lines. A *band* is the rows that are worked on together: few enough for the second-level cache, and enough bands for every thread.
+# Cutting a call into blocks. They end where the group ends, and at whole vectors of the *tensor*, so that stores stay on whole cache lines. (With an expansion, at whole vectors of its own weights.)
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
 # struct Plan {
-#   Layer layer{};  // pointers are filled in at each call
+#   Layer layer{};  // x, weight, bias and y are filled in at each call
 #   Pointwise expand{};
 #   int threads = 1;
 #   std::vector<Block> blocks;
@@ -1155,6 +1157,7 @@ table(
 #
 # void cut_blocks(Plan& plan, const Group* groups, int64_t group_count) {
 #   const Layer& l = plan.layer;
+#   // For one output, the expansion makes stride x stride pixels.
 #   const int64_t before = l.expand ? l.expand->group_inputs() * l.stride * l.stride : 0;
 #   int64_t first = 0, weight = 0;
 #   for (const Group* g = groups; g != groups + group_count; ++g) {
@@ -1164,7 +1167,7 @@ table(
 #     for (int64_t c = 0; c < g->channels; c += plan.blocks.back().lanes) {
 #       plan.blocks.push_back(make_block(l, *g, first + c, g->channels - c));
 #       plan.blocks.back().weight = weight + c;
-#       plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + 16 + before);
+#       plan.cost.push_back(plan.cost.back() + g->kernel * g->kernel + kCopyCost + before);
 #     }
 #     first += g->channels;
 #     weight += g->channels * g->kernel * g->kernel;
@@ -1178,6 +1181,7 @@ table(
 #   const int64_t row_bytes =
 #       (l.stride * l.width * l.pixel() + l.out_width * l.channels) * int64_t(sizeof(float));
 #   const int64_t fit = kBandBytes / std::max<int64_t>(1, row_bytes);
+#   // Not too few: neighbouring bands read, or expand, the rows they share twice.
 #   const int64_t rows = std::max<int64_t>(4, std::min(round_up(l.out_height, wanted) / wanted, fit));
 #   plan.band = std::max<int64_t>(1, std::min(l.out_height, rows));
 #   plan.bands = (l.out_height + plan.band - 1) / plan.band;
@@ -1192,19 +1196,20 @@ table(
 # //| export mixed_depthwise2d.cpp
 # template <typename Work>
 # void in_parallel(int threads, const Work& work) {
-#   if (threads <= 1) return work(0);
+#   if (threads <= 1) return work(0, 1);
 # #ifdef _OPENMP
 # #pragma omp parallel num_threads(threads)
-#   work(omp_get_thread_num());
+#   work(omp_get_thread_num(), omp_get_num_threads());  // perhaps fewer than were asked for
 # #else
 #   std::vector<std::thread> others;
-#   for (int i = 1; i < threads; ++i) others.emplace_back(work, i);
-#   work(0);
+#   for (int i = 1; i < threads; ++i) others.emplace_back(work, i, threads);
+#   work(0, threads);
 #   for (std::thread& other : others) other.join();
 # #endif
 # }
 #
-# // Fresh memory costs more than the work done in it: a thread keeps what is not too large.
+# // Fresh memory costs more than the work done in it: a thread keeps what is not too large. `Use`
+# // tells apart the pieces of memory that a thread uses at the same time.
 # template <int Use>
 # class Workspace {
 #  public:
@@ -1257,7 +1262,7 @@ table(
 #     return at / band_cost * block_count + (block - plan.cost.begin());
 #   };
 #   std::vector<std::atomic<int64_t>> taken(threads);
-#   in_parallel(threads, [&](int me) {
+#   in_parallel(threads, [&](int me, int) {
 #     const Workspace<0> scratch(plan.scratch);
 #     for (int i = 0; i < threads; ++i) {  // this thread's own chunks, then what others have left
 #       const int owner = (me + i) % threads;
@@ -1278,7 +1283,7 @@ table(
 # }  // namespace
 # ```
 #
-# And the functions that others call. A plan only depends on sizes, so it is made once and kept. Making it would be quick enough; but then it would lie in one core's cache, freshly written, and the other cores would wait for every line of it, in every call.
+# And the functions that others call. A plan depends on sizes and the number of threads (and on where an expansion's weights lie), so it is made once and kept. Making it would be quick enough; but then it would lie in one core's cache, freshly written, and the other cores would wait for every line of it, in every call.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -1286,7 +1291,10 @@ table(
 #                           int64_t group_count, int threads) {
 #   Plan* plan = new Plan;
 #   static_cast<Sizes&>(plan->layer) = *sizes;
-#   if (expand) plan->expand = *expand, plan->layer.expand = &plan->expand;
+#   if (expand) {
+#     plan->expand = *expand;
+#     plan->layer.expand = &plan->expand;
+#   }
 #   plan->threads = threads;
 #   cut_blocks(*plan, groups, group_count);
 #   cut_bands(*plan);
@@ -1308,7 +1316,7 @@ table(
 # %% [markdown]
 # ## Called from Python
 #
-# `ctypes` needs the two structures once more. It also lets go of Python's lock while the kernel runs.
+# `ctypes` needs `Sizes` and `Group` once more. It also lets go of Python's lock while the kernel runs. (`inverted_residual` is the kernel for whole network blocks; `expand` is for it, too.)
 
 # %%
 #| export fast.py
@@ -1383,7 +1391,7 @@ def _check_kinds(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 # %% [markdown]
-# Plans are kept for the last thousand combinations of layer, sizes and number of threads, so a call that repeats an earlier one checks and plans nothing. A plan that is no longer kept lives until the last call that uses it is over.
+# Plans are kept for the last thousand combinations of layer, sizes and number of threads, so a call that repeats an earlier one checks no sizes and plans nothing. A plan that is no longer kept lives until the last call that uses it is over.
 
 # %%
 #| export fast.py
@@ -1845,7 +1853,7 @@ print("Triton's kernel agrees wherever Triton is installed")
 # `fuse_for_inference(model)` gives a copy in which
 #
 # - every batch norm that follows a convolution is folded into it;
-# - mixed depthwise layers, and plain ones from 5×5 up, are one operation, with bias and activation inside (plain 3×3 layers stay with PyTorch, whose own kernel is as good there);
+# - mixed depthwise layers, and plain ones from 5×5 up, are one operation, with bias and activation inside (plain 3×3 layers stay with PyTorch: neither kernel is faster everywhere);
 # - groups of 1×1 convolutions are one grouped convolution;
 # - activations work in place, and weights lie in channels_last;
 # - and then whole blocks become one operation.
@@ -2107,7 +2115,7 @@ BACKENDS = ("auto", "kernel", "merged")
 _ACTIVATION_NAMES = {
     "ReLU": "relu", "ReLU6": "relu6", "SiLU": "silu", "Swish": "silu", "SwishMe": "silu",
 }  # fmt: skip
-_SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: PyTorch's own kernel is as fast
+_SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: neither kernel is faster everywhere
 
 
 # %%
@@ -2132,9 +2140,9 @@ def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
 
 
 # %% [markdown]
-# ## The whole block in one pass
+# ## The whole block as one operation
 #
-# With that, how much of a network's time do its depthwise layers still take? Add up their times in `bench.json`, each as one operation, and compare with all of MixNet-S, rewritten layer by layer.
+# With every layer rewritten, how much of a network's time do its depthwise layers still take? Add up their times in `bench.json`, each as one operation, and compare with all of MixNet-S, rewritten layer by layer.
 
 # %%
 from mixconv.layer import MixConv2d
@@ -2155,7 +2163,7 @@ network = next(r["seconds"] for r in bench["networks"] if r["batch"] == 1)
 print(f"depthwise layers: {1e3 * total:.1f} of {1e3 * network['fused, layers']:.1f} ms")
 
 # %% [markdown]
-# The rest is 1×1 convolutions, activations and gates. Follow the bytes again, through one of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, kernels 3 and 5, gate, back to 40. The input has 28 · 28 · 40 · 4 = 125,440 bytes, the expanded tensor six times as many, 752,640. Who reads and writes what?
+# The rest is 1×1 convolutions, activations and gates. Follow the bytes again, through one of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, kernels 3 and 5, gate, back to 40. The input has 28 · 28 · 40 · 4 = 125,440 bytes, the expanded tensor six times as many, 752,640. Who reads and writes what? (Weights, and the addition of the input, are left out.)
 
 # %% tags=["drawing"]
 small, wide = 28 * 28 * 40 * 4, 28 * 28 * 240 * 4
@@ -2165,7 +2173,10 @@ separate = [(small, wide), (wide, wide), (wide, wide), (wide, 0), (wide, wide), 
 fused_passes = [(small, 0), (0, 0), (0, wide), (0, 0), (0, 0), (wide, small)]
 figure, panels = plt.subplots(1, 2, figsize=(8, 2.8), sharex=True, sharey=True)
 for axis, title, passes in zip(
-    panels, ("one operation after another", "in one pass"), (separate, fused_passes), strict=True
+    panels,
+    ("one operation after another", "as one operation"),
+    (separate, fused_passes),
+    strict=True,
 ):
     places = range(len(passes))
     read, written = ([p[i] / 1e6 for p in passes] for i in (0, 1))
@@ -2179,18 +2190,19 @@ show(
     figure,
     "block_bytes.png",
     "Bytes read and written by the six steps of a MixNet block. As separate operations each step "
-    "reads or writes the wide tensor, most of them both; in one pass it is written once by the "
-    "depthwise step and read once by the projection.",
+    "reads or writes the wide tensor, three of them both; as one operation it is written once by "
+    "the depthwise step and read once by the projection.",
 )
 
 # %% [markdown]
-# The right side does without the expanded tensor. The depthwise kernel reads 16 channels of a few rows into its ring. It can as well *compute* them there, from the input: a 1×1 convolution of a row for 16 outputs is a small matrix product. The expanded tensor never exists. The depthwise layer's output must, because the gate needs its means before the projection can start. But the means are summed up on the way, and the gate goes into the projection's weights.
+# The right side does without the expanded tensor. The depthwise kernel reads 16 channels of a few rows into its ring. It can as well *compute* them there, from the input: a 1×1 convolution of a row for 16 outputs is a small matrix product. The expanded tensor never exists. (Every 16 channels read the input again; it stays in the cache.) The depthwise layer's output must exist, because the gate needs its means before the projection can start. But the means are summed up on the way, and the gate is multiplied into the projection's weights as they are loaded. (Without a gate that tensor could go, too; the kernel does not bother.)
 #
 # The matrix product needs its weights in another order: *panels* of 16 outputs, and within a panel all 16 weights of one input side by side. Where a group has no multiple of 16 outputs, the last panel is filled up with zeros.
 
 # %%
 #| export fast.py
 PANEL = 16  # the kernel's kPanel
+_POINT_ACTIVATIONS = (*ACTIVATIONS, "sigmoid")
 
 
 class Point(NamedTuple):
@@ -2227,7 +2239,7 @@ packed.view(2, 3, PANEL)[:, :, :4].int()
 
 
 # %% [markdown]
-# A block in one value, and what it computes, one PyTorch operation after another. This is the form that the fast one is held to; it also serves where there is no compiler, and where gradients of the input are wanted.
+# A block in one value, and what it computes, one PyTorch operation after another. This is the form that the fast one is held to; it also serves where there is no compiler, and where gradients are wanted.
 
 # %%
 #| export fast.py
@@ -2271,7 +2283,7 @@ def block_form(
 
 
 # %% [markdown]
-# Now in C++. The inner loop: one vector of weights, several pixels' inputs, several sums that do not wait for one another. It is step 3's idea again, with `i` running over inputs instead of taps. With `V = 2`, two vectors of outputs share each input. The gate is multiplied into the weights: there are fewer of them than of pixels.
+# Now in C++. The inner loop: one vector of weights, several pixels' inputs, several sums that do not wait for one another. It is step 3's idea again, with `i` running over inputs instead of taps. With `V = 2`, two vectors of outputs share each input. The gate is multiplied into each vector of weights as it is loaded: `V` products, where the inputs would take `T`.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -2290,7 +2302,8 @@ def block_form(
 #     Vec weight[V];
 # #pragma GCC unroll 16
 #     for (int v = 0; v < V; ++v) {
-#       weight[v] = load(panel + v * kLanes / kPanel * n * kPanel + v * kLanes % kPanel, kLanes);
+#       const int64_t next_panels = v * kLanes / kPanel * n * kPanel;
+#       weight[v] = load(panel + next_panels + v * kLanes % kPanel, kLanes);
 #       if (gate) weight[v] *= gate[i];
 #     }
 # #pragma GCC unroll 16
@@ -2414,16 +2427,16 @@ def block_form(
 #   float* sums = b.squeeze.inputs ? l.y + pixels * l.channels : nullptr;
 #   if (sums) std::fill(sums, sums + plan.bands * l.channels, 0.0f);
 #   run(l, plan, sums);
-#   in_parallel(plan.threads, [&](int me) {
+#   in_parallel(plan.threads, [&](int me, int count) {
 #     const Workspace<2> memory((2 * l.channels + b.squeeze.outputs) / kLanes + 1);
 #     float* gate = sums ? memory.floats() : nullptr;
 #     if (gate) find_gate(b, l, sums, plan.bands, gate);
-#     pointwise(b.project, l.y, pixels, gate, b.residual ? x : nullptr, y, me, plan.threads);
+#     pointwise(b.project, l.y, pixels, gate, b.residual ? x : nullptr, y, me, count);
 #   });
 # }
 # ```
 #
-# And all images. As long as there is one for every thread, each thread takes whole images: nobody waits, and the wide tensor stays in that core's own cache. All threads work together on each of those that are left. Hence two plans.
+# And all images. While at least as many images are left as threads, each thread takes whole images: nobody waits, and the wide tensor stays in that core's own cache. On each of the rest all threads work together. Hence two plans.
 #
 # ```cpp
 # //| export mixed_depthwise2d.cpp
@@ -2436,12 +2449,12 @@ def block_form(
 #   const int64_t out = l.out_height * l.out_width * block->project.outputs;
 #   if (block->batch * out == 0) return;
 #   const int threads = together->threads;
-#   const int64_t rounds = block->batch / threads;
-#   in_parallel(rounds ? threads : 1, [&](int me) {
-#     for (int64_t image = rounds * me; image < rounds * (me + 1); ++image)
+#   const int64_t apart = block->batch / threads * threads;
+#   in_parallel(apart ? threads : 1, [&](int me, int count) {
+#     for (int64_t image = apart * me / count; image < apart * (me + 1) / count; ++image)
 #       run_image(*block, *alone, x + image * in, y + image * out);
 #   });
-#   for (int64_t image = rounds * threads; image < block->batch; ++image)
+#   for (int64_t image = apart; image < block->batch; ++image)
 #     run_image(*block, *together, x + image * in, y + image * out);
 # }
 # ```
@@ -2457,7 +2470,7 @@ class _Point(ctypes.Structure):
     ]
 
 
-class _Block(ctypes.Structure):
+class _InvertedResidual(ctypes.Structure):
     _fields_ = [
         ("weight", ctypes.c_void_p), ("bias", ctypes.c_void_p), ("squeeze", _Point),
         ("excite", _Point), ("project", _Point), ("residual", ctypes.c_int64),
@@ -2466,11 +2479,11 @@ class _Block(ctypes.Structure):
 
 
 def _points(spec: BlockSpec, pointers: tuple[int, ...]) -> list[_Point]:
-    names, places = (*ACTIVATIONS, "sigmoid"), zip((0, 4, 6, 8), spec[1:5], strict=True)
+    """The 1×1 layers; weights and biases lie at even and odd places, depthwise at 2 and 3."""
     return [
-        _Point(*pointers[i : i + 2], *point[:3], names.index(point.activation))
+        _Point(*pointers[i : i + 2], *point[:3], _POINT_ACTIVATIONS.index(point.activation))
         if point is not None else _Point()
-        for i, point in places
+        for i, point in zip((0, 4, 6, 8), spec[1:5], strict=True)
     ]  # fmt: skip
 
 
@@ -2479,7 +2492,7 @@ def _points(spec: BlockSpec, pointers: tuple[int, ...]) -> list[_Point]:
 @functools.lru_cache(maxsize=1024)
 def _block(
     library: Any, spec: BlockSpec, size: torch.Size, pointers: tuple[int, ...], threads: int
-) -> tuple[_Block, _Plan, _Plan, tuple[int, ...]]:
+) -> tuple[_InvertedResidual, _Plan, _Plan, tuple[int, ...]]:
     """A block as the kernel takes it, its plans, and the shape of its output.
 
     The pointers are those of all weights and biases in turn.
@@ -2489,7 +2502,7 @@ def _block(
     sizes.batch = 1
     first = expand if spec.expand is not None else None
     plans = [_Plan(library, sizes, first, groups, n) for n in (1, threads)]
-    block = _Block(*pointers[2:4], *points, spec.residual, size[0])
+    block = _InvertedResidual(*pointers[2:4], *points, spec.residual, size[0])
     out = size[0], spec.project.outputs, sizes.out_height, sizes.out_width
     return block, plans[0], plans[1], out
 
@@ -2513,7 +2526,7 @@ def block_kernel_form(
 
 
 # %% [markdown]
-# Sizes are checked before pointers are given away, and the block becomes an operation of PyTorch's, like the layer before. It has no gradient of its own: it is for inference, and where a gradient of the input is wanted, the separate operations run.
+# Sizes are checked before pointers are given away, and the block becomes an operation of PyTorch's, like the layer before. It has no gradient of its own: it is for inference, and where any gradient is wanted, the separate operations run.
 
 # %%
 #| export fast.py
@@ -2521,11 +2534,12 @@ def _fits(spec: BlockSpec, count: int, inputs: int) -> bool:
     """Whether each layer of a block takes what the one before gives."""
     mix, expand, squeeze, excite, project, residual = spec
     ends = [project.inputs, count if expand is None else expand.outputs]
+    gate = squeeze is None and excite is None
     if squeeze is not None and excite is not None:
-        ends += [squeeze.inputs, excite.outputs, count + excite.inputs - squeeze.outputs]
-    both = (squeeze is None) == (excite is None)
+        ends += [squeeze.inputs, excite.outputs]
+        gate = squeeze.outputs == excite.inputs
     same = not residual or (mix.stride == 1 and inputs == project.outputs)
-    return both and same and set(ends) == {count}
+    return gate and same and set(ends) == {count}
 
 
 # %%
@@ -2581,14 +2595,16 @@ def _block_forward(
 
 def _as_numbers(spec: BlockSpec) -> list[int]:
     """The 1×1 layers as `torch.library` can take them; zeros for what is left out."""
-    names = (*ACTIVATIONS, "sigmoid")
-    rows = [(*p[:3], names.index(p.activation)) if p is not None else [0] * 4 for p in spec[1:5]]
-    return [number for row in rows for number in row]
+    return [
+        number
+        for p in spec[1:5]
+        for number in ((*p[:3], _POINT_ACTIVATIONS.index(p.activation)) if p else (0, 0, 0, 0))
+    ]
 
 
 def _as_spec(points: Sequence[int], mix: Mix, residual: bool) -> BlockSpec:
-    names, rows = (*ACTIVATIONS, "sigmoid"), [points[i : i + 4] for i in range(0, 16, 4)]
-    found = [Point(i, o, groups, names[a]) if i else None for i, o, groups, a in rows]
+    rows = [points[i : i + 4] for i in range(0, 16, 4)]
+    found = [Point(i, o, g, _POINT_ACTIVATIONS[a]) if i else None for i, o, g, a in rows]
     return BlockSpec(mix, found[0], found[1], found[2], cast("Point", found[3]), residual)
 
 
@@ -2611,7 +2627,8 @@ def _block_fake(
     padding: str, activation: str, residual: bool,
 ) -> Tensor:  # fmt: skip
     size = output_size(x.shape[2], stride), output_size(x.shape[3], stride)
-    shape = (x.shape[0], points[13], *size)
+    project = points[12:]  # inputs, outputs, groups, activation
+    shape = (x.shape[0], project[1], *size)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
@@ -2636,7 +2653,7 @@ def inverted_residual(
 
     Source: ours; the block is the paper's (section 4, Figure 8). Chapter 8.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases)):
         return block_form(x, weights, biases, spec)
     if not torch.compiler.is_compiling():
         if torch._C._are_functorch_transforms_active():
@@ -2699,7 +2716,7 @@ class FusedBlock(FusedBlock):
 
 
 # %% [markdown]
-# Proof: a block with everything in it, its packed form, and the kernel. Values and the gradient of the input.
+# Proof: a block with everything in it, by the kernel and by separate operations in float64.
 
 # %%
 def point(inputs: int, outputs: int, groups: int, activation: str):
@@ -2729,11 +2746,9 @@ for height, width in ((28, 28), (9, 17), (3, 5), (1, 1)):
                               [b.double() for b in biases], spec)  # fmt: skip
     torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
 print("the kernel computes what the separate operations compute")
-inverted_residual(x.requires_grad_(), weights, biases, spec).sum().backward()
-print("and the input has a gradient:", tuple(x.grad.shape))
 
 # %% [markdown]
-# Which modules are such blocks? Trace one, and read the program backwards from its result: perhaps an addition of the input; a 1×1 convolution; perhaps a product with a gate; a depthwise layer; perhaps another 1×1 convolution; the input. Between them activations, and layers that do nothing in evaluation. What reads otherwise is no such block, and is left as it is.
+# Which modules are such blocks? Trace one, and read the program backwards from its result: perhaps an addition of the input; a 1×1 convolution; perhaps a product with a gate; a depthwise layer; perhaps another 1×1 convolution; the input. Between them activations, and layers that do nothing in evaluation. Anything else is left as it is.
 
 # %%
 #| export fast.py
@@ -2741,6 +2756,16 @@ _IDLE = {"Identity", "FoldedNorm", "DropPath", "Dropout", "StochasticDepth"}  # 
 _POOLS = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d"}
 
 
+class _Unit(NamedTuple):
+    """A convolution, the activation behind it, and the node that it takes."""
+
+    layer: nn.Module
+    activation: str
+    source: Any
+
+
+# %%
+#| export fast.py
 class _Reader:
     """Reads a traced module from its output to its input."""
 
@@ -2772,8 +2797,8 @@ class _Reader:
 # %%
 #| export fast.py
 class _Reader(_Reader):
-    def unit(self, node: Any) -> tuple[nn.Module, str, Any] | None:
-        """A convolution, the activation behind it, and what it takes; None for something else."""
+    def unit(self, node: Any) -> _Unit | None:
+        """The convolution whose activated output a node is; None if it is something else."""
         node, activation = self.skip(node), "none"
         names = {name.lower(): value for name, value in _ACTIVATION_NAMES.items()}
         if (found := names.get(self.name(node).lower().rstrip("_"))) is not None:
@@ -2781,7 +2806,7 @@ class _Reader(_Reader):
         layer = self.layer(node)
         if layer is None or not (isinstance(layer, FusedMixConv2d) or _convolutions(layer)):
             return None
-        return layer, activation, node.args[0]
+        return _Unit(layer, activation, node.args[0])
 
     def pooled(self, node: Any) -> Any:
         """What a node takes the mean of, over all pixels; None if it does something else."""
@@ -2790,22 +2815,23 @@ class _Reader(_Reader):
             return None
         layer, rest = self.layer(node), (*node.args[1:], *node.kwargs.values())
         size = (getattr(layer, "output_size", None),) if layer is not None else rest
+        # Arguments that mean all pixels: one output pixel, or axes and keepdim.
         whole = [1], [(1, 1)], [(2, 3), True], [[2, 3], True], [(-2, -1), True], [[-2, -1], True]
         return self.skip(node.args[0]) if [*size] in whole else None
 
 
 # %%
 #| export fast.py
-def _read_point(unit: tuple[nn.Module, str, Any] | None) -> tuple[nn.Conv2d, Point] | None:
+def _read_point(unit: _Unit | None) -> tuple[nn.Conv2d, Point] | None:
     """A 1×1 convolution and its description."""
-    if unit is None or not isinstance(conv := unit[0], nn.Conv2d):
+    if unit is None or not isinstance(conv := unit.layer, nn.Conv2d):
         return None
     plain = conv.kernel_size == (1, 1) == conv.stride and conv.padding in (0, (0, 0), "same")
-    point = Point(conv.in_channels, conv.out_channels, conv.groups, unit[1])
+    point = Point(conv.in_channels, conv.out_channels, conv.groups, unit.activation)
     return (conv, point) if plain else None
 
 
-def _read_mix(unit: tuple[nn.Module, str, Any]) -> tuple[Mix, Tensor, Tensor | None] | None:
+def _read_mix(unit: _Unit) -> tuple[Mix, Tensor, Tensor | None] | None:
     """A depthwise layer as one operation: what, weight and bias."""
     layer, activation, _ = unit
     if isinstance(layer, FusedMixConv2d):
@@ -2819,7 +2845,7 @@ def _read_mix(unit: tuple[nn.Module, str, Any]) -> tuple[Mix, Tensor, Tensor | N
 
 
 # %% [markdown]
-# The gate is the only part with a branch: the product's two factors both come from the depthwise layer.
+# The gate, like the addition, is a branch: the product's two factors both come from the depthwise layer.
 
 # %%
 #| export fast.py
@@ -2829,17 +2855,17 @@ def _read_gate(reader: _Reader, node: Any) -> tuple[Any, list[Any]] | None:
     if reader.name(node) not in ("mul", "imul", "mul_"):
         return node, [None, None]
     factors = [reader.skip(factor) for factor in node.args]
-    sigmoids = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
-    if len(factors) != 2 or len(sigmoids) != 1:
+    gates = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
+    if len(factors) != 2 or len(gates) != 1:
         return None
-    (scaled,) = (f for f in factors if f is not sigmoids[0])
-    excite = _read_point(unit := reader.unit(sigmoids[0].args[0]))
-    squeeze = _read_point(unit := reader.unit(unit[2])) if unit else None
-    if unit is None or squeeze is None or excite is None or excite[1].activation != "none":
+    (scaled,) = (f for f in factors if f is not gates[0])
+    outer = reader.unit(gates[0].args[0])
+    inner = reader.unit(outer.source) if outer is not None else None
+    excite, squeeze = _read_point(outer), _read_point(inner)
+    if inner is None or squeeze is None or excite is None or excite[1].activation != "none":
         return None
-    if reader.pooled(unit[2]) is not scaled:
-        return None
-    return scaled, [squeeze, (excite[0], excite[1]._replace(activation="sigmoid"))]
+    gate = [squeeze, (excite[0], excite[1]._replace(activation="sigmoid"))]
+    return (scaled, gate) if reader.pooled(inner.source) is scaled else None
 
 
 # %%
@@ -2860,17 +2886,20 @@ def _read_addition(reader: _Reader) -> tuple[Any, bool]:
 def _read_block(reader: _Reader) -> tuple[list[Any], Any, bool] | None:
     """The 1×1 convolutions (None where left out), the depthwise layer, and the addition."""
     node, residual = _read_addition(reader)
-    project = _read_point(unit := reader.unit(node))
-    gate = _read_gate(reader, unit[2]) if unit is not None else None
-    depthwise = reader.unit(gate[0]) if gate is not None else None
-    if gate is None or depthwise is None or (mix := _read_mix(depthwise)) is None:
+    last = reader.unit(node)
+    project = _read_point(last)
+    if last is None or project is None or (gated := _read_gate(reader, last.source)) is None:
         return None
-    expand, node = None, reader.skip(depthwise[2])
-    if node is not reader.inputs[0] and (unit := reader.unit(node)) is not None:
-        expand, node = _read_point(unit), reader.skip(unit[2])
-        project = project if expand is not None else None
-    whole = node is reader.inputs[0] and project is not None
-    return ([expand, *gate[1], project], mix, residual) if whole else None
+    node, gate = gated
+    middle = reader.unit(node)
+    if middle is None or (mix := _read_mix(middle)) is None:
+        return None
+    (x,), expand, node = reader.inputs, None, reader.skip(middle.source)
+    if node is not x and (first := reader.unit(node)) is not None:
+        if (expand := _read_point(first)) is None:
+            return None
+        node = reader.skip(first.source)
+    return ([expand, *gate, project], mix, residual) if node is x else None
 
 
 # %%
@@ -2904,7 +2933,8 @@ def fuse_block(block: nn.Module) -> FusedBlock | None:
         reader = _Reader(block)
         found = _read_block(reader) if len(reader.inputs) == 1 else None
         return _pack_block(*found) if found is not None else None
-    except Exception:  # anything may go wrong in a stranger's forward
+    except Exception as error:  # anything may go wrong in a stranger's forward
+        log.debug("%s left as it is: %s", type(block).__name__, error)
         return None
 
 
@@ -2927,7 +2957,9 @@ def _is_depthwise(layer: nn.Module) -> bool:
 
 
 # %% [markdown]
-# Now the whole. Before a layer or block, hooks and parametrisations have to be absent: what they do cannot be seen.
+# ## All together
+#
+# A layer or block with hooks or parametrisations is left alone: what they do cannot be seen.
 
 # %%
 #| export fast.py
@@ -3140,14 +3172,31 @@ network_table(1)
 # %%
 network_table(16)
 
+
 # %% [markdown]
 # - `split`: this book's network as it is. All networks here have symmetric padding, as timm's of these names.
 # - `fused, merged`: with the backend "merged". `fused, layers`: with the kernel, but layer by layer. `fused`: whole blocks.
 # - `timm, fused`: timm's network given to `fuse_for_inference`.
-# - `ours, …`: the merged copy, exported to ONNX. `same padding`: as the official MixNets have it. Which zeros that needs depends on the image's size, so the exported program pads apart; the kernel pads on the way.
+# - `ours, …`: the merged copy, exported to ONNX. `same padding`: as the official MixNets have it. Which zeros that needs depends on the image's size, so the exported program pads in a step of its own; the kernel pads on the way.
 # - A dash: not measured.
+
+# %%
+def gain(network: str, batch: int, over: str, form: str = "fused") -> str:
+    row = next(r for r in bench["networks"] if (r["network"], r["batch"]) == (network, batch))
+    return f"{row['seconds'][over] / row['seconds'][form]:.1f}"
+
+
+print("MixNet-S, one image, times as fast as timm in eager mode:", ", ".join(
+    f"{form} {gain('MixNet-S', 1, 'timm, eager', form)}"
+    for form in ("fused, merged", "fused, layers", "fused")
+))  # fmt: skip
+print("MobileNetV2-357 in ONNX Runtime, our export, over fused, one image:",
+      gain("MobileNetV2-357", 1, "fused", "ours, ONNX Runtime"))  # fmt: skip
+
+# %% [markdown]
+# So a fast depthwise layer alone does little for a network: folding and merging take it half the way, and whole blocks the other half. And it does not win everywhere. MobileNetV2 has no gates and plain ReLUs; there ONNX Runtime, which fuses those well, is faster at one image.
 #
-# Against the goals that were set before anything was written:
+# Against the goals that were set before anything was written. (The roofline's bandwidth is here that of a copy as large as the layer, which for small layers runs in the cache. That is a higher roof than the one drawn above.)
 
 # %%
 table(["goal", "wanted", "measured", "met"],
@@ -3161,14 +3210,13 @@ print(*(f"not measured: {name} ({why})" for name, why in missing.items()), sep="
 # %% [markdown]
 # Where a goal is missed, what limits it?
 #
-# - At batch 1 a small layer is over in tens of microseconds. Several of these are Python and the start of a second thread, and the input is copied into the ring, pixel by pixel. The roofline knows none of this, and its copies run inside the cache.
+# - At batch 1 a small layer is over in tens of microseconds. Several of these are Python and the start of a second thread, and the input is copied into the ring, pixel by pixel. The roofline knows none of this.
 # - At 112×112 with stride 2, blocks of 16 channels read 64 bytes of each pixel and skip the rest. That is bound by how many cache lines a core may wait for at a time.
 # - At batch 32 the limit is memory that the system hands out page by page.
-# - One pass still reads every 1×1 weight for each image. On 7×7 pixels there are more weights than pixels' numbers.
 #
 # Tried, and not worth it:
 #
-# - `torch.compile` on the split form: no gain. A sum of shifted products through it: slower, and over a minute to compile.
+# - `torch.compile` on a single split layer: no gain. A sum of shifted products through it: slower, and over a minute to compile.
 # - oneDNN's convolutions with weights packed in advance and activations inside, for the 1×1 layers: a few percent. The time is in the passes, not in the products.
 # - Reading several neighbouring blocks in one pass at 112×112: better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache.
 # - Stores that go around the cache; tiles of 28 outputs (registers run out); waking threads for single blocks (two threads writing to one cache line: half the speed).

@@ -6,9 +6,12 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import torch
 
 import mixconv.fast as fast
 from tests.package.test_fast import agrees, fresh, make_case, needs_kernel
+from tests.package.test_fast_blocks import Case
+from tests.package.test_fast_blocks import agrees as block_agrees
 
 __all__ = ["fresh"]  # a fixture
 
@@ -125,6 +128,7 @@ def test_shorter_vectors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
         pytest.skip(f"the compiler does not take {flags}")
     for i in range(40):
         agrees(make_case(random.Random(1000 + i)))
+        block_agrees(Case(1000 + i))
 
 
 @needs_kernel
@@ -132,5 +136,7 @@ def test_shorter_vectors(flags: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 def test_a_compiler_without_openmp_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fast, "FLAGS", [("--no-such-flag",), ("-march=native", "-pthread")])
     assert fast.load_kernel() is not None
+    torch.set_num_threads(3)
     for i in range(10):
         agrees(make_case(random.Random(i)))
+        block_agrees(Case(i))

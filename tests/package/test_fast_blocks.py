@@ -1,8 +1,12 @@
 """Whole blocks as one operation: values, what is such a block and what is not, bad input."""
 
+import os
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +26,7 @@ from mixconv.fast import BlockSpec, Mix, Point
 from tests.package.common import noise, randomize
 from tests.package.test_fast import ACTIVATE, MODELS, near, needs_kernel, reference
 
+ROOT = Path(__file__).parents[2]
 Layer = tuple[Tensor, Tensor, Point]  # plain weight, bias, description
 
 
@@ -346,6 +351,39 @@ def test_other_dtypes_and_moved_models() -> None:
     with torch.no_grad():
         near(fused(x), model.double()(x.double()))
         assert fused(x).dtype == torch.float64
+
+
+def test_a_gradient_of_a_weight_takes_the_separate_operations() -> None:
+    case = next(c for c in map(Case, range(1000)) if c.squeeze and c.expand and len(c.x))
+    for index in range(5):
+        weights, biases = case.packed()
+        weights[index].requires_grad_()
+        fast.inverted_residual(case.x, weights, biases, case.spec()).sum().backward()
+        assert weights[index].grad is not None
+
+
+@needs_kernel
+def test_fewer_threads_than_asked_for() -> None:
+    """OpenMP may give fewer: the work must not be shared out by the number that was wanted."""
+    program = """
+import torch
+from mixconv import fuse_for_inference
+from tests.package.common import noise, randomize
+from tests.package.test_fast import MODELS, near
+torch.set_num_threads(2)
+model = randomize(MODELS["block"]()).eval()
+with torch.no_grad():
+    for batch in (1, 2, 5):
+        x = noise(batch, 20, 15, 16)
+        near(fuse_for_inference(model, backend="kernel")(x), model(x))
+print("equal")
+"""
+    env = {**os.environ, "OMP_THREAD_LIMIT": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=env, cwd=ROOT, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout == "equal\n", done.stderr[-2000:]
 
 
 GOOD = Case(next(seed for seed in range(1000) if Case(seed).squeeze and Case(seed).expand))

@@ -32,7 +32,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv.blocks import GroupedPointwise
+from mixconv.blocks import DropPath, GroupedPointwise
 from mixconv.layer import PADDINGS, Conv2dSame, MixConv2d, embed_kernel, make_conv2d, same_padding
 from mixconv.mobilenet import _find_padding
 
@@ -466,12 +466,22 @@ def _sizes(mix: Mix, size: torch.Size) -> _Sizes:
 @functools.lru_cache(maxsize=1024)
 def _plan(
     library: Any, mix: Mix, x: torch.Size, weight: torch.Size, bias: torch.Size | None, threads: int
-) -> tuple[_Plan, tuple[int, ...]]:
-    """The plan for tensors of these sizes, and the shape of the output."""
+) -> tuple[_Plan | None, tuple[int, ...]]:
+    """The plan for tensors of these sizes (None: rings too large), and the output's shape."""
     _check_sizes(mix, x, weight, bias)
     sizes = _sizes(mix, x)
-    plan = _Plan(library, sizes, None, _groups(mix, x[2], x[3]), threads)
-    return plan, (x[0], x[1], sizes.out_height, sizes.out_width)
+    out = x[0], x[1], sizes.out_height, sizes.out_width
+    if _ring_size(mix, x[3]) > _LARGEST_RING:
+        return None, out
+    return _Plan(library, sizes, None, _groups(mix, x[2], x[3]), threads), out
+
+
+_LARGEST_RING = 1 << 22  # vectors; only extreme dilations need more, and then the split form runs
+
+
+def _ring_size(mix: Mix, width: int) -> int:
+    spans = (1 + d * (k - 1) for k, d in zip(mix.kernel_sizes, mix.dilations, strict=True))
+    return max(span * (width + 2 * span) for span in spans)
 
 
 def _threads() -> int:
@@ -486,7 +496,9 @@ def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Ten
     """
     library, bias_size = load_kernel(), None if bias is None else bias.shape
     plan, size = _plan(library, mix, x.shape, weight.shape, bias_size, _threads())
-    x = x.contiguous(memory_format=torch.channels_last)
+    if plan is None:
+        return split_form(x, weight, bias, mix).contiguous(memory_format=torch.channels_last)
+    x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     if mix.stride == 1:
         y = torch.empty_like(x)
@@ -635,7 +647,8 @@ def mixed_depthwise2d(
 def _call(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Tensor:
     """The operation by the shortest way that everybody who watches allows."""
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():  # vmap and grad do not take operations
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        if forward_mode or torch._C._are_functorch_transforms_active():  # they need its formulas
             _check_kinds(x, weight, bias)
             _check_sizes(mix, x.shape, weight.shape, None if bias is None else bias.shape)
             return split_form(x, weight, bias, mix)
@@ -706,6 +719,12 @@ def find_chains(model: nn.Module) -> list[list[str]]:
             if all(calls[layers[name]] == 1 for name in chain):  # a layer used twice is left alone
                 chains.append(chain)
     return chains
+
+
+def _aliased(model: nn.Module) -> set[nn.Module]:
+    """Modules that can be reached under several names: replacing one would not replace all."""
+    names = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+    return {module for module, count in names.items() if count > 1}
 
 
 def _follow(node: torch.fx.Node, layers: dict[str, nn.Module]) -> list[str]:
@@ -864,9 +883,22 @@ def _merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
 
 BACKENDS = ("auto", "kernel", "merged")
 
-_ACTIVATION_NAMES = {
-    "ReLU": "relu", "ReLU6": "relu6", "SiLU": "silu", "Swish": "silu", "SwishMe": "silu",
-}  # fmt: skip
+_ACTIVATIONS_OF_TORCH = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Sigmoid: "sigmoid"}
+
+_ACTIVATIONS_OF_PEERS = {"Swish": "silu", "SwishMe": "silu", "Sigmoid": "sigmoid"}
+
+
+def _is_of_peer(module: nn.Module) -> bool:
+    """A class of a library whose names mean what we think they mean."""
+    return type(module).__module__.partition(".")[0] in ("timm", "geffnet", "torchvision")
+
+
+def _activation_name(module: nn.Module, known: Sequence[str] = ACTIVATIONS) -> str | None:
+    """What a module applies to each number, by its name; None if it is not among the known."""
+    peers = _ACTIVATIONS_OF_PEERS if _is_of_peer(module) else {}
+    found = _ACTIVATIONS_OF_TORCH.get(type(module), peers.get(type(module).__name__))
+    return found if found in known and not _is_touched(module) else None
+
 
 _SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: neither kernel is faster everywhere
 
@@ -876,7 +908,7 @@ def _fuse_layer(model: nn.Module, chain: list[str], backend: str) -> None:
     layer = model.get_submodule(chain[0])
     convs = _convolutions(layer)
     behind: Any = model.get_submodule(chain[1]) if len(chain) > 1 else nn.Identity()
-    activation = _ACTIVATION_NAMES.get(type(behind).__name__, "none")
+    activation = _activation_name(behind) or "none"
     mix = describe_mix(convs, activation)
     worth = _is_mixed(layer) or convs[0].kernel_size[0] >= _SMALLEST_PLAIN_KERNEL
     if mix is not None and worth and backend == "kernel":
@@ -946,13 +978,14 @@ def block_form(
         weight = unpack_pointwise(weights[index], point)
         return activate(F.conv2d(y, weight, biases[index], groups=point.groups), point.activation)
 
-    y = x if spec.expand is None else pointwise(x, 0, spec.expand)
-    y = _call(y, weights[1], biases[1], spec.mix)
-    if spec.squeeze is not None and spec.excite is not None:
-        means = y.mean((2, 3), keepdim=True)
-        y = y * pointwise(pointwise(means, 2, spec.squeeze), 3, spec.excite)
-    y = pointwise(y, 4, spec.project)
-    return x + y if spec.residual else y
+    with torch.autocast(x.device.type, enabled=False):  # all in the type of the weights
+        y = x if spec.expand is None else pointwise(x, 0, spec.expand)
+        y = _call(y, weights[1], biases[1], spec.mix)
+        if spec.squeeze is not None and spec.excite is not None:
+            means = y.mean((2, 3), keepdim=True)
+            y = y * pointwise(pointwise(means, 2, spec.squeeze), 3, spec.excite)
+        y = pointwise(y, 4, spec.project)
+        return x + y if spec.residual else y
 
 
 class _Point(ctypes.Structure):
@@ -1000,7 +1033,7 @@ def block_kernel_form(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
 ) -> Tensor:
     """The block by the compiled kernel: float32 on a CPU, output in channels_last."""
-    x = x.contiguous(memory_format=torch.channels_last)
+    x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     pairs = zip(weights, biases, strict=True)
     kept = [tensor.contiguous() for pair in pairs for tensor in pair]
     library, pointers = load_kernel(), tuple([tensor.data_ptr() for tensor in kept])
@@ -1059,11 +1092,17 @@ def _check_block(
             raise ValueError(f"x and {name} must agree in dtype and device")
 
 
+_LARGEST_WIDE = 1 << 30  # numbers in one image's wide tensor; for more, PyTorch finds the memory
+
+
 def _block_forward(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
 ) -> Tensor:
     _check_block(x, weights, biases, spec)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and load_kernel() is not None:
+    pixels = output_size(x.shape[2], spec.mix.stride) * output_size(x.shape[3], spec.mix.stride)
+    small = pixels * sum(spec.mix.channels) < _LARGEST_WIDE
+    small = small and _ring_size(spec.mix, x.shape[3]) <= _LARGEST_RING
+    if small and x.dtype == torch.float32 and x.is_cpu and load_kernel() is not None:
         return block_kernel_form(x, weights, biases, spec)
     y = block_form(x, weights, biases, spec)
     return y.contiguous(memory_format=torch.channels_last)
@@ -1128,7 +1167,8 @@ def inverted_residual(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights, *biases)):
         return block_form(x, weights, biases, spec)
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
+        forward_mode = torch.autograd.forward_ad._current_level >= 0
+        if forward_mode or torch._C._are_functorch_transforms_active():
             return block_form(x, weights, biases, spec)
         if not _is_watched(x, weights[1], biases[1]):
             return _block_forward(x, weights, biases, spec)
@@ -1181,9 +1221,17 @@ class FusedBlock(nn.Module):
         return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
 
 
-_IDLE = {"Identity", "FoldedNorm", "DropPath", "Dropout", "StochasticDepth"}  # in evaluation
+_IDLE = (nn.Identity, nn.Dropout, nn.Dropout2d, DropPath, FoldedNorm)  # in evaluation
 
-_POOLS = {"mean", "adaptive_avg_pool2d", "AdaptiveAvgPool2d"}
+_IDLE_OF_PEERS = ("DropPath", "StochasticDepth")
+
+
+def _is_idle(layer: nn.Module | None) -> bool:
+    """Whether a module does nothing in evaluation."""
+    if layer is None or _is_touched(layer):
+        return False
+    named = type(layer).__name__ in _IDLE_OF_PEERS and _is_of_peer(layer)
+    return type(layer) in _IDLE or named
 
 
 class _Unit(NamedTuple):
@@ -1217,15 +1265,21 @@ class _Reader:
 
     def skip(self, node: Any) -> Any:
         """The node, or the first one before it that does something."""
-        while self.name(node) in _IDLE:
+        while _is_idle(self.layer(node)):
             node = node.args[0]
         return node
+
+    def activation(self, node: Any) -> str | None:
+        """What a node applies to each number; None if it does something else."""
+        if (layer := self.layer(node)) is not None:
+            return _activation_name(layer, _POINT_ACTIVATIONS)
+        name = self.name(node).rstrip("_")
+        return name if name in _POINT_ACTIVATIONS[1:] else None
 
     def unit(self, node: Any) -> _Unit | None:
         """The convolution whose activated output a node is; None if it is something else."""
         node, activation = self.skip(node), "none"
-        names = {name.lower(): value for name, value in _ACTIVATION_NAMES.items()}
-        if (found := names.get(self.name(node).lower().rstrip("_"))) is not None:
+        if (found := self.activation(node)) in ACTIVATIONS:
             activation, node = found, self.skip(node.args[0])
         layer = self.layer(node)
         if layer is None or not (isinstance(layer, FusedMixConv2d) or _convolutions(layer)):
@@ -1235,13 +1289,15 @@ class _Reader:
     def pooled(self, node: Any) -> Any:
         """What a node takes the mean of, over all pixels; None if it does something else."""
         node = self.skip(node)
-        if self.name(node) not in _POOLS:
-            return None
-        layer, rest = self.layer(node), (*node.args[1:], *node.kwargs.values())
-        size = (getattr(layer, "output_size", None),) if layer is not None else rest
-        # Arguments that mean all pixels: one output pixel, or axes and keepdim.
-        whole = [1], [(1, 1)], [(2, 3), True], [[2, 3], True], [(-2, -1), True], [[-2, -1], True]
-        return self.skip(node.args[0]) if [*size] in whole else None
+        if (layer := self.layer(node)) is not None:
+            whole = type(layer) is nn.AdaptiveAvgPool2d and layer.output_size in (1, (1, 1))
+        elif self.name(node) == "adaptive_avg_pool2d":
+            whole = node.args[1:] in ((1,), ((1, 1),))
+        else:
+            values = [*node.args[1:], *node.kwargs.values()] if self.name(node) == "mean" else []
+            axes, keep = values if len(values) == 2 else ((), False)
+            whole = keep is True and axes in ((2, 3), [2, 3], (-2, -1), [-2, -1])
+        return self.skip(node.args[0]) if whole else None
 
 
 def _read_point(unit: _Unit | None) -> tuple[nn.Conv2d, Point] | None:
@@ -1272,7 +1328,7 @@ def _read_gate(reader: _Reader, node: Any) -> tuple[Any, list[Any]] | None:
     if reader.name(node) not in ("mul", "imul", "mul_"):
         return node, [None, None]
     factors = [reader.skip(factor) for factor in node.args]
-    gates = [f for f in factors if reader.name(f).lower() in ("sigmoid", "sigmoid_")]
+    gates = [f for f in factors if reader.activation(f) == "sigmoid"]
     if len(factors) != 2 or len(gates) != 1:
         return None
     (scaled,) = (f for f in factors if f is not gates[0])
@@ -1330,6 +1386,24 @@ def _pack_block(
     return FusedBlock(spec, weights, biases).eval()
 
 
+def _keep_attributes(fused: FusedBlock, block: nn.Module) -> FusedBlock:
+    """Numbers and names that others may read from the block, such as its stride."""
+    for name, value in vars(block).items():
+        if not name.startswith("_") and not hasattr(fused, name):
+            setattr(fused, name, value)
+    return fused
+
+
+@torch.no_grad()
+def _computes_the_same(fused: FusedBlock, block: nn.Module) -> bool:
+    channels = _check_spec(fused.spec)[0]
+    x = torch.randn(2, channels, 12, 11, generator=torch.Generator().manual_seed(0))
+    given = x.clone()
+    wanted, found = block(given), fused(x)
+    same = isinstance(wanted, Tensor) and wanted.shape == found.shape and torch.equal(given, x)
+    return same and bool((wanted - found).abs().max() <= 1e-3 * wanted.abs().max())
+
+
 def fuse_block(block: nn.Module) -> FusedBlock | None:
     """The block as one operation; None if the operation cannot stand in for it.
 
@@ -1341,7 +1415,8 @@ def fuse_block(block: nn.Module) -> FusedBlock | None:
     try:
         reader = _Reader(block)
         found = _read_block(reader) if len(reader.inputs) == 1 else None
-        return _pack_block(*found) if found is not None else None
+        fused = _pack_block(*found) if found is not None else None
+        return fused if fused is not None and _computes_the_same(fused, block) else None
     except Exception as error:  # anything may go wrong in a stranger's forward
         log.debug("%s left as it is: %s", type(block).__name__, error)
         return None
@@ -1351,8 +1426,10 @@ def _fuse_blocks(model: nn.Module) -> None:
     """Put `FusedBlock`s in place of all blocks that are such."""
     for name, child in model.named_children():
         parts = [_is_depthwise(part) for part in child.modules()]
-        if sum(parts) == 1 and len(parts) > 1 and (fused := fuse_block(child)) is not None:
-            setattr(model, name, fused)
+        wrapper = type(child) is nn.Sequential and len(child) == 1
+        once = sum(parts) == 1 and len(parts) > 1 and not wrapper
+        if once and (fused := fuse_block(child)) is not None:
+            setattr(model, name, _keep_attributes(fused, child))
         elif any(parts):
             _fuse_blocks(child)
 
@@ -1396,9 +1473,11 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
 
 def _fuse_layers(root: nn.Module, backend: str) -> None:
     """Fold what can be folded, and put the fast form of each layer in its place."""
+    aliased = _aliased(root)
     for chain in find_chains(root):
         layer = root.get_submodule(chain[0])
-        if not any(_is_touched(part) for part in layer.modules()):
+        members = {root.get_submodule(name) for name in chain}
+        if not members & aliased and not any(_is_touched(part) for part in layer.modules()):
             if len(chain) > 1:
                 chain = _fold_norm(root, chain)
             _fuse_layer(root, chain, backend)
@@ -1415,6 +1494,6 @@ def _kernel_at_hand(model: nn.Module) -> bool:
 
 
 def _is_touched(module: nn.Module) -> bool:
-    """Whether hooks or parametrisations do something that cannot be seen from outside."""
-    hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether hooks, parametrisations or a forward of its own do what cannot be seen."""
+    hooks = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
     return hooks or torch.nn.utils.parametrize.is_parametrized(module)

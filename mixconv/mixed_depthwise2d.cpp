@@ -69,7 +69,7 @@ constexpr float kLowest = -80;  // below, a sigmoid counts as zero
 
 // n is the nearest integer to x / ln 2, so |r| <= ln 2 / 2.
 inline Vec exp_vec(Vec x) {
-  x = x < 87.0f ? x : Vec{} + 87.0f;  // a NaN becomes 87; silu's own factor x brings it back
+  x = x < 87.0f ? x : Vec{} + 87.0f;  // a NaN becomes 87
   x = x > -87.0f ? x : Vec{} - 87.0f;
   const float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the last bits
   Vec shifted = x * 1.44269504f + kRound;
@@ -91,7 +91,9 @@ inline __attribute__((always_inline)) void activate(Vec (&sums)[T], int64_t acti
     if (activation == kRelu6) sums[t] = sums[t] > 6.0f ? Vec{} + 6.0f : sums[t];
     if (activation == kSilu || activation == kSigmoid) {
       const Vec above = activation == kSilu ? sums[t] : Vec{} + 1.0f;
-      sums[t] = sums[t] < kLowest ? Vec{} : above / (1.0f + exp_vec(-sums[t]));
+      const Vec value = above / (1.0f + exp_vec(-sums[t]));
+      const Vec kept = sums[t] == sums[t] ? value : sums[t];  // a NaN stays
+      sums[t] = sums[t] < kLowest ? Vec{} : kept;
     }
   }
 }

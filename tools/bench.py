@@ -320,6 +320,7 @@ def bench_steps(rounds: int) -> list[Any]:
         for count in (1, threads):
             label = "thread" if count == 1 else "threads"
             plan, _ = fast._plan(library, mix, x.shape, weight.shape, None, count)
+            assert plan is not None
             runs[f"4 the kernel, {count} {label}"] = partial(kernel, plan.handle, *arrays)
         rows.append(
             {"size": size, "channels": channels, "kernel_size": k,

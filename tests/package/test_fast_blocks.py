@@ -430,3 +430,138 @@ def test_training_is_refused() -> None:
     fused = fuse_for_inference(MixConvBlock(8, 8, (3, 5)), backend="kernel")
     with pytest.raises(RuntimeError, match="fuse it again"):
         fused.train()
+
+
+class Odd(nn.Module):
+    """Blocks of which a trace does not show everything, or that names describe wrongly."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.expand, self.project = nn.Conv2d(8, 16, 1), nn.Conv2d(16, 8, 1)
+        self.act: nn.Module = Swish() if kind == "Swish of its own" else nn.ReLU()
+        self.drop: nn.Module = DropPath() if kind == "DropPath of its own" else nn.Identity()
+        self.mix = MixConv2d(16, (3, 5))
+        self.excite = nn.Conv2d(16, 16, 1)
+        if kind == "forward of its own":
+            self.act.forward = torch.tanh  # type: ignore[method-assign]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.expand(x)
+        if self.kind == "change in place":
+            y.add_(1)
+        if self.kind == "sees the tracer":
+            y = y + 1 if isinstance(x, Tensor) else y
+        y = self.mix(self.act(y))
+        if self.kind == "mean over channels":
+            y = y * self.excite(y * 0 + y.mean(1, True)).sigmoid()
+        z: Tensor = self.drop(self.project(y))
+        if self.kind == "changes its input":
+            x += z
+            return x
+        return x + z
+
+
+class Swish(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(2 * x)
+
+
+class DropPath(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x
+
+
+ODD = (
+    "change in place", "sees the tracer", "mean over channels", "changes its input",
+    "Swish of its own", "DropPath of its own", "forward of its own",
+)  # fmt: skip
+
+
+@needs_kernel
+@pytest.mark.parametrize("kind", ODD)
+def test_what_a_trace_does_not_show(kind: str) -> None:
+    model, x = randomize(Odd(kind)).eval(), noise(2, 8, 9, 9)
+    fused = fuse_for_inference(nn.Sequential(model), backend="kernel")
+    assert not any(isinstance(m, fast.FusedBlock) for m in fused.modules())
+    ours, wanted = x.clone(), x.clone()
+    with torch.no_grad():
+        near(fused(ours), model(wanted))
+    assert torch.equal(ours, wanted) or kind == "changes its input"
+
+
+@needs_kernel
+def test_what_a_trace_shows_is_fused() -> None:
+    model, x = randomize(Odd("")).eval(), noise(2, 8, 9, 9)
+    fused = fuse_for_inference(nn.Sequential(model), backend="kernel")
+    assert any(isinstance(m, fast.FusedBlock) for m in fused.modules())
+    with torch.no_grad():
+        near(fused(x), model(x))
+
+
+class Aliased(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
+        self.again = self.first[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        while float(x.abs().sum()) < 1:  # not to be traced as a whole
+            x = x * 2
+        y: Tensor = self.again(self.first(x))
+        return y
+
+
+def test_a_layer_under_two_names_is_left_alone() -> None:
+    model, x = randomize(Aliased()).eval(), noise(2, 6, 5, 5)
+    with torch.no_grad():
+        near(fuse_for_inference(model)(x), model(x))
+
+
+def test_attributes_of_a_block_remain() -> None:
+    fused = fuse_for_inference(nn.Sequential(MixConvBlock(8, 12, (3, 5), 2)), backend="kernel")
+    block: Any = fused[0]  # type: ignore[index]
+    assert (block.stride, block.out_channels) == (2, 12)
+
+
+def test_a_nan_is_not_lost_in_the_gate() -> None:
+    model = randomize(MODELS["block"]()).eval()
+    x = noise(2, 20, 9, 9)
+    x[0, 3, 4, 4] = torch.nan
+    with torch.no_grad():
+        y = fuse_for_inference(model, backend="kernel")(x)
+        assert torch.equal(y.isnan(), model(x).isnan())
+    assert y[0].isnan().all()
+
+
+def test_autocast_with_a_gradient_and_forward_mode() -> None:
+    model = randomize(MODELS["block"]()).eval()
+    fused, x = fuse_for_inference(model, backend="kernel"), noise(2, 20, 9, 9)
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fused(leaf).sum().backward()
+    assert leaf.grad is not None
+    tangents = []
+    with torch.autograd.forward_ad.dual_level():
+        for net in (model, fused):
+            y = net(torch.autograd.forward_ad.make_dual(x, noise(2, 20, 9, 9, seed=1)))
+            tangents.append(torch.autograd.forward_ad.unpack_dual(y).tangent)
+    near(tangents[1], tangents[0])
+
+
+def test_a_negated_view_is_negated() -> None:
+    model = randomize(MODELS["block"]()).eval()
+    x = torch.complex(noise(2, 20, 9, 9), noise(2, 20, 9, 9, seed=1)).conj().imag
+    assert x.is_neg()
+    with torch.no_grad():
+        near(fuse_for_inference(model, backend="kernel")(x), model(x))
+
+
+def test_extreme_sizes_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rings and wide tensors too large for the kernel's memory: no crash, the same result."""
+    monkeypatch.setattr(fast, "_LARGEST_RING", 10)
+    monkeypatch.setattr(fast, "_LARGEST_WIDE", 10)
+    model = randomize(MODELS["block"]()).eval()
+    fused, x = fuse_for_inference(model, backend="kernel"), noise(2, 20, 9, 7)
+    with torch.no_grad():
+        near(fused(x), model(x))

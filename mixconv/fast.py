@@ -481,7 +481,7 @@ _LARGEST_RING = 1 << 22  # vectors; only extreme dilations need more, and then t
 
 def _ring_size(mix: Mix, width: int) -> int:
     spans = (1 + d * (k - 1) for k, d in zip(mix.kernel_sizes, mix.dilations, strict=True))
-    return max(span * (width + 2 * span) for span in spans)
+    return max(span * (width + 16 * mix.stride + 2 * span) for span in spans)
 
 
 def _threads() -> int:
@@ -503,7 +503,7 @@ def kernel_form(x: Tensor, weight: Tensor, bias: Tensor | None, mix: Mix) -> Ten
     if mix.stride == 1:
         y = torch.empty_like(x)
     else:
-        y = torch.empty(size, memory_format=torch.channels_last)
+        y = torch.empty(size, memory_format=torch.channels_last, dtype=x.dtype, device=x.device)
     bias_at = None if bias is None else bias.data_ptr()
     library.mixed_depthwise2d(plan.handle, x.data_ptr(), weight.data_ptr(), bias_at, y.data_ptr())
     return y
@@ -712,13 +712,12 @@ def find_chains(model: nn.Module) -> list[list[str]]:
         return [[prefix + name for name in chain] for prefix, found in parts for chain in found]
     layers = dict(model.named_modules())
     calls = Counter(layers[str(n.target)] for n in graph.nodes if n.op == "call_module")
-    chains = []
-    for node in graph.nodes:
-        if node.op == "call_module" and _convolutions(layers[str(node.target)]):
-            chain = _follow(node, layers)
-            if all(calls[layers[name]] == 1 for name in chain):  # a layer used twice is left alone
-                chains.append(chain)
-    return chains
+    read = [str(n.target).rpartition(".")[0] for n in graph.nodes if n.op == "get_attr"]
+    calls.update(layers[name] for name in read)  # whose weights are also used directly
+    called = [node for node in graph.nodes if node.op == "call_module"]
+    starts = [node for node in called if _convolutions(layers[str(node.target)])]
+    chains = [_follow(node, layers) for node in starts]  # what is used twice is left alone:
+    return [chain for chain in chains if all(calls[layers[name]] == 1 for name in chain)]
 
 
 def _aliased(model: nn.Module) -> set[nn.Module]:
@@ -1038,7 +1037,7 @@ def block_kernel_form(
     kept = [tensor.contiguous() for pair in pairs for tensor in pair]
     library, pointers = load_kernel(), tuple([tensor.data_ptr() for tensor in kept])
     block, alone, together, size = _block(library, spec, x.shape, pointers, _threads())
-    y = torch.empty(size, memory_format=torch.channels_last)
+    y = torch.empty(size, memory_format=torch.channels_last, dtype=x.dtype, device=x.device)
     library.inverted_residual(
         ctypes.byref(block), alone.handle, together.handle, x.data_ptr(), y.data_ptr()
     )
@@ -1286,6 +1285,15 @@ class _Reader:
             return None
         return _Unit(layer, activation, node.args[0])
 
+    def all_used(self) -> bool:
+        """Whether the output depends on every step; the others may change something in place."""
+        used, waiting = set(), [node for node in self.graph.nodes if node.op == "output"]
+        while waiting:
+            if (node := waiting.pop()) not in used:
+                used.add(node)
+                waiting += node.all_input_nodes
+        return len(used) == len(self.graph.nodes)
+
     def pooled(self, node: Any) -> Any:
         """What a node takes the mean of, over all pixels; None if it does something else."""
         node = self.skip(node)
@@ -1389,7 +1397,8 @@ def _pack_block(
 def _keep_attributes(fused: FusedBlock, block: nn.Module) -> FusedBlock:
     """Numbers and names that others may read from the block, such as its stride."""
     for name, value in vars(block).items():
-        if not name.startswith("_") and not hasattr(fused, name):
+        plain = isinstance(value, int | float | str | tuple)
+        if plain and not name.startswith("_") and not hasattr(fused, name):
             setattr(fused, name, value)
     return fused
 
@@ -1397,7 +1406,8 @@ def _keep_attributes(fused: FusedBlock, block: nn.Module) -> FusedBlock:
 @torch.no_grad()
 def _computes_the_same(fused: FusedBlock, block: nn.Module) -> bool:
     channels = _check_spec(fused.spec)[0]
-    x = torch.randn(2, channels, 12, 11, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(2, channels, 12, 11, generator=generator, dtype=torch.float32, device="cpu")
     given = x.clone()
     wanted, found = block(given), fused(x)
     same = isinstance(wanted, Tensor) and wanted.shape == found.shape and torch.equal(given, x)
@@ -1415,7 +1425,7 @@ def fuse_block(block: nn.Module) -> FusedBlock | None:
     try:
         reader = _Reader(block)
         found = _read_block(reader) if len(reader.inputs) == 1 else None
-        fused = _pack_block(*found) if found is not None else None
+        fused = _pack_block(*found) if found is not None and reader.all_used() else None
         return fused if fused is not None and _computes_the_same(fused, block) else None
     except Exception as error:  # anything may go wrong in a stranger's forward
         log.debug("%s left as it is: %s", type(block).__name__, error)

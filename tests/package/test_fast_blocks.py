@@ -236,9 +236,6 @@ class Lookalike(nn.Module):
         elif self.kind == "sigmoid of itself":
             y = y * y.sigmoid()
         z: Tensor = self.project(y)
-        other: Tensor = self.second(wide)
-        if self.kind == "adds something else":
-            return z + other
         if self.kind == "adds twice":
             return torch.add(x, z, alpha=2)
         if self.kind == "doubles":
@@ -247,14 +244,18 @@ class Lookalike(nn.Module):
             return x + F.hardswish(z)
         if self.kind == "subtracts":
             return x - z
-        z = z * 2 if self.kind == "scales" else z
-        return x + z
+        if self.kind == "scales":
+            z = z * 2
+        if self.kind == "computes in vain":
+            self.second(wide)
+        other: Tensor = self.second(wide) if self.kind == "adds something else" else x
+        return other + z
 
 
 KINDS = (
     "gate of another tensor", "gate of the maximum", "mean of rows only", "hard gate",
     "gate twice", "sigmoid of itself", "adds something else", "adds twice", "doubles",
-    "unknown activation", "subtracts", "scales",
+    "unknown activation", "subtracts", "scales", "computes in vain",
 )  # fmt: skip
 
 
@@ -450,6 +451,8 @@ class Odd(nn.Module):
         y = self.expand(x)
         if self.kind == "change in place":
             y.add_(1)
+        if self.kind == "change of large numbers":
+            y.clamp_(max=1e3)
         if self.kind == "sees the tracer":
             y = y + 1 if isinstance(x, Tensor) else y
         y = self.mix(self.act(y))
@@ -473,7 +476,8 @@ class DropPath(nn.Module):
 
 
 ODD = (
-    "change in place", "sees the tracer", "mean over channels", "changes its input",
+    "change in place", "change of large numbers", "sees the tracer", "mean over channels",
+    "changes its input",
     "Swish of its own", "DropPath of its own", "forward of its own",
 )  # fmt: skip
 
@@ -565,3 +569,45 @@ def test_extreme_sizes_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
     fused, x = fuse_for_inference(model, backend="kernel"), noise(2, 20, 9, 7)
     with torch.no_grad():
         near(fused(x), model(x))
+
+
+def test_the_default_type_does_not_matter() -> None:
+    """The kernel writes float32 whatever new tensors are by default."""
+    model = randomize(MODELS["swish block"]()).eval()
+    layer = MixConv2d(20, (3, 5), 2).eval()
+    x = noise(2, 20, 9, 9)
+    for module in (model, layer):
+        fused = fuse_for_inference(module, backend="kernel")
+        with torch.no_grad():
+            wanted = module(x)
+            for dtype in (torch.float64, torch.bfloat16):
+                try:
+                    torch.set_default_dtype(dtype)
+                    y = fused(x)
+                finally:
+                    torch.set_default_dtype(torch.float32)
+                near(y, wanted)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv_transpose2d(F.relu(self.norm(self.conv(x))), self.conv.weight)
+
+
+def test_weights_that_are_read_directly_are_not_folded() -> None:
+    model, x = randomize(Tied()).eval(), noise(2, 6, 5, 5)
+    with torch.no_grad():
+        near(fuse_for_inference(model)(x), model(x))
+
+
+def test_a_huge_stride() -> None:
+    x, weight = noise(1, 8, 9, 9), torch.ones(72)
+    for stride in (10**6, 10**9):
+        with torch.no_grad():
+            y = fast.mixed_depthwise2d(x, weight, channels=[8], kernel_sizes=[3], stride=stride)
+        wanted = F.conv2d(x, torch.ones(8, 1, 3, 3), stride=stride, padding=1, groups=8)
+        torch.testing.assert_close(y, wanted)

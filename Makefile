@@ -39,7 +39,7 @@ test: $(INSTALLED) ## all that CI runs: style, types, freshness, tests, every no
 	$(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
 
 book: $(INSTALLED) ## notebooks or their text edited: run them, remake package, pages, figures
-	$(RUN) -m tools.book
+	$(RUN) -m tools.book $(CHAPTERS)
 
 check: $(INSTALLED) ## is every generated file fresh? writes nothing
 	$(RUN) -m tools.check

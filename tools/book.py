@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def stage_package(sources: dict[str, str], root: Path, staging: Path) -> None:
     package = staging / "mixconv"
     shutil.copytree(root / "mixconv", package, ignore=shutil.ignore_patterns("__pycache__"))
     for name, source in sources.items():
+        (package / name).parent.mkdir(exist_ok=True)
         (package / name).write_text(source)
 
 
@@ -103,9 +105,25 @@ def warn_if_slow(notebook: Any, seconds: float) -> str:
     return ""
 
 
-def build(root: Path = ROOT) -> int:
-    """Build the book; returns how many files changed."""
+def has_run(notebook: Any) -> bool:
+    """Whether every code cell holds what it gave; an edited side comes without outputs."""
+    return all(cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
+
+
+def build(root: Path = ROOT, only: Sequence[str] = ()) -> int:
+    """Build the book; returns how many files changed.
+
+    Args:
+        root: the repository.
+        only: chapters to run, by the beginnings of their names; the edited ones are run, too.
+            All, if none is named.
+
+    Raises:
+        BookError: saying what is wrong; nothing is written then.
+    """
     chapters = find_chapters(root)
+    if unknown := [n for n in only if not any(c.stem.startswith(n) for c in chapters)]:
+        raise BookError(f"no chapter begins with {', '.join(unknown)}")
     sides = [path for c in chapters for path in (c.ipynb, c.py) if path.exists()]
     read = {path: path.read_bytes() for path in sides}
     notebooks: list[tuple[Chapter, Any]] = []
@@ -116,6 +134,9 @@ def build(root: Path = ROOT) -> int:
         notebooks.append((chapter, normalise(notebook)))
     sources = tangle([(chapter.stem, notebook) for chapter, notebook in notebooks], root)
 
+    def wanted(chapter: Chapter, notebook: Any) -> bool:
+        return not only or chapter.stem.startswith(tuple(only)) or not has_run(notebook)
+
     record = read_record(root)
     package = {root / "mixconv" / name: text.encode() for name, text in sources.items()}
     refuse_hand_edits(package, root, record)
@@ -123,7 +144,7 @@ def build(root: Path = ROOT) -> int:
     with tempfile.TemporaryDirectory(prefix="mixconv-book-") as folder:
         staging = Path(folder)
         stage_package(sources, root, staging)
-        run_all(notebooks, staging)
+        run_all([pair for pair in notebooks if wanted(*pair)], staging)
     notebooks = [(chapter, normalise(notebook)) for chapter, notebook in notebooks]
 
     files = derive(notebooks, root)
@@ -148,9 +169,10 @@ def build(root: Path = ROOT) -> int:
 
 
 def main() -> int:
-    argparse.ArgumentParser(prog="make book", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="make book", description=__doc__)
+    parser.add_argument("chapters", nargs="*", metavar="NN", help="run these and the edited only")
     try:
-        changed = build()
+        changed = build(only=parser.parse_args().chapters)
     except BookError as error:
         print(f"\nmake book: {error}", file=sys.stderr)
         return 1

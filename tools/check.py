@@ -73,12 +73,13 @@ def find_problems(root: Path = ROOT) -> list[str]:
 
 def strays(expected: set[Path], root: Path) -> list[str]:
     """Files in generated places that no notebook makes."""
-    found = [*(root / "mixconv").glob("*"), *(root / "figures").glob("*")]
+    found = [*(root / "mixconv").rglob("*"), *(root / "figures").rglob("*")]
     found += (root / "notebooks").glob("*.md")
     return [
         f"{path.relative_to(root)}: no notebook makes it; remove it with git rm"
         for path in sorted(found)
         if path.is_file()
+        and "__pycache__" not in path.parts
         and path not in expected
         and path.name not in HAND_WRITTEN
         and path.suffix != ".json"

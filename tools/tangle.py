@@ -1,11 +1,12 @@
 """Notebooks → package.
 
-A code cell whose first line is `#| export layer.py` is source of `mixconv/layer.py`. Cells go to
-their module in reading order. Imports move to the top. A class may be told in pieces: a later
-cell that says `class MixConv2d(MixConv2d):` adds its members to the class begun before.
+A code cell whose first line is `#| export layer.py` is source of `mixconv/layer.py`, and
+`#| export fast/kernel.py` of `mixconv/fast/kernel.py`. Cells go to their module in reading order.
+Imports move to the top. A class may be told in pieces: a later cell that says
+`class MixConv2d(MixConv2d):` adds its members to the class begun before.
 
-C++ is told in Markdown cells: a fenced block of `cpp` whose first line is
-`//| export mixed_depthwise2d.cpp` is source of that file. Its blocks are joined in reading order.
+C++ is told in Markdown cells: a fenced block of `c++` whose first line is
+`//| export fast/depthwise.cpp` is source of that file. Its blocks are joined in reading order.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 from tools.notebooks import ROOT, BookError
 
 MARKER = re.compile(r"^#\|\s*export\b(?P<rest>.*)$")
-MODULE = re.compile(r"^[a-z_][a-z0-9_]*\.py$")
+MODULE = re.compile(r"^(?:[a-z][a-z0-9_]*/)?[a-z_][a-z0-9_]*\.py$")
 GENERATED = "Generated from notebooks/{}.ipynb by `make book`. Edit the notebook, not this file."
-CPP_FENCE = re.compile(r"^```cpp\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
-CPP_MARKER = re.compile(r"^//\|\s*export\s+(?P<name>[a-z_][a-z0-9_]*\.cpp)\s*$")
+CPP_FENCE = re.compile(r"^```c(?:pp|\+\+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+CPP_MARKER = re.compile(
+    r"^//\|\s*export\s+(?P<name>(?:[a-z][a-z0-9_]*/)?[a-z_][a-z0-9_]*\.cpp)\s*$"
+)
 
 
 @dataclass
@@ -65,7 +68,7 @@ def export_target(source: str, where: str) -> str | None:
         if number:
             raise BookError(f"{where}: `#| export` must be the first line of its cell")
         name = match["rest"].strip()
-        if not MODULE.match(name) or name == "__init__.py":
+        if not MODULE.match(name) or name.endswith("__init__.py"):
             raise BookError(f"{where}: `#| export {name}` does not name a module such as layer.py")
         return name
     return None
@@ -75,7 +78,7 @@ def cpp_blocks(source: str, where: str) -> list[tuple[str, str]]:
     """File name and code of each exported C++ block of a Markdown cell.
 
     Raises:
-        BookError: for a marker that is misspelt, or not the first line of a `cpp` block.
+        BookError: for a marker that is misspelt, or not the first line of a `c++` block.
     """
     blocks = []
     for match in CPP_FENCE.finditer(source):
@@ -86,7 +89,7 @@ def cpp_blocks(source: str, where: str) -> list[tuple[str, str]]:
     strays = [line for line in source.splitlines() if line.lstrip().startswith("//|")]
     if len(strays) != len(blocks):
         raise BookError(
-            f"{where}: `//| export NAME.cpp` must be the first line of a ```cpp block: {strays}"
+            f"{where}: `//| export NAME.cpp` must be the first line of a ```c++ block: {strays}"
         )
     return blocks
 

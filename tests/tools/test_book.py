@@ -254,7 +254,8 @@ def test_equal_file_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_main_says_how_it_went(monkeypatch, capsys, fails):
-    def fake():
+    def fake(only):
+        assert only == []
         if fails:
             raise BookError("00_start: a cell failed")
         return 3
@@ -265,3 +266,15 @@ def test_main_says_how_it_went(monkeypatch, capsys, fails):
     told = capsys.readouterr()
     assert ("00_start: a cell failed" in told.err) is fails
     assert ("3 files changed" in told.out) is not fails
+
+
+def test_only_the_named_and_the_edited_chapters_are_run(toy, capsys):
+    build(toy, only=["01"])
+    assert "01_then" in (said := capsys.readouterr().out)
+    assert "00_start" not in said
+    edit(toy / "notebooks" / "00_start.py", "double(21)", "double(22)")
+    build(toy, only=["01"])
+    assert "00_start" in capsys.readouterr().out
+    assert find_problems(toy) == []
+    with pytest.raises(BookError, match="no chapter begins with 7"):
+        build(toy, only=["7"])

@@ -131,17 +131,74 @@ def test_cells_are_short(chapter):
 
 # Modules
 
+MODULES = [p for p in sorted((ROOT / "mixconv").rglob("*.py")) if p.name != "__init__.py"]
+CPP = sorted((ROOT / "mixconv").rglob("*.cpp"))
+LINES_OF_A_PAGE = 900
+LINES_OF_A_MODULE = 350
+SOME = 1.05  # "about"
+
+
+def dotted(path):
+    """`mixconv.fast.kernel` for `mixconv/fast/kernel.py`."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+def file_of(name):
+    """The file of a module or package by its dotted name."""
+    path = ROOT.joinpath(*name.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def too_long(paths, limit):
+    lines = {path.name: len(path.read_text().splitlines()) for path in paths}
+    return {name: count for name, count in lines.items() if count > limit * SOME}
+
+
+def cycles(imports):
+    """The modules that can be reached from themselves, in a dictionary module -> imported ones."""
+
+    def reach(name, seen):
+        for other in imports.get(name, ()):
+            if other not in seen:
+                seen.add(other)
+                reach(other, seen)
+        return seen
+
+    return {name for name in imports if name in reach(name, set())}
+
+
+def test_a_page_and_a_module_hold_one_idea_each(tmp_path):
+    assert too_long([chapter.page for chapter in CHAPTERS], LINES_OF_A_PAGE) == {}
+    assert too_long([*MODULES, *CPP], LINES_OF_A_MODULE) == {}
+    long = tmp_path / "long.py"
+    long.write_text("x = 1\n" * 400)
+    assert too_long([long], LINES_OF_A_MODULE) == {"long.py": 400}
+
+
+def test_no_modules_import_each_other():
+    imports = {dotted(path): set(imported_modules(path.read_text())) for path in MODULES}
+    assert cycles(imports) == set()
+    assert cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {"a", "b", "c"}
+
+
+def test_the_book_does_not_need_the_accelerator():
+    """Outside `mixconv/fast`, only the package's front door imports it."""
+    outside = [path for path in MODULES if path.parent.name != "fast" and path.stem != "__main__"]
+    users = {
+        path.name: [name for name in imported_modules(path.read_text()) if ".fast" in name]
+        for path in outside
+    }
+    assert {name: used for name, used in users.items() if used} == {}
+
 
 def test_no_module_imports_from_a_later_chapter():
     chapter_of, imports = {}, []
-    for path in sorted((ROOT / "mixconv").glob("*.py")):
+    for path in MODULES:
         source = path.read_text()
         header = re.match(r"# Generated from notebooks/(\d\d)_", source)
-        if path.name == "__init__.py":
-            continue
         assert header, f"{path.name} does not name its notebook"
-        chapter_of[f"mixconv.{path.stem}"] = int(header[1])
-        imports += [(f"mixconv.{path.stem}", name) for name in imported_modules(source)]
+        chapter_of[dotted(path)] = int(header[1])
+        imports += [(dotted(path), name) for name in imported_modules(source)]
     late = [(user, used) for user, used in imports if chapter_of[used] > chapter_of[user]]
     assert late == []
 
@@ -162,8 +219,7 @@ def test_no_chapter_uses_a_later_one(chapter):
     late = []
     for position, cell in cells_of(chapter, "code"):
         for name in imported_modules(cell.source):
-            module = ROOT / "mixconv" / f"{name.partition('.')[2] or '__init__'}.py"
-            made_by = re.match(r"# Generated from notebooks/(\d\d)_", module.read_text())
+            made_by = re.match(r"# Generated from notebooks/(\d\d)_", file_of(name).read_text())
             if made_by and int(made_by[1]) > number_of(chapter):
                 late.append((position, name))
     assert late == []

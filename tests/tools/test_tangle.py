@@ -45,6 +45,9 @@ def test_no_marker(source):
         ("#| export ../toy.py", "does not name a module"),
         ("#| export toy.py other.py", "does not name a module"),
         ("#| export __init__.py", "does not name a module"),
+        ("#| export fast/__init__.py", "does not name a module"),
+        ("#| export fast/../toy.py", "does not name a module"),
+        ("#| export a/b/toy.py", "does not name a module"),
         ("x = 1\n#| export toy.py", "must be the first line"),
         ("\n#| export toy.py", "must be the first line"),
     ],
@@ -219,3 +222,8 @@ def test_real_notebooks_make_the_stored_package():
     del stored["__init__.py"]
     assert sorted(made) == sorted(stored)
     assert [name for name in made if made[name] != stored[name]] == []
+
+
+def test_a_module_in_a_folder_of_the_package():
+    cells = notebook(code('#| export fast/toy.py\n"""A toy."""\n\nX = 1'))
+    assert list(tangle([("02_toy", cells)], ROOT)) == ["fast/toy.py"]

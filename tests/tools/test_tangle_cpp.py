@@ -30,6 +30,16 @@ def test_blocks_are_joined_in_order_without_markers():
     ]
 
 
+@pytest.mark.parametrize("fence", ["```cpp", "```c++"])
+def test_both_names_of_the_language_are_taken(fence):
+    assert "int x;" in made(markdown(block("int x;", fence=fence)))
+
+
+def test_a_file_in_a_folder_of_the_package():
+    cells = notebook(markdown(block("int x;", name="fast/toy.cpp")))
+    assert list(tangle([("02_toy", cells)], ROOT)) == ["fast/toy.cpp"]
+
+
 def test_code_is_kept_to_the_letter():
     body = "struct A {\n\n  // why\n  int b;  // `not` Markdown: $x$\n};"
     assert body in made(markdown(block(body)))
@@ -63,7 +73,7 @@ def test_what_is_not_marked_is_not_taken(cell):
     ],
 )
 def test_misplaced_or_misspelt_marker(source):
-    with pytest.raises(BookError, match=r"^02_toy, cell 1: .*first line of a ```cpp block"):
+    with pytest.raises(BookError, match=r"^02_toy, cell 1: .*first line of a ```c\+\+ block"):
         cpp_blocks(source, "02_toy, cell 1")
 
 

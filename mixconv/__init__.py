@@ -9,7 +9,6 @@ from mixconv.blocks import (
     MixConvBlock,
     SqueezeExcite,
 )
-from mixconv.fast import fuse_for_inference, mixed_depthwise2d
 from mixconv.formulation import count_costs, mixconv_reference, receptive_field
 from mixconv.layer import Conv2dSame, MixConv2d
 from mixconv.mixnet import (
@@ -30,7 +29,7 @@ from mixconv.mobilenet import mobilenet_v1, mobilenet_v2, replace_depthwise
 from mixconv.partition import default_kernel_sizes, partition_channels
 from mixconv.weights import load_official, load_weights, to_timm
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "MIXNET_L",
@@ -49,11 +48,9 @@ __all__ = [
     "decode_block",
     "default_kernel_sizes",
     "encode_block",
-    "fuse_for_inference",
     "load_official",
     "load_weights",
     "mixconv_reference",
-    "mixed_depthwise2d",
     "mixnet_l",
     "mixnet_m",
     "mixnet_s",

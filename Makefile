@@ -7,7 +7,13 @@ INSTALLED := $(VENV)/.installed
 # The server's root is this folder, not notebooks/: jupytext finds its settings in pyproject.toml.
 # JupyterLab refuses to run as root unless told to; its news and update checks need the network.
 LAB_OPTIONS := $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.news_url=None \
-  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate
+  --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+  --KernelManager.transport_encryption=auto
+
+# Lab asks on its first start whether to fetch news, unless its settings say no.
+LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
+NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
+  {"fetchNews": "false", "checkForUpdates": false}}
 
 # Two workers; a file, and so a notebook, stays on one of them.
 PARALLEL := --numprocesses 2 --dist loadfile
@@ -18,14 +24,32 @@ PARALLEL := --numprocesses 2 --dist loadfile
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# The stamp says which folder and Python the environment was made for. Without it, or in another
+# folder (an environment does not survive a move), or if PYTHON names another, a new one is made.
+version = $(shell $(1) -c 'import sys; print(*sys.version_info[:2], sep=".")' 2>/dev/null)
+MADE_FOR := $(shell cat $(INSTALLED) 2>/dev/null)
+WANTED := $(CURDIR) $(if $(filter file,$(origin PYTHON)),$(lastword $(MADE_FOR)),$(call version,$(PYTHON)))
+ifneq ($(MADE_FOR),$(strip $(WANTED)))
+$(INSTALLED): ANEW
+endif
+
+.PHONY: ANEW
+ANEW:
+	@rm -rf $(VENV)
+
+# CPU_WHEELS: the address of PyTorch's CPU-only builds, from the install page of its site.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
-	@echo "setting up $(VENV) (once; a minute or two, 1.3 GB, nearly all of it torch)"
-	@$(PYTHON) -m venv $(VENV)
-	@$(RUN) -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable ".[tutorial,test]"
-	@touch $@
+	@echo "setting up $(VENV): once, 1 to 5 minutes; 1.9 GB, or 5.6 GB if torch comes with CUDA"
+	@rm -f $@
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "no module venv? On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(if $(CPU_WHEELS),PIP_EXTRA_INDEX_URL=$(CPU_WHEELS)) $(RUN) -m pip install \
+	  --disable-pip-version-check --constraint constraints.txt --editable ".[tutorial,test]"
+	@mkdir -p $(LAB_SETTINGS)
+	@echo '$(NO_NEWS)' > $(LAB_SETTINGS)/overrides.json
+	@echo "$(CURDIR) $(call version,$(RUN))" > $@
 
 lab: $(INSTALLED) ## open JupyterLab on the notebooks
 	$(RUN) -m jupyter lab $(LAB_OPTIONS) --LabApp.default_url=/lab/tree/notebooks/00_start_here.ipynb

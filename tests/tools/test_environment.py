@@ -2,7 +2,9 @@
 
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from itertools import pairwise
 
@@ -136,6 +138,60 @@ def test_make_test_runs_every_check():
     assert "--nbval " in last
     assert last.endswith(" notebooks")
     assert "lax" not in last
+
+
+def steps_of_check(folder, *options):
+    """What `make check` would run in a folder."""
+    quiet = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    command = ["make", "--no-print-directory", "-n", "check", *options]
+    done = subprocess.run(
+        command, cwd=folder, env=quiet, check=True, capture_output=True, text=True
+    )
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def set_up(tmp_path):
+    """A folder whose environment was set up, as far as make can see; its name has a space."""
+    folder = tmp_path / "my book"
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, folder)
+    (folder / ".venv/bin/python").symlink_to(sys.executable)
+    (folder / ".venv/.installed").write_text(f"{folder} {VERSION}\n")
+    return folder
+
+
+VERSION = ".".join(map(str, sys.version_info[:2]))
+ANEW = "rm -rf .venv"
+
+
+def test_an_environment_that_fits_is_kept(set_up):
+    assert steps_of_check(set_up) == [".venv/bin/python -m tools.check"]
+    assert steps_of_check(set_up, f"PYTHON={sys.executable}") == steps_of_check(set_up)
+
+
+def test_a_set_up_that_was_interrupted_begins_anew(set_up):
+    (set_up / ".venv/.installed").unlink()
+    assert steps_of_check(set_up)[0] == ANEW
+
+
+def test_a_folder_that_was_moved_gets_a_new_environment(set_up):
+    moved = set_up.rename(set_up.parent / "elsewhere")
+    assert steps_of_check(moved)[0] == ANEW
+
+
+def test_another_python_gets_an_environment_of_its_own(set_up):
+    (set_up / ".venv/.installed").write_text(f"{set_up} 3.99\n")
+    assert steps_of_check(set_up, f"PYTHON={sys.executable}")[0] == ANEW
+    assert steps_of_check(set_up) == [".venv/bin/python -m tools.check"]
+
+
+def test_a_new_request_is_installed_into_the_environment(set_up):
+    os.utime(set_up / "constraints.txt", (2**31 - 1, 2**31 - 1))
+    steps = steps_of_check(set_up)
+    assert ANEW not in steps
+    assert any("-m pip install" in step for step in steps)
 
 
 def test_help_lists_every_target():

@@ -25,6 +25,7 @@ from tools.notebooks import ROOT, BookError
 MARKER = re.compile(r"^#\|\s*export\b(?P<rest>.*)$")
 MODULE = re.compile(r"^(?:[a-z][a-z0-9_]*/)?[a-z_][a-z0-9_]*\.py$")
 GENERATED = "Generated from notebooks/{}.ipynb by `make book`. Edit the notebook, not this file."
+LINE_LENGTH = 100  # as pyproject.toml says
 CPP_FENCE = re.compile(r"^```c(?:pp|\+\+)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 CPP_MARKER = re.compile(
     r"^//\|\s*export\s+(?P<name>(?:[a-z][a-z0-9_]*/)?[a-z_][a-z0-9_]*\.cpp)\s*$"
@@ -129,7 +130,7 @@ def tangle(notebooks: Iterable[tuple[str, Any]], root: Path = ROOT) -> dict[str,
             raise BookError(f"{module.chapter}: {module.name} has no docstring and no content")
     files = {name: tidy(render(module), name, root) for name, module in modules.items()}
     for name, (stem, blocks) in cpp.items():
-        files[name] = "\n".join([f"// {GENERATED.format(stem)}\n", *blocks])
+        files[name] = "\n".join([header(stem, "//") + "\n", *blocks])
     return files
 
 
@@ -287,12 +288,17 @@ def defined_names(node: ast.stmt) -> list[str]:
     return []
 
 
+def header(stem: str, comment: str) -> str:
+    """The line that says which notebook to edit; two lines where one would be too long."""
+    made, _, edit = (line := f"{comment} {GENERATED.format(stem)}").partition(". Edit")
+    return line if len(line) <= LINE_LENGTH else f"{made}.\n{comment} Edit{edit}"
+
+
 def render(module: Module) -> str:
     """Header, docstring, imports, `__all__`, pieces."""
     names = [name for piece in module.pieces for name in defined_names(piece.node)]
     public = sorted({name for name in names if not name.startswith("_")})
-    header = f"# {GENERATED.format(module.chapter)}"
-    parts = [header, module.docstring, "\n".join(module.imports)]
+    parts = [header(module.chapter, "#"), module.docstring, "\n".join(module.imports)]
     if public:
         parts.append("__all__ = [" + "".join(f'"{name}", ' for name in public).rstrip(", ") + "]")
     parts += [piece.text for piece in module.pieces]

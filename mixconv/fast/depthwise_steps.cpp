@@ -1,4 +1,5 @@
-// Generated from notebooks/13_kernel_in_steps.ipynb by `make book`. Edit the notebook, not this file.
+// Generated from notebooks/13_kernel_in_steps.ipynb by `make book`.
+// Edit the notebook, not this file.
 
 // Steps towards depthwise.cpp: one group, stride 1, channels a multiple of 16.
 #include <cstdint>

@@ -1,4 +1,5 @@
-# Generated from notebooks/13_kernel_in_steps.ipynb by `make book`. Edit the notebook, not this file.
+# Generated from notebooks/13_kernel_in_steps.ipynb by `make book`.
+# Edit the notebook, not this file.
 
 """The package's C++ as a library, compiled at first use (ours; chapter 13)."""
 

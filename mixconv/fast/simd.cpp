@@ -1,4 +1,5 @@
-// Generated from notebooks/13_kernel_in_steps.ipynb by `make book`. Edit the notebook, not this file.
+// Generated from notebooks/13_kernel_in_steps.ipynb by `make book`.
+// Edit the notebook, not this file.
 
 // Vectors of float32 as wide as the machine's: load, store, activations.
 #include <cstdint>

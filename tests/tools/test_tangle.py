@@ -6,7 +6,7 @@ import pytest
 
 from tests.tools.conftest import code, markdown, notebook, read, real_chapters
 from tools.notebooks import ROOT, BookError
-from tools.tangle import export_target, tangle
+from tools.tangle import export_target, header, tangle
 
 HEAD = '#| export toy.py\n"""A toy."""\n'
 PIECE = "#| export toy.py\n"
@@ -62,6 +62,14 @@ def test_module_opens_with_the_notebook_to_edit_and_its_docstring():
     assert "notebooks/02_toy.ipynb" in lines[0]
     assert "Edit the notebook" in lines[0]
     assert ast.get_docstring(ast.parse("\n".join(lines))) == "A toy."
+
+
+def test_a_long_first_line_is_broken():
+    short = "# Generated from notebooks/02_toy.ipynb by `make book`. Edit the notebook, not this file."
+    assert header("02_toy", "#") == short
+    first, second = header("02_" + "long" * 5, "//").splitlines()
+    assert first.endswith("by `make book`.")
+    assert second == "// Edit the notebook, not this file."
 
 
 def test_only_marked_code_cells_are_taken():
@@ -217,9 +225,10 @@ def test_one_chapter_may_make_two_modules():
 
 def test_real_notebooks_make_the_stored_package():
     made = tangle([(chapter.stem, read(chapter)) for chapter in real_chapters()], ROOT)
-    paths = [*(ROOT / "mixconv").glob("*.py"), *(ROOT / "mixconv").glob("*.cpp")]
-    stored = {path.name: path.read_text() for path in paths}
-    del stored["__init__.py"]
+    package = ROOT / "mixconv"
+    paths = [path for ending in ("py", "cpp") for path in package.rglob(f"*.{ending}")]
+    written = [path for path in paths if path.name != "__init__.py"]
+    stored = {path.relative_to(package).as_posix(): path.read_text() for path in written}
     assert sorted(made) == sorted(stored)
     assert [name for name in made if made[name] != stored[name]] == []
 

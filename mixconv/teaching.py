@@ -17,10 +17,14 @@ from torch import Tensor
 
 __all__ = [
     "KERNEL_COLORS",
+    "Answer",
     "Table",
+    "Test",
+    "WrongAnswerError",
     "attempt",
     "check",
     "check_rewrite",
+    "expect",
     "kernel_color",
     "photograph",
     "show",
@@ -44,6 +48,13 @@ def check(actual: Tensor, expected: Tensor, what: str) -> None:
     print(f"equal: {what}, shape {tuple(actual.shape)}")
 
 
+def _uneven(like: Tensor) -> Tensor:
+    """Numbers from 1 to 2, all different, with no pattern for an error to hide in."""
+    golden = 0.6180339887498949  # its multiples never come back to where they were
+    steps = torch.arange(like.numel(), dtype=torch.float64) * golden
+    return (1 + steps % 1).to(like.dtype).view(like.shape)
+
+
 def check_rewrite(
     before: Callable[..., Tensor], after: Callable[..., Tensor], *tensors: Tensor, what: str
 ) -> None:
@@ -62,8 +73,7 @@ def check_rewrite(
     for function in (before, after):
         leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         output = function(*leaves)
-        ramp = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-        results.append([output, *torch.autograd.grad(output, leaves, ramp)])
+        results.append([output, *torch.autograd.grad(output, leaves, _uneven(output))])
     names = ["output", *(f"gradient {i}" for i in range(len(tensors)))]
     for name, expected, actual in zip(names, *results, strict=True):
         try:
@@ -73,18 +83,119 @@ def check_rewrite(
     print(f"equal: {what}, output {tuple(output.shape)}, gradients: {len(tensors)}")
 
 
-def attempt(answer: Callable[..., object], test: Callable[..., None]) -> None:
-    """Try an exercise: run `test(answer)` and say whether it is to do or solved.
+class WrongAnswerError(AssertionError):
+    """An answer that gave something else than was expected; says what, and why.
+
+    Attributes:
+        arguments: of the call.
+        value: what it gave.
+    """
+
+    def __init__(self, message: str, arguments: tuple[object, ...], value: object) -> None:
+        super().__init__(message)
+        self.arguments, self.value = arguments, value
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two answers are equal: numbers and tensors up to rounding, the rest exactly."""
+    if type(one) is not type(other) and not {type(one), type(other)} <= {int, float}:
+        return False
+    try:
+        torch.testing.assert_close(one, other)
+    except (AssertionError, TypeError, ValueError):
+        return bool(type(one) is type(other) and not isinstance(one, Tensor) and one == other)
+    return True
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() > 12:
+        return f"a tensor {tuple(value.shape)}"
+    return str(value.detach().tolist()) if isinstance(value, Tensor) else repr(value)
+
+
+def expect(answer: Callable[..., object], *arguments: object, gives: object, why: str) -> None:
+    """Assert, inside the test of an exercise, that an answer gives what it should.
+
+    Args:
+        answer: the function under test.
+        arguments: to call it with.
+        gives: the right value; tensors and floats are compared up to rounding.
+        why: the reason, in a few words; the reader is shown it.
 
     Raises:
-        AssertionError: from the test, if the answer is wrong.
+        WrongAnswerError: with the call, what came back, what was expected, and why.
+    """
+    value = answer(*arguments)
+    if not _same(value, gives):
+        call = f"{answer.__name__}({', '.join(map(_show, arguments))})"
+        message = f"{call} gave {_show(value)}, expected {_show(gives)}: {why}"
+        raise WrongAnswerError(message, arguments, value)
+
+
+Answer = Callable[..., object]
+
+Test = Callable[[Answer], None]
+
+
+_KNOWN_MISTAKES: dict[str, list[Answer]] = {}  # by the name of the test
+
+
+def _explain(error: AssertionError, test: Test) -> str:
+    """The message of a failed attempt; names the misconception if the value is a known one's."""
+    if not isinstance(error, WrongAnswerError):
+        return str(error)
+    for mistake in _KNOWN_MISTAKES.get(test.__name__, []):
+        if _same(mistake(*error.arguments), error.value):
+            return f"{error}\nThis is what you get if you {mistake.__doc__}."
+    return str(error)
+
+
+def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None:
+    """Try an exercise: run `test(answer)` and say whether it is to do or solved.
+
+    Args:
+        answer: the reader's function, or the solution.
+        test: raises AssertionError for a wrong answer; see `expect`.
+        wrong: wrong answers that the test must catch. The docstring of each names one
+            misconception, and completes "this is what you get if you …".
+
+    Raises:
+        AssertionError: from the test, if the answer is wrong; or if a wrong answer passes.
     """
     try:
         test(answer)
     except NotImplementedError:
         print(f"to do: {answer.__name__}")
-    else:
-        print(f"solved: {answer.__name__}")
+        return
+    except AssertionError as error:
+        raise AssertionError(_explain(error, test)) from None
+    print(f"solved: {answer.__name__}")
+    if wrong:
+        _KNOWN_MISTAKES[test.__name__] = list(wrong)
+        _try_wrong_answers(test, wrong)
+
+
+_WRONG_EVERYWHERE: dict[str, Answer] = {
+    "return nothing": lambda *arguments: None,
+    "return 1, whatever the question": lambda *arguments: 1,
+    "return the first argument as it came": lambda *arguments: arguments[0] if arguments else None,
+}
+
+
+def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
+    """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
+    named = {str(answer.__doc__): answer for answer in wrong}
+    for mistake, answer in (_WRONG_EVERYWHERE | named).items():
+        try:
+            test(answer)
+        except AssertionError as error:
+            if answer in wrong:
+                print(f"caught: {mistake} → {str(error).splitlines()[0]}")
+        except Exception as error:
+            if answer in wrong:  # the others may fail in any way
+                raise AssertionError(f"{answer.__name__} raised {error!r}") from error
+        else:
+            raise AssertionError(f"{test.__name__} accepts a wrong answer: {mistake}")
 
 
 class Table:
@@ -114,7 +225,9 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         columns = zip(*self.rows, strict=True)
-        right = [all(c.strip("+-")[:1].isdigit() for c in column) for column in columns]
+        right = [
+            all(c.strip("+-–")[:1].isdigit() or c == "–" for c in column) for column in columns
+        ]
         rule = ["---:" if numbers else "---" for numbers in right]
         return "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rule, *self.rows])
 

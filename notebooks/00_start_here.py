@@ -1,48 +1,59 @@
 # %% [markdown]
 # # 0 · Start here
 #
-# MixConv is one idea: in a depthwise convolution, give different channels kernels of different sizes.
-# This book takes the paper apart (Tan and Le, *MixConv: Mixed Depthwise Convolutional Kernels*, BMVC 2019), from the formula of its section 3.1 to the networks of its section 4, and builds a package, `mixconv`, on the way.
+# Do larger kernels always make a network better?
+#
+# ![ImageNet accuracy against multiply-adds for MobileNetV1 and V2. With one kernel size in all layers, accuracy peaks at 7×7 or 9×9 and then falls; with mixed sizes it stays above, at lower cost.](../figures/figure_4_redrawn.png)
+#
+# Take a MobileNet, and make the kernels of its depthwise layers larger: 3×3, 5×5, 7×7 and on. At first accuracy rises. Then, along the dotted line, it falls, while the cost goes on growing. (The accuracies are cited from the paper, Figure 4; the costs are computed in [chapter 5](05_mobilenets.ipynb).)
+#
+# MixConv is the solid line. It gives *some* channels a 3×3 kernel, others a 5×5, others more: all sizes side by side in one layer. The fine pattern and the wide view are both at hand, and most channels stay cheap. Tan and Le proposed it in [*MixConv: Mixed Depthwise Convolutional Kernels*](https://arxiv.org/abs/1907.09595) (BMVC 2019), let a search choose the mixes, and called the networks it found MixNets.
 #
 # ![Sixteen channels are split into four groups; each passes through a depthwise convolution with its own kernel size, 3×3 to 9×9, and the results are concatenated.](../figures/mixconv_overview.png)
 #
-# Sixteen channels, four groups, four kernel sizes: 656 weights, where 9×9 kernels everywhere would have 1,296.
+# This book takes that apart, from the formula to a kernel that computes it in one pass, and builds a package, `mixconv`, on the way.
 #
 # **You will be able to**
-# - read, run and change every chapter;
-# - name each symbol of the paper and find it in the code;
-# - use the five tools that every chapter uses: `check`, `check_rewrite`, `attempt`, `table` and `show`.
+# - say what MixConv is, and what question it answers;
+# - read, run and change every chapter, and try its exercises;
+# - name each symbol of the paper and find it in the code.
 #
 # **Know first:** Python, and what `torch.nn.Conv2d` does. No more.
 #
 # **Time:** 10 minutes to read. Runs in under 10 seconds on two cores.
 
 # %% [markdown]
+# ## The idea, in numbers
+#
+# A depthwise layer has one k×k kernel for each channel. Sixteen channels with 9×9 kernels have 16 · 81 weights. Give four of them 3×3, four 5×5, four 7×7 and four 9×9, and it is less than half, though the layer still looks as far:
+
+# %%
+one_size = 16 * 9**2
+mixed = 4 * 3**2 + 4 * 5**2 + 4 * 7**2 + 4 * 9**2
+print(f"9×9 everywhere: {one_size} weights. Mixed: {mixed}, {mixed / one_size:.0%} of that.")
+assert (one_size, mixed) == (1296, 656)
+
+# %% [markdown]
 # ## The way through
 #
 # | | chapter | you build |
 # |---|---|---|
+# | **I** | **Understand** | |
 # | 1 | [Formulation](01_formulation.ipynb) | the operation as loops and as tensor operations; its cost |
 # | 2 | [Partitioning](02_partitioning.ipynb) | who gets which kernel size |
 # | 3 | [The layer](03_layer.ipynb) | `MixConv2d`, where a depthwise `nn.Conv2d` was |
 # | 4 | [Blocks](04_blocks.ipynb) | what stands around it in a network |
-# | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, and MixConv for any model |
-# | 6 | [MixNet](06_mixnet.ipynb) | the networks that the search found, equal to the official ones |
-# | 8 | [Fast](08_fast.ipynb) | why few multiply-adds are not fast, and a kernel that is |
-# | 9 | [Using it](09_using_it.ipynb) | command line, weights, features, export |
+# | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, their costs, and what it found with them |
 #
-# ## Three ways to use this book
+# You can stop after chapter 3 and know the layer; after chapter 8 you know the paper. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded: no weights, no data.
 #
 # | you want to | do this |
 # |---|---|
 # | read | open the `.md` pages on GitHub; they hold every output and figure |
-# | run | clone the repository, then `make lab` in it. Needs Python 3.11 or newer. The first time it installs what the notebooks need: over 1 GB, mostly PyTorch |
-# | change | edit a notebook in JupyterLab (or its `.py` text), then `make book` |
+# | run | clone the repository, then `make lab` in it (the README says what that needs) |
+# | change | edit a notebook in JupyterLab, or its `.py` text, then `make book` |
 #
-# A chapter is one notebook. Its cells that begin with `#| export layer.py` are the source of `mixconv/layer.py`: the package is made from the book, so what you read is what runs.
-# `make book` runs the notebooks again and remakes the package, the pages and the figures. `make test` fails when any of them is out of date.
-#
-# Each chapter imports what the chapters before it built. Once installed, nothing is downloaded: no weights, no data.
+# A chapter is one notebook. Its cells that begin with `#| export layer.py` are the source of `mixconv/layer.py`: the package is made from the book, so what you read is what runs. `make test` fails when a page, a figure or a module is not what its notebook makes.
 
 # %% [markdown]
 # ## Three voices
@@ -51,13 +62,12 @@
 #
 # > 📄 **Paper.** What Tan and Le wrote, with its section.
 #
-# > ⚙️ **Official code.** What the authors' TensorFlow code does: the folder `models/official/mnasnet/mixnet` of the `tensorflow/tpu` repository. Where it differs from the paper, this book follows the code, since the published numbers came from it.
+# > ⚙️ **Official code.** What the authors' TensorFlow code does: the folder [`models/official/mnasnet/mixnet`](https://github.com/tensorflow/tpu/tree/master/models/official/mnasnet/mixnet) of the `tensorflow/tpu` repository. Where it differs from the paper, this book follows the code, since the published numbers came from it.
 #
 # > ✏️ **Ours.** A choice or an addition of this book.
 #
 # Nothing here is trained. Accuracies need ImageNet, so they are always cited, and said to be cited.
-
-# %% [markdown]
+#
 # ## Notation
 #
 # The paper stores images as (height, width, channels). PyTorch stores them as (channels, height, width). The book uses PyTorch's order.
@@ -84,12 +94,212 @@
 # The paper's "FLOPS" are multiply-adds: one multiplication and one addition count as one. So do ours.
 
 # %% [markdown]
-# ## Tool 1: `check`
+# ## Equal, or not
 #
-# A faster or shorter version of a computation is worth nothing until it is shown to be equal.
-# `check` compares two tensors and stops the notebook when they differ.
+# A faster or shorter version of a computation is worth nothing until it is compared with the one you trust. `check` does that, and stops the notebook where two tensors differ:
 
 # %%
+import torch
+
+from mixconv.teaching import check, check_rewrite
+
+ones = torch.ones(2, 3)
+check(ones + ones, 2 * ones, "adding and doubling")
+try:
+    check(ones * 1.01, ones, "one and a bit")
+except AssertionError as error:
+    print("\n".join(str(error).splitlines()[:4]))
+
+# %% [markdown]
+# A rewrite may give the right values and still train wrongly. So `check_rewrite` takes two functions, and compares their outputs *and* the gradient of every argument:
+
+# %%
+x = torch.arange(6.0).view(2, 3)
+check_rewrite(lambda t: t * t, lambda t: t**2, x, what="product and power")
+
+
+# %% [markdown]
+# Two functions with equal values and different slopes do not pass. In the second one here, every output moves with the *sum* of the inputs, but only backward, where a test of values cannot see it:
+
+# %%
+def haunted(t: torch.Tensor) -> torch.Tensor:
+    return t + (t.sum() - t.sum().detach())
+
+
+for name, function in {"cut": lambda t: t.detach() + 0 * t, "haunted": haunted}.items():
+    check(function(x), x, f"values, {name}")
+    try:
+        check_rewrite(lambda t: t, function, x, what=name)
+    except AssertionError as error:
+        print(str(error).splitlines()[0])
+
+# %% [markdown]
+# Such a check is one random input, not a proof. Where the book says "proof", there is algebra.
+#
+# ## Exercises
+#
+# An exercise is a stub to fill in and a test to pass. Stars say how hard it is: ★ a minute or two, ★★ ten, ★★★ an evening. Hints are folded; open one at a time. The solution is folded, too, and with it some *wrong answers*: each time the book is tested, the solution must pass and each wrong answer must be caught.
+#
+# **0.1** ★ *2 minutes, one line.* A depthwise layer has one k×k kernel for each channel. How many weights is that? Replace the `raise` with your answer and run the cell.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# How many numbers does one kernel hold? How many kernels are there?
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def weights_of_depthwise(channels: int, kernel_size: int) -> int:
+    raise NotImplementedError
+
+
+def test_weights(answer) -> None:
+    expect(answer, 1, 3, gives=9, why="one channel, one kernel of 3 · 3")
+    expect(answer, 32, 3, gives=288, why="32 kernels of 3 · 3")
+    expect(answer, 32, 5, gives=800, why="32 kernels of 5 · 5")
+
+
+attempt(weights_of_depthwise, test_weights)
+
+
+# %% tags=["solution"]
+# Solution
+def weights_of_depthwise_solution(channels: int, kernel_size: int) -> int:
+    return channels * kernel_size**2
+
+
+def dense(channels: int, kernel_size: int) -> int:
+    """count a dense layer: there, every output has a kernel for every input channel"""
+    return channels * channels * kernel_size**2
+
+
+def one_side(channels: int, kernel_size: int) -> int:
+    """count one side of the kernel only"""
+    return channels * kernel_size
+
+
+attempt(weights_of_depthwise_solution, test_weights, wrong=[dense, one_side])
+
+# %% [markdown]
+# What do you see if your answer is one of those? Somebody counts a dense layer:
+
+# %%
+try:
+    attempt(lambda channels, k: (channels * k) ** 2, test_weights)
+except AssertionError as error:
+    print(error)
+
+# %% [markdown]
+# **0.2** ★★ *5 minutes, one line.* Fool the check: write a function of `x` that returns exactly the values of `x * x` and has the gradient of `3 * x`.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `detach()` gives the same values without a gradient. Build the values from detached parts and let one part carry the slope.
+#
+# </details>
+#
+# <details><summary>Hint: the first half</summary>
+#
+# `3 * x - (3 * x).detach()` is zero everywhere, and has a gradient all the same.
+#
+# </details>
+
+# %%
+from torch import Tensor
+
+
+def square_with_a_wrong_slope(x: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def test_fool(answer) -> None:
+    x = torch.tensor([1.0, 2.0, 5.0], requires_grad=True)
+    expect(answer, x, gives=x * x, why="the values are those of x * x")
+    (slope,) = torch.autograd.grad(answer(x).sum(), x)
+    assert torch.equal(slope, torch.full((3,), 3.0)), f"the gradient is {slope}, wanted 3, 3, 3"
+
+
+attempt(square_with_a_wrong_slope, test_fool)
+
+
+# %% tags=["solution"]
+# Solution
+def square_with_a_wrong_slope_solution(x: Tensor) -> Tensor:
+    return (x * x).detach() + (3 * x - (3 * x).detach())
+
+
+def plain_square(x: Tensor) -> Tensor:
+    """leave the square its own gradient, 2x"""
+    return x * x
+
+
+def both(x: Tensor) -> Tensor:
+    """add the slopes: without detach on the square its gradient stays"""
+    return x * x + (3 * x - (3 * x).detach())
+
+
+attempt(square_with_a_wrong_slope_solution, test_fool, wrong=[plain_square, both])
+
+# %% [markdown]
+# That is why every rewrite in this book is compared in its gradient, too.
+#
+# ## Tables, figures, colours
+#
+# `table` draws a table in JupyterLab and on the pages, and plain text in a terminal:
+
+# %%
+from mixconv.teaching import table
+
+table(["kernel", "weights per channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7, 9, 11, 13)])
+
+# %% [markdown]
+# `show` draws a figure. A colour means the same kernel size in every figure of the book; readers with any common colour blindness can tell them apart (the palette is by Okabe and Ito).
+
+# %% tags=["drawing"]
+# The code that draws this
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import KERNEL_COLORS, show, use_style
+
+use_style()
+figure, axes = plt.subplots(1, 6, figsize=(7.5, 1.9))
+for axis, (k, color) in zip(axes, KERNEL_COLORS.items(), strict=True):
+    axis.add_patch(plt.Rectangle((-k / 2, -k / 2), k, k, color=color, alpha=0.85))
+    axis.add_patch(plt.Rectangle((-0.5, -0.5), 1, 1, color="white"))
+    axis.set(xlim=(-7, 7), ylim=(-7, 7), aspect="equal", title=f"{k}×{k}")
+    axis.set_xlabel(f"{k * k} weights")
+    axis.set(xticks=[], yticks=[])
+    axis.spines[:].set_visible(False)
+show(
+    figure,
+    "kernel_colors.png",
+    "Six squares to scale, one for each kernel size from 3×3 to 13×13, each in its own colour: "
+    "9, 25, 49, 81, 121 and 169 weights. The white dot is the output position.",
+)
+
+# %% [markdown]
+# The area is the cost: a 13×13 kernel has 169 weights where a 3×3 has 9. Most of this book is about who gets the large ones.
+#
+# Some pictures need a picture. matplotlib ships one that is in the public domain: Grace Hopper, US Navy.
+
+# %% tags=["drawing"]
+# The code that draws this
+from mixconv.teaching import photograph
+
+figure, axis = plt.subplots(figsize=(2.6, 2.6))
+axis.imshow(photograph()[0].permute(1, 2, 0))
+axis.axis("off")
+show(figure, "photograph.png", "The photograph: Grace Hopper in uniform, head and shoulders.")
+
+# %% [markdown]
+# ## How the tools are made
+#
+# You need not read these. They are the module `mixconv/teaching.py`, whole, and the first example of how the package is made: a cell that begins with `#| export teaching.py` goes there.
+
+# %% tags=["tool"]
 #| export teaching.py
 """What every chapter uses: checks, exercises, tables, figures, the photograph (chapter 0).
 
@@ -117,29 +327,15 @@ def check(actual: Tensor, expected: Tensor, what: str) -> None:
     print(f"equal: {what}, shape {tuple(actual.shape)}")
 
 
-# %%
-ones = torch.ones(2, 3)
-check(ones + ones, 2 * ones, "adding and doubling")
-
-# %% [markdown]
-# A difference is an error with numbers in it:
-
-# %%
-try:
-    check(ones * 1.01, ones, "one and a bit")
-except AssertionError as error:
-    print(error)
-
-
-# %% [markdown]
-# ## Tool 2: `check_rewrite`
-#
-# A layer is trained through its gradient, so equal outputs are half of the proof.
-# `check_rewrite` takes two functions of the same tensors. It compares what they return, and the gradient with respect to every tensor.
-# It differentiates `(output * ramp).sum()`, with a fixed ramp from −1 to 1: a constant in its place would hide errors that cancel in a sum.
-
-# %%
+# %% tags=["tool"]
 #| export teaching.py
+def _uneven(like: Tensor) -> Tensor:
+    """Numbers from 1 to 2, all different, with no pattern for an error to hide in."""
+    golden = 0.6180339887498949  # its multiples never come back to where they were
+    steps = torch.arange(like.numel(), dtype=torch.float64) * golden
+    return (1 + steps % 1).to(like.dtype).view(like.shape)
+
+
 def check_rewrite(
     before: Callable[..., Tensor], after: Callable[..., Tensor], *tensors: Tensor, what: str
 ) -> None:
@@ -158,8 +354,7 @@ def check_rewrite(
     for function in (before, after):
         leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
         output = function(*leaves)
-        ramp = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
-        results.append([output, *torch.autograd.grad(output, leaves, ramp)])
+        results.append([output, *torch.autograd.grad(output, leaves, _uneven(output))])
     names = ["output", *(f"gradient {i}" for i in range(len(tensors)))]
     for name, expected, actual in zip(names, *results, strict=True):
         try:
@@ -169,72 +364,130 @@ def check_rewrite(
     print(f"equal: {what}, output {tuple(output.shape)}, gradients: {len(tensors)}")
 
 
-# %%
-x = torch.arange(6.0).view(2, 3)
-check_rewrite(lambda t: t * t, lambda t: t**2, x, what="product and power")
-
-# %% [markdown]
-# Two functions with equal values and different slopes do not pass:
-
-# %%
-try:
-    check_rewrite(lambda t: t, lambda t: t.detach() + 0 * t, x, what="a cut gradient")
-except AssertionError as error:
-    print(str(error).splitlines()[0])
-
-
-# %% [markdown]
-# ## Tool 3: `attempt`
-#
-# Exercises come as a stub to fill in and a test to pass. The solution is folded below, and it runs in the same test as yours, each time the book is tested.
-
-# %%
+# %% tags=["tool"]
 #| export teaching.py
-def attempt(answer: Callable[..., object], test: Callable[..., None]) -> None:
-    """Try an exercise: run `test(answer)` and say whether it is to do or solved.
+class WrongAnswerError(AssertionError):
+    """An answer that gave something else than was expected; says what, and why.
+
+    Attributes:
+        arguments: of the call.
+        value: what it gave.
+    """
+
+    def __init__(self, message: str, arguments: tuple[object, ...], value: object) -> None:
+        super().__init__(message)
+        self.arguments, self.value = arguments, value
+
+
+def _same(one: object, other: object) -> bool:
+    """Whether two answers are equal: numbers and tensors up to rounding, the rest exactly."""
+    if type(one) is not type(other) and not {type(one), type(other)} <= {int, float}:
+        return False
+    try:
+        torch.testing.assert_close(one, other)
+    except (AssertionError, TypeError, ValueError):
+        return bool(type(one) is type(other) and not isinstance(one, Tensor) and one == other)
+    return True
+
+
+def _show(value: object) -> str:
+    if isinstance(value, Tensor) and value.numel() > 12:
+        return f"a tensor {tuple(value.shape)}"
+    return str(value.detach().tolist()) if isinstance(value, Tensor) else repr(value)
+
+
+# %% tags=["tool"]
+#| export teaching.py
+def expect(answer: Callable[..., object], *arguments: object, gives: object, why: str) -> None:
+    """Assert, inside the test of an exercise, that an answer gives what it should.
+
+    Args:
+        answer: the function under test.
+        arguments: to call it with.
+        gives: the right value; tensors and floats are compared up to rounding.
+        why: the reason, in a few words; the reader is shown it.
 
     Raises:
-        AssertionError: from the test, if the answer is wrong.
+        WrongAnswerError: with the call, what came back, what was expected, and why.
+    """
+    value = answer(*arguments)
+    if not _same(value, gives):
+        call = f"{answer.__name__}({', '.join(map(_show, arguments))})"
+        message = f"{call} gave {_show(value)}, expected {_show(gives)}: {why}"
+        raise WrongAnswerError(message, arguments, value)
+
+
+# %% tags=["tool"]
+#| export teaching.py
+Answer = Callable[..., object]
+Test = Callable[[Answer], None]
+
+_KNOWN_MISTAKES: dict[str, list[Answer]] = {}  # by the name of the test
+
+
+def _explain(error: AssertionError, test: Test) -> str:
+    """The message of a failed attempt; names the misconception if the value is a known one's."""
+    if not isinstance(error, WrongAnswerError):
+        return str(error)
+    for mistake in _KNOWN_MISTAKES.get(test.__name__, []):
+        if _same(mistake(*error.arguments), error.value):
+            return f"{error}\nThis is what you get if you {mistake.__doc__}."
+    return str(error)
+
+
+# %% tags=["tool"]
+#| export teaching.py
+def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None:
+    """Try an exercise: run `test(answer)` and say whether it is to do or solved.
+
+    Args:
+        answer: the reader's function, or the solution.
+        test: raises AssertionError for a wrong answer; see `expect`.
+        wrong: wrong answers that the test must catch. The docstring of each names one
+            misconception, and completes "this is what you get if you …".
+
+    Raises:
+        AssertionError: from the test, if the answer is wrong; or if a wrong answer passes.
     """
     try:
         test(answer)
     except NotImplementedError:
         print(f"to do: {answer.__name__}")
-    else:
-        print(f"solved: {answer.__name__}")
+        return
+    except AssertionError as error:
+        raise AssertionError(_explain(error, test)) from None
+    print(f"solved: {answer.__name__}")
+    if wrong:
+        _KNOWN_MISTAKES[test.__name__] = list(wrong)
+        _try_wrong_answers(test, wrong)
 
 
-# %% [markdown]
-# **Exercise 0.** A depthwise layer has one k×k kernel for each channel. How many weights is that?
-# Replace the `raise` with your answer and run the cell.
-
-# %%
-def weights_of_depthwise(channels: int, kernel_size: int) -> int:
-    raise NotImplementedError
-
-
-def test_weights(answer) -> None:
-    assert answer(32, 3) == 288
-    assert answer(32, 5) == 800
+# %% tags=["tool"]
+#| export teaching.py
+_WRONG_EVERYWHERE: dict[str, Answer] = {
+    "return nothing": lambda *arguments: None,
+    "return 1, whatever the question": lambda *arguments: 1,
+    "return the first argument as it came": lambda *arguments: arguments[0] if arguments else None,
+}
 
 
-attempt(weights_of_depthwise, test_weights)
+def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
+    """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
+    named = {str(answer.__doc__): answer for answer in wrong}
+    for mistake, answer in (_WRONG_EVERYWHERE | named).items():
+        try:
+            test(answer)
+        except AssertionError as error:
+            if answer in wrong:
+                print(f"caught: {mistake} → {str(error).splitlines()[0]}")
+        except Exception as error:
+            if answer in wrong:  # the others may fail in any way
+                raise AssertionError(f"{answer.__name__} raised {error!r}") from error
+        else:
+            raise AssertionError(f"{test.__name__} accepts a wrong answer: {mistake}")
 
 
-# %% tags=["solution"]
-def weights_of_depthwise_solution(channels: int, kernel_size: int) -> int:
-    return channels * kernel_size**2
-
-
-attempt(weights_of_depthwise_solution, test_weights)
-
-
-# %% [markdown]
-# ## Tool 4: `table`
-#
-# Tables are drawn as tables in JupyterLab and on the pages, and as plain text in a terminal.
-
-# %%
+# %% tags=["tool"]
 #| export teaching.py
 class Table:
     """Rows under a header; the last line of a notebook cell draws it.
@@ -253,13 +506,6 @@ class Table:
         number = isinstance(value, int) and not isinstance(value, bool)
         return f"{value:,}" if number else str(value)
 
-
-# %% [markdown]
-# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class.
-
-# %%
-#| export teaching.py
-class Table(Table):
     def __repr__(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
@@ -268,9 +514,18 @@ class Table(Table):
             for line in lines
         )
 
+
+# %% [markdown]
+# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class.
+
+# %% tags=["tool"]
+#| export teaching.py
+class Table(Table):
     def _repr_markdown_(self) -> str:
         columns = zip(*self.rows, strict=True)
-        right = [all(c.strip("+-")[:1].isdigit() for c in column) for column in columns]
+        right = [
+            all(c.strip("+-–")[:1].isdigit() or c == "–" for c in column) for column in columns
+        ]
         rule = ["---:" if numbers else "---" for numbers in right]
         return "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rule, *self.rows])
 
@@ -280,15 +535,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     return Table(header, rows)
 
 
-# %%
-table(["kernel", "weights per channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7, 9, 11, 13)])
-
-# %% [markdown]
-# ## Tool 5: `show`, and one colour per kernel size
-#
-# A colour means the same kernel size in every figure of the book. The six colours are told apart by readers with any common colour blindness (the palette is by Okabe and Ito).
-
-# %%
+# %% tags=["tool"]
 #| export teaching.py
 import matplotlib.pyplot as plt
 from IPython.display import display
@@ -309,10 +556,7 @@ def kernel_color(kernel_size: int) -> str:
     return KERNEL_COLORS.get(kernel_size, "#777777")
 
 
-# %% [markdown]
-# The figures share one style, and `show` draws each under a name, with a sentence that says what it shows to those who cannot see it.
-
-# %%
+# %% tags=["tool"]
 #| export teaching.py
 def use_style() -> None:
     """Set the figure style of the book: sparse axes, readable text, no chart junk."""
@@ -330,8 +574,6 @@ def use_style() -> None:
     )
 
 
-# %%
-#| export teaching.py
 def show(figure: Figure, filename: str, alt: str) -> None:
     """Draw a figure at the end of a cell.
 
@@ -346,33 +588,7 @@ def show(figure: Figure, filename: str, alt: str) -> None:
     plt.close(figure)
 
 
-# %% tags=["drawing"]
-use_style()
-figure, axes = plt.subplots(1, 6, figsize=(7.5, 1.9))
-for axis, (k, color) in zip(axes, KERNEL_COLORS.items(), strict=True):
-    axis.add_patch(plt.Rectangle((-k / 2, -k / 2), k, k, color=color, alpha=0.85))
-    axis.add_patch(plt.Rectangle((-0.5, -0.5), 1, 1, color="white"))
-    axis.set(xlim=(-7, 7), ylim=(-7, 7), aspect="equal", title=f"{k}×{k}")
-    axis.set_xlabel(f"{k * k} weights")
-    axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
-show(
-    figure,
-    "kernel_colors.png",
-    "Six squares to scale, one for each kernel size from 3×3 to 13×13, each in its own colour: "
-    "9, 25, 49, 81, 121 and 169 weights. The white dot is the output position.",
-)
-
-# %% [markdown]
-# The area is the cost: a 13×13 kernel has 169 weights where a 3×3 has 9. Most of this book is about who gets the large ones.
-
-# %% [markdown]
-# ## The photograph
-#
-# Some pictures need a picture. matplotlib ships one that is in the public domain: Grace Hopper, US Navy.
-# `photograph` crops the upper square and returns it as a batch of one.
-
-# %%
+# %% tags=["tool"]
 #| export teaching.py
 import matplotlib.cbook
 import numpy as np
@@ -394,22 +610,12 @@ def photograph(size: int = 224) -> Tensor:
     small = torch.nn.functional.interpolate(image, (size, size), mode="bilinear", antialias=True)
     return small.clamp(0, 1)  # antialiasing overshoots by a rounding error
 
-
-# %%
-image = photograph()
-print(tuple(image.shape), f"values {image.min():.2f} to {image.max():.2f}")
-
-# %% tags=["drawing"]
-figure, axis = plt.subplots(figsize=(2.6, 2.6))
-axis.imshow(image[0].permute(1, 2, 0))
-axis.axis("off")
-show(figure, "photograph.png", "The photograph: Grace Hopper in uniform, head and shoulders.")
-
 # %% [markdown]
 # ## Takeaways
+# - One kernel size for all channels has a best value, and past it more cost buys less. MixConv does not choose: it mixes.
 # - Every chapter is a notebook, and its exported cells are the package.
 # - Paper, official code and our own choices are told apart.
-# - Every rewrite is proved equal, forward and gradient.
+# - Every rewrite is compared with what it replaces, forward and gradient.
 # - One colour means one kernel size.
 #
 # Next: [1 · Formulation](01_formulation.ipynb)

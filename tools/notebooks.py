@@ -28,6 +28,7 @@ FOLDED_TAGS = {
     "solution": "Solution",
     "drawing": "The code that draws this",
     "plumbing": "The code that reads names and files",
+    "tool": "The source of this tool",
 }
 KNOWN_TAGS = set(FOLDED_TAGS)
 

@@ -271,8 +271,7 @@ def test_every_exercise_has_a_solution_that_solves_it(chapter):
     assert numbers == [f"{number_of(chapter)}.{i}" for i in range(1, len(numbers) + 1)]
     cells = cells_of(chapter, "code")
     todo = [index for index, (_, cell) in enumerate(cells) if "to do:" in printed(cell)]
-    if number_of(chapter):  # chapter 0 shows how an exercise works, and sets none
-        assert len(todo) == len(numbers)
+    assert len(todo) == len(numbers)
     for index in todo:
         position, answer = cells[index + 1] if index + 1 < len(cells) else (0, cells[index][1])
         assert "solution" in answer.metadata.get("tags", []), f"after cell {cells[index][0]}"

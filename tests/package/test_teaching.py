@@ -1,0 +1,190 @@
+"""The tools of chapter 0: what they accept, what they refuse, what they say."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+
+from mixconv import teaching
+from mixconv.teaching import (
+    KERNEL_COLORS,
+    WrongAnswerError,
+    attempt,
+    check,
+    check_rewrite,
+    expect,
+    kernel_color,
+    photograph,
+    show,
+    table,
+    use_style,
+)
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def double(x):
+    return 2 * x
+
+
+def once(x):
+    """forget to double"""
+    return x
+
+
+def test_double(answer):
+    expect(answer, 3, gives=6, why="twice three")
+    expect(answer, X, gives=2 * X, why="twice each number")
+
+
+test_double.__test__ = False  # type: ignore[attr-defined]  # an exercise's, not pytest's
+
+
+def test_check_says_what_is_equal_and_refuses_the_rest(capsys):
+    check(X + X, 2 * X, "doubling")
+    assert capsys.readouterr().out == "equal: doubling, shape (2, 3)\n"
+    for other in (X * 1.01, X.double(), X[0]):
+        with pytest.raises(AssertionError, match="doubling"):
+            check(other, X, "doubling")
+
+
+def same_sum(t):
+    return t + (t.sum() - t.sum().detach())
+
+
+def same_mean_slope(t):
+    """Its extra gradient is one number for the first half of the outputs, minus it for the rest."""
+    signs = torch.ones(t.numel()).view(t.shape)
+    signs.view(-1)[t.numel() // 2 :] = -1
+    extra = (signs * t).sum()
+    return t + (extra - extra.detach())
+
+
+@pytest.mark.parametrize("shape", [(1,), (2, 3), (4, 5, 6)])
+@pytest.mark.parametrize("rewrite", [lambda t: t.detach() + 0 * t, same_sum, same_mean_slope])
+def test_gradient_errors_that_values_do_not_show(rewrite, shape):
+    x = torch.randn(shape)
+    check(rewrite(x), x, "values")
+    with pytest.raises(AssertionError, match="it, gradient 0"):
+        check_rewrite(lambda t: t, rewrite, x, what="it")
+
+
+def test_rewrites_that_agree_pass_in_both_precisions(capsys):
+    for x in (X, X.double()):
+        check_rewrite(lambda t: t * t, lambda t: t**2, x, what="squares")
+    assert capsys.readouterr().out == 2 * "equal: squares, output (2, 3), gradients: 1\n"
+    with pytest.raises(AssertionError, match="it, output"):
+        check_rewrite(lambda t: t, lambda t: 2 * t, X, what="it")
+    with pytest.raises(AssertionError, match="it, gradient 1"):
+        check_rewrite(lambda a, b: a * b, lambda a, b: a * b.detach() + 0 * b, X, X, what="it")
+
+
+def test_expect_tells_call_value_right_value_and_reason():
+    with pytest.raises(WrongAnswerError) as caught:
+        expect(once, 3, gives=6, why="twice three")
+    assert str(caught.value) == "once(3) gave 3, expected 6: twice three"
+    assert (caught.value.arguments, caught.value.value) == ((3,), 3)
+    expect(lambda: 0.1 + 0.2, gives=0.3, why="floats are compared up to rounding")
+    expect(lambda: (1, "a"), gives=(1, "a"), why="the rest exactly")
+
+
+@pytest.mark.parametrize("value", [None, 7, True, "6", [6], torch.tensor(6)])
+def test_expect_refuses_what_is_not_the_same(value):
+    with pytest.raises(WrongAnswerError, match="expected 6"):
+        expect(lambda: value, gives=6, why="six")
+
+
+def stub(x):
+    raise NotImplementedError
+
+
+def test_attempt_says_to_do_or_solved(capsys):
+    attempt(stub, test_double)
+    attempt(double, test_double)
+    assert capsys.readouterr().out == "to do: stub\nsolved: double\n"
+    with pytest.raises(AssertionError, match="expected 6"):
+        attempt(once, test_double)
+
+
+def test_wrong_answers_are_caught_and_named_afterwards(monkeypatch, capsys):
+    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    attempt(double, test_double, wrong=[once])
+    assert capsys.readouterr().out.splitlines() == [
+        "solved: double",
+        "caught: forget to double → once(3) gave 3, expected 6: twice three",
+    ]
+    with pytest.raises(AssertionError, match="This is what you get if you forget to double"):
+        attempt(lambda x: x * 1, test_double)
+    with pytest.raises(AssertionError) as caught:
+        attempt(lambda x: x + 1, test_double)
+    assert "This is what" not in str(caught.value)
+
+
+def test_a_test_that_accepts_a_wrong_answer_is_refused(monkeypatch):
+    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+
+    def accepts_all(answer):
+        answer(1)
+
+    with pytest.raises(AssertionError, match="accepts a wrong answer: forget to double"):
+        attempt(double, accepts_all, wrong=[once])
+
+    def accepts_the_argument(answer):
+        expect(answer, 1, gives=1, why="one")
+
+    def zero(x):
+        """return 0"""
+        return 0
+
+    with pytest.raises(AssertionError, match="accepts a wrong answer: return 1, whatever"):
+        attempt(once, accepts_the_argument, wrong=[zero])
+
+
+def test_a_wrong_answer_that_crashes_is_no_wrong_answer(monkeypatch):
+    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+
+    def crash(x):
+        """crash"""
+        raise KeyError("x")
+
+    with pytest.raises(AssertionError, match="crash raised KeyError"):
+        attempt(double, test_double, wrong=[crash])
+
+
+def test_table_as_text_and_as_markdown():
+    drawn = table(["name", "count", "gain"], [["a", 1234, "+0.5"], ["b", 5, "–"]])
+    assert repr(drawn).splitlines() == [
+        "name  count  gain",
+        "   a  1,234  +0.5",
+        "   b      5     –",
+    ]
+    assert drawn._repr_markdown_().splitlines() == [
+        "| name | count | gain |",
+        "| --- | ---: | ---: |",
+        "| a | 1,234 | +0.5 |",
+        "| b | 5 | – |",
+    ]
+
+
+def test_a_colour_for_each_kernel_size():
+    assert len(set(KERNEL_COLORS.values())) == len(KERNEL_COLORS) == 6
+    assert kernel_color(3) == KERNEL_COLORS[3]
+    assert kernel_color(99) not in KERNEL_COLORS.values()
+
+
+def test_show_gives_name_and_alt_text_and_closes(monkeypatch):
+    shown = []
+    monkeypatch.setattr(teaching, "display", lambda *what, **how: shown.append((what, how)))
+    use_style()
+    figure, _ = plt.subplots(figsize=(3, 2))
+    show(figure, "dot.png", "A dot.")
+    metadata = {"filename": "dot.png", "alt": "A dot.", "image/png": {"width": 300}}
+    assert shown == [((figure,), {"metadata": metadata})]
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_photograph_is_a_batch_of_one_between_0_and_1():
+    image = photograph(32)
+    assert image.shape == (1, 3, 32, 32)
+    assert image.dtype == torch.float32
+    assert 0 <= image.min() < 0.2
+    assert 0.8 < image.max() <= 1

@@ -185,7 +185,7 @@ _WRONG_EVERYWHERE: dict[str, Answer] = {
 def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
     """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
     named = {str(answer.__doc__): answer for answer in wrong}
-    for mistake, answer in (_WRONG_EVERYWHERE | named).items():
+    for mistake, answer in (named | _WRONG_EVERYWHERE).items():
         try:
             test(answer)
         except AssertionError as error:

@@ -390,6 +390,8 @@ def _same(one: object, other: object) -> bool:
     return True
 
 
+# %% tags=["tool"]
+#| export teaching.py
 def _show(value: object) -> str:
     if isinstance(value, Tensor) and value.numel() > 12:
         return f"a tensor {tuple(value.shape)}"
@@ -425,6 +427,8 @@ Test = Callable[[Answer], None]
 _KNOWN_MISTAKES: dict[str, list[Answer]] = {}  # by the name of the test
 
 
+# %% tags=["tool"]
+#| export teaching.py
 def _explain(error: AssertionError, test: Test) -> str:
     """The message of a failed attempt; names the misconception if the value is a known one's."""
     if not isinstance(error, WrongAnswerError):
@@ -474,7 +478,7 @@ _WRONG_EVERYWHERE: dict[str, Answer] = {
 def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
     """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
     named = {str(answer.__doc__): answer for answer in wrong}
-    for mistake, answer in (_WRONG_EVERYWHERE | named).items():
+    for mistake, answer in (named | _WRONG_EVERYWHERE).items():
         try:
             test(answer)
         except AssertionError as error:
@@ -506,6 +510,13 @@ class Table:
         number = isinstance(value, int) and not isinstance(value, bool)
         return f"{value:,}" if number else str(value)
 
+
+# %% [markdown]
+# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class.
+
+# %% tags=["tool"]
+#| export teaching.py
+class Table(Table):
     def __repr__(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
@@ -514,13 +525,6 @@ class Table:
             for line in lines
         )
 
-
-# %% [markdown]
-# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class.
-
-# %% tags=["tool"]
-#| export teaching.py
-class Table(Table):
     def _repr_markdown_(self) -> str:
         columns = zip(*self.rows, strict=True)
         right = [

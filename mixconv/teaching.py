@@ -215,6 +215,10 @@ class Table:
         number = isinstance(value, int) and not isinstance(value, bool)
         return f"{value:,}" if number else str(value)
 
+    @staticmethod
+    def _is_number(cell: str) -> bool:
+        return cell == "–" or cell.strip("+-")[:1].isdigit()
+
     def __repr__(self) -> str:
         lines = [self.header, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.header))]
@@ -225,9 +229,7 @@ class Table:
 
     def _repr_markdown_(self) -> str:
         columns = zip(*self.rows, strict=True)
-        right = [
-            all(c.strip("+-–")[:1].isdigit() or c == "–" for c in column) for column in columns
-        ]
+        right = [all(map(self._is_number, column)) for column in columns]
         rule = ["---:" if numbers else "---" for numbers in right]
         return "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rule, *self.rows])
 

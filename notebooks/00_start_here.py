@@ -510,6 +510,10 @@ class Table:
         number = isinstance(value, int) and not isinstance(value, bool)
         return f"{value:,}" if number else str(value)
 
+    @staticmethod
+    def _is_number(cell: str) -> bool:
+        return cell == "–" or cell.strip("+-")[:1].isdigit()
+
 
 # %% [markdown]
 # The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class.
@@ -527,9 +531,7 @@ class Table(Table):
 
     def _repr_markdown_(self) -> str:
         columns = zip(*self.rows, strict=True)
-        right = [
-            all(c.strip("+-–")[:1].isdigit() or c == "–" for c in column) for column in columns
-        ]
+        right = [all(map(self._is_number, column)) for column in columns]
         rule = ["---:" if numbers else "---" for numbers in right]
         return "\n".join(f"| {' | '.join(line)} |" for line in [self.header, rule, *self.rows])
 
@@ -578,6 +580,8 @@ def use_style() -> None:
     )
 
 
+# %% tags=["tool"]
+#| export teaching.py
 def show(figure: Figure, filename: str, alt: str) -> None:
     """Draw a figure at the end of a cell.
 

@@ -475,6 +475,8 @@ _WRONG_EVERYWHERE: dict[str, Answer] = {
 }
 
 
+# %% tags=["tool"]
+#| export teaching.py
 def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
     """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
     named = {str(answer.__doc__): answer for answer in wrong}

@@ -25,8 +25,9 @@ from mixconv.mixnet import (
     mixnet_s,
     preprocess,
 )
-from mixconv.mobilenet import mobilenet_v1, mobilenet_v2, replace_depthwise
+from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
 from mixconv.partition import default_kernel_sizes, partition_channels
+from mixconv.surgery import replace_depthwise
 from mixconv.weights import load_official, load_weights, to_timm
 
 __version__ = "0.2.0"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mixconv.formulation import count_costs
 from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s, preprocess
-from mixconv.mobilenet import ConvNet, mobilenet_v1, mobilenet_v2
+from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
+from mixconv.network import ConvNet
 
 __all__ = [
     "StageRow",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 __all__ = [
     "LayerCost",
     "count_costs",
+    "count_parameters",
     "depthwise_loops",
     "depthwise_reference",
     "evaluating",
@@ -177,6 +178,11 @@ class LayerCost:
     multiply_adds: int
 
 
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers a model learns: weights, biases, scales and shifts of normalisations."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> LayerCost:
     """The cost of one layer, from its weights and the output it gave.
 
@@ -188,9 +194,8 @@ def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> Layer
         kind = "depthwise"
     else:
         kind = "pointwise" if layer.kernel_size == (1, 1) else "convolution"
-    parameters = sum(p.numel() for p in layer.parameters())
     multiply_adds = output.numel() * layer.weight[0].numel()
-    return LayerCost(name, kind, tuple(output.shape), parameters, multiply_adds)
+    return LayerCost(name, kind, tuple(output.shape), count_parameters(layer), multiply_adds)
 
 
 @contextmanager

@@ -9,9 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv.partition import check_kernel_sizes, check_positive, resolve_partition
+from mixconv._checks import as_pair, check_kernel_sizes, check_positive
+from mixconv.partition import resolve_partition
 
-__all__ = ["PADDINGS", "Conv2dSame", "MixConv2d", "embed_kernel", "make_conv2d", "same_padding"]
+__all__ = [
+    "PADDINGS",
+    "Conv2dSame",
+    "MixConv2d",
+    "embed_kernel",
+    "make_conv2d",
+    "make_pointwise",
+    "merge_depthwise",
+    "same_padding",
+]
 
 
 def same_padding(
@@ -94,7 +104,7 @@ def make_conv2d(
         raise ValueError(f"padding must be 'symmetric' or 'same', got {padding!r}")
     check_positive("in_channels", in_channels)
     check_positive("out_channels", out_channels)
-    spread = (dilation, dilation) if isinstance(dilation, int) else dilation
+    spread = as_pair("dilation", dilation)
     conv: type[nn.Conv2d] = nn.Conv2d
     zeros = (spread[0] * (kernel_size // 2), spread[1] * (kernel_size // 2))
     if padding == "same" and stride not in (1, (1, 1)):
@@ -103,6 +113,37 @@ def make_conv2d(
         in_channels, out_channels, kernel_size, stride, zeros,
         dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
     )  # fmt: skip
+
+
+def make_pointwise(
+    in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
+) -> nn.Conv2d:
+    """A 1×1 convolution, on all channels or on equal groups of them.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        groups: how many groups; must divide both.
+        bias: whether to add a bias; off, since a batch norm mostly follows.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
+
+    Raises:
+        TypeError: for a number that is not an integer.
+        ValueError: if a number is below 1 or `groups` does not divide the channels.
+
+    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
+    """
+    numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+    for name, number in numbers.items():
+        check_positive(name, number)
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must divide in_channels and out_channels, got {groups} groups for "
+            f"{in_channels} and {out_channels} channels"
+        )
+    return make_conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
 
 
 class MixConv2d(nn.Module):
@@ -156,8 +197,8 @@ class MixConv2d(nn.Module):
         self.kernel_sizes = check_kernel_sizes(kernel_sizes)
         self.partition = resolve_partition(channels, self.kernel_sizes, partition)
         self.in_channels, self.out_channels = channels, channels * channel_multiplier
-        self.stride = _pair("stride", stride)
-        self.dilation = _pair("dilation", dilation)
+        self.stride = as_pair("stride", stride)
+        self.dilation = as_pair("dilation", dilation)
         self.padding = padding
         self.channel_multiplier = channel_multiplier
         self.dilated = dilated
@@ -216,51 +257,16 @@ class MixConv2d(nn.Module):
             parts.append("bias=False")
         return f"MixConv2d({', '.join(parts)})"
 
-    def _check_centres(self) -> None:
-        """Raise unless the windows of all kernels have the same centres."""
-        if self.padding == "symmetric" or len(self.kernel_sizes) == 1:
-            return
-        for k, spread in self._kernels():
-            if any(d * (k - 1) < s - 1 for d, s in zip(spread, self.stride, strict=True)):
-                raise ValueError(
-                    f"cannot merge kernel size {k} at stride {self.stride} with padding 'same': "
-                    "(k - 1) * dilation must be at least stride - 1"
-                )
-
-    @torch.no_grad()
     def merged(self) -> nn.Conv2d:
-        """The same operation as one depthwise convolution with zero-embedded kernels.
+        """The same operation as one depthwise convolution; see `merge_depthwise`.
 
         Returns:
             A new `nn.Conv2d` with copies of the weights; the layer is not changed.
 
         Raises:
-            ValueError: with padding "same", if a kernel is too small for the stride: its windows
-                are then centred elsewhere than those of the larger kernels.
+            ValueError: if one convolution cannot do it, saying why.
         """
-        self._check_centres()
-        convs, size = self._convolutions(), max(self.kernel_sizes)
-        merged = make_conv2d(
-            self.in_channels, self.out_channels, size, self.stride, dilation=self.dilation,
-            groups=self.in_channels, bias=convs[0].bias is not None, padding=self.padding,
-            device=convs[0].weight.device, dtype=convs[0].weight.dtype,
-        )  # fmt: skip
-        spreads = [(1, 1) if spread == self.dilation else spread for _, spread in self._kernels()]
-        pairs = zip(convs, spreads, strict=True)
-        merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
-        if merged.bias is not None:
-            biases = [conv.bias for conv in convs if conv.bias is not None]
-            merged.bias.copy_(torch.cat(biases))
-        return merged.train(self.training)
-
-
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
-    for number in pair:
-        check_positive(name, number)
-    return pair
+        return merge_depthwise(self._convolutions()).train(self.training)
 
 
 def embed_kernel(weight: Tensor, size: int, dilation: tuple[int, int] = (1, 1)) -> Tensor:
@@ -279,3 +285,82 @@ def embed_kernel(weight: Tensor, size: int, dilation: tuple[int, int] = (1, 1)) 
     larger = weight.new_zeros(*weight.shape[:2], size, size)
     larger[:, :, top : top + reach[0] : dilation[0], left : left + reach[1] : dilation[1]] = weight
     return larger
+
+
+def _check_side_by_side(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError, saying why, unless one kind of depthwise convolution reads each group."""
+    if not convs:
+        raise ValueError("convs must hold at least one convolution, got none")
+    for conv in convs:
+        if type(conv) not in (nn.Conv2d, Conv2dSame):
+            raise ValueError(f"a {type(conv).__name__} may compute more than a convolution")
+        if conv.groups != conv.in_channels or any(k % 2 == 0 for k in conv.kernel_size):
+            raise ValueError(f"{conv} is not depthwise with an odd kernel")
+        wanted = tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+        symmetric = conv.padding in (wanted, "same") and conv.padding_mode == "zeros"
+        if type(conv) is nn.Conv2d and not symmetric:
+            raise ValueError(f"{conv} is not padded by {wanted} zeros")
+    first = _traits(convs[0])
+    if any(_traits(conv) != first for conv in convs):
+        raise ValueError(f"{list(convs)} differ in kind, stride, multiplier, bias, dtype or device")
+
+
+def _traits(conv: nn.Conv2d) -> tuple[object, ...]:
+    """What two depthwise convolutions must share to be one."""
+    multiplier, weight = conv.out_channels // conv.in_channels, conv.weight
+    has_bias = conv.bias is not None
+    return type(conv), conv.stride, multiplier, has_bias, weight.dtype, weight.device
+
+
+def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError unless the windows of all kernels have the same centres."""
+    if isinstance(convs[0], Conv2dSame) and len({(c.kernel_size, c.dilation) for c in convs}) > 1:
+        for conv in convs:
+            axes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+            if any(d * (k - 1) < s - 1 for k, d, s in axes):
+                raise ValueError(
+                    f"cannot merge kernel size {conv.kernel_size} at stride {conv.stride} with "
+                    "padding 'same': (k - 1) * dilation must be at least stride - 1"
+                )
+
+
+@torch.no_grad()
+def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """Depthwise convolutions side by side as one, with zero-embedded kernels.
+
+    Args:
+        convs: `nn.Conv2d` or `Conv2dSame`, one for each group of channels, in channel order.
+
+    Returns:
+        A new convolution of all channels, with copies of the weights.
+
+    Raises:
+        ValueError: saying why one convolution cannot do it: another class, which may compute
+            something else; padding that is neither "symmetric" nor "same"; layers that differ
+            in stride, multiplier, bias, dtype or device; with padding "same", a kernel too small
+            for the stride, whose windows are then centred elsewhere.
+
+    Source: ours. Chapter 3.
+    """
+    _check_side_by_side(convs)
+    _check_centres(convs)
+    first, shared = convs[0], len({conv.dilation for conv in convs}) == 1
+    spreads = [(1, 1) if shared else cast("tuple[int, int]", conv.dilation) for conv in convs]
+    size = max(
+        d * (k - 1) + 1
+        for conv, spread in zip(convs, spreads, strict=True)
+        for k, d in zip(conv.kernel_size, spread, strict=True)
+    )
+    channels = sum(conv.in_channels for conv in convs)
+    merged = make_conv2d(
+        channels, sum(conv.out_channels for conv in convs), size,
+        cast("tuple[int, int]", first.stride), groups=channels, bias=first.bias is not None,
+        dilation=cast("tuple[int, int]", first.dilation) if shared else 1,
+        padding="same" if isinstance(first, Conv2dSame) else "symmetric",
+        device=first.weight.device, dtype=first.weight.dtype,
+    )  # fmt: skip
+    pairs = zip(convs, spreads, strict=True)
+    merged.weight.copy_(torch.cat([embed_kernel(conv.weight, size, s) for conv, s in pairs]))
+    if merged.bias is not None:
+        merged.bias.copy_(torch.cat([conv.bias for conv in convs if conv.bias is not None]))
+    return merged.train(first.training)

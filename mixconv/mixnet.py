@@ -9,10 +9,10 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, MixConvBlock, check_rate
+from mixconv._checks import check_positive, check_rate
+from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d
-from mixconv.mobilenet import ConvNet, initialize, round_channels
-from mixconv.partition import check_positive
+from mixconv.network import ConvNet, initialize, round_channels
 
 __all__ = [
     "MIXNET_L",

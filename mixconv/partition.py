@@ -3,17 +3,11 @@
 """How MixConv splits channels into groups of one kernel size (paper, section 3.2; chapter 2)."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-__all__ = [
-    "as_tuple",
-    "check_kernel_sizes",
-    "check_positive",
-    "default_kernel_sizes",
-    "partition_channels",
-    "resolve_partition",
-]
+from mixconv._checks import as_tuple, check_kernel_sizes, check_positive
+
+__all__ = ["default_kernel_sizes", "partition_channels", "resolve_partition"]
 
 
 def default_kernel_sizes(groups: int) -> tuple[int, ...]:
@@ -48,39 +42,6 @@ def _logarithmic(channels: int, kernel_sizes: Sequence[int]) -> list[int]:
 
 
 _METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logarithmic}
-
-
-def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
-    """Kernel sizes as a tuple, one per group; a single integer means one group.
-
-    Raises:
-        TypeError: if a size is not an integer.
-        ValueError: if there is no size, or one is not odd and positive.
-    """
-    single = isinstance(kernel_sizes, int)
-    sizes = as_tuple("kernel_sizes", (kernel_sizes,) if single else kernel_sizes)
-    if not sizes:
-        raise ValueError("kernel_sizes must name at least one size, got none")
-    for k in sizes:
-        check_positive("each of kernel_sizes", k)
-        if k % 2 == 0:
-            raise ValueError(f"kernel_sizes must be odd, such as 3, 5 or 7, got {k} in {sizes}")
-    return sizes
-
-
-def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    """The values as a tuple; TypeError, naming the argument, if they are no sequence."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
-    return tuple(values)
-
-
-def check_positive(name: str, value: int) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless `value` is an integer ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def partition_channels(

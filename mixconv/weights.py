@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, GroupedPointwise, SqueezeExcite
+from mixconv.blocks import ConvNormActivation, SqueezeExcite
 from mixconv.layer import MixConv2d
 from mixconv.mixnet import MixNet, MixNetOptions, unroll
 
@@ -60,7 +60,7 @@ def _to_torch(value: Tensor, slot: _Slot) -> Tensor:
 def _conv_slots(conv: nn.Module, scope: str, prefix: str = "") -> Iterator[_Slot]:
     parts = list(conv.convs) if isinstance(conv, MixConv2d) else [conv]
     for part in cast("list[nn.Conv2d]", parts):
-        pointwise = isinstance(part, GroupedPointwise)
+        pointwise = part is conv and part.kernel_size == (1, 1)
         if not pointwise and part.groups == part.in_channels > 1:
             yield _Slot(part.weight.detach(), "depthwise", scope, "depthwise_conv2d")
         else:
@@ -206,7 +206,8 @@ def _timm_names(model: MixNet) -> dict[str, list[str]]:
         base, _, part = layer.partition(".convs.")
         module = model.get_submodule(layer)
         numbers = [part] if part else []
-        if isinstance(module, GroupedPointwise) and module.groups > 1:
+        grouped = isinstance(module, nn.Conv2d) and module.groups > 1 and not part
+        if grouped and module.kernel_size == (1, 1):
             numbers = [str(group) for group in range(module.groups)]
         stems = [f"{layers[base]}.{number}" for number in numbers] or [layers[base]]
         names[key] = [f"{stem}.{tensor}" for stem in stems]

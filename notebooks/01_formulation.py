@@ -553,6 +553,13 @@ class LayerCost:
 
 # %%
 #| export formulation.py
+def count_parameters(model: nn.Module) -> int:
+    """How many numbers a model learns: weights, biases, scales and shifts of normalisations."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# %%
+#| export formulation.py
 def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> LayerCost:
     """The cost of one layer, from its weights and the output it gave.
 
@@ -564,9 +571,8 @@ def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> Layer
         kind = "depthwise"
     else:
         kind = "pointwise" if layer.kernel_size == (1, 1) else "convolution"
-    parameters = sum(p.numel() for p in layer.parameters())
     multiply_adds = output.numel() * layer.weight[0].numel()
-    return LayerCost(name, kind, tuple(output.shape), parameters, multiply_adds)
+    return LayerCost(name, kind, tuple(output.shape), count_parameters(layer), multiply_adds)
 
 
 # %%

@@ -22,8 +22,7 @@
 """How MixConv splits channels into groups of one kernel size (paper, section 3.2; chapter 2)."""
 
 import math
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 
 def default_kernel_sizes(groups: int) -> tuple[int, ...]:
@@ -121,14 +120,54 @@ _METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logari
 # %%
 [_exponential(32, (3, 5, 7, 9)), _equal(32, (3, 5, 7, 9, 11)), _logarithmic(32, (3, 5, 7, 9))]
 
-
 # %% [markdown]
 # The last two are still short of 32: 30 and 31. The function that callers use checks its arguments, applies a rule, and hands out the remainder. An empty group would be a layer without output, so it is an error.
 #
-# First the arguments. A kernel must be odd to have a centre.
+# The checks are manners, and the whole package shares them, so they have a private module. Open the fold once: a bad argument is named, with its value and what would be right. A kernel must be odd to have a centre.
 
-# %%
-#| export partition.py
+# %% tags=["plumbing"]
+#| export _checks.py
+"""Checks of arguments that the whole package shares (chapter 2)."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def check_positive(name: str, value: int) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless `value` is an integer ≥ 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def check_rate(name: str, rate: float) -> None:
+    """Raise ValueError, naming the argument, unless 0 <= rate < 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"{name} must be at least 0 and less than 1, got {rate}")
+
+
+# %% tags=["plumbing"]
+#| export _checks.py
+def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
+    """The values as a tuple; TypeError, naming the argument, if they are no sequence."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
+    return tuple(values)
+
+
+def as_pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    """One positive integer for both axes, or one for each, as a pair."""
+    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
+    if len(pair) != 2:
+        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
+    for number in pair:
+        check_positive(name, number)
+    return pair
+
+
+# %% tags=["plumbing"]
+#| export _checks.py
 def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
     """Kernel sizes as a tuple, one per group; a single integer means one group.
 
@@ -149,23 +188,9 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
 
 # %%
 #| export partition.py
-def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
-    """The values as a tuple; TypeError, naming the argument, if they are no sequence."""
-    if isinstance(values, str) or not isinstance(values, Iterable):
-        raise TypeError(f"{name} must be a sequence of integers, got {values!r}")
-    return tuple(values)
+from mixconv._checks import as_tuple, check_kernel_sizes, check_positive
 
 
-def check_positive(name: str, value: int) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless `value` is an integer ≥ 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-
-
-# %%
-#| export partition.py
 def partition_channels(
     channels: int, kernel_sizes: int | Sequence[int], method: str = "equal"
 ) -> tuple[int, ...]:

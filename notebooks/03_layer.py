@@ -225,7 +225,7 @@ check_rewrite(
 
 # %%
 #| export layer.py
-from mixconv.partition import check_positive
+from mixconv._checks import as_pair, check_positive
 
 PADDINGS = ("symmetric", "same")
 
@@ -264,7 +264,7 @@ def make_conv2d(
         raise ValueError(f"padding must be 'symmetric' or 'same', got {padding!r}")
     check_positive("in_channels", in_channels)
     check_positive("out_channels", out_channels)
-    spread = (dilation, dilation) if isinstance(dilation, int) else dilation
+    spread = as_pair("dilation", dilation)
     conv: type[nn.Conv2d] = nn.Conv2d
     zeros = (spread[0] * (kernel_size // 2), spread[1] * (kernel_size // 2))
     if padding == "same" and stride not in (1, (1, 1)):
@@ -277,6 +277,46 @@ def make_conv2d(
 
 # %%
 make_conv2d(8, 8, 5, padding="same"), make_conv2d(8, 8, 5, stride=2, padding="same")
+
+
+# %% [markdown]
+# The depthwise layer's constant companion, the *pointwise* 1×1 convolution, needs no padding. Chapter 4 will ask for it in groups, so it gets a maker of its own, and the package makes a 1×1 in no other way.
+
+# %%
+#| export layer.py
+def make_pointwise(
+    in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
+) -> nn.Conv2d:
+    """A 1×1 convolution, on all channels or on equal groups of them.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        groups: how many groups; must divide both.
+        bias: whether to add a bias; off, since a batch norm mostly follows.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
+
+    Raises:
+        TypeError: for a number that is not an integer.
+        ValueError: if a number is below 1 or `groups` does not divide the channels.
+
+    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
+    """
+    numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
+    for name, number in numbers.items():
+        check_positive(name, number)
+    if in_channels % groups or out_channels % groups:
+        raise ValueError(
+            f"groups must divide in_channels and out_channels, got {groups} groups for "
+            f"{in_channels} and {out_channels} channels"
+        )
+    return make_conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
+
+
+# %%
+make_pointwise(6, 8, groups=2)
 
 # %% [markdown]
 # ## The layer
@@ -293,7 +333,8 @@ make_conv2d(8, 8, 5, padding="same"), make_conv2d(8, 8, 5, stride=2, padding="sa
 from collections.abc import Sequence
 from typing import cast
 
-from mixconv.partition import check_kernel_sizes, resolve_partition
+from mixconv._checks import check_kernel_sizes
+from mixconv.partition import resolve_partition
 
 
 class MixConv2d(nn.Module):
@@ -347,8 +388,8 @@ class MixConv2d(nn.Module):
         self.kernel_sizes = check_kernel_sizes(kernel_sizes)
         self.partition = resolve_partition(channels, self.kernel_sizes, partition)
         self.in_channels, self.out_channels = channels, channels * channel_multiplier
-        self.stride = _pair("stride", stride)
-        self.dilation = _pair("dilation", dilation)
+        self.stride = as_pair("stride", stride)
+        self.dilation = as_pair("dilation", dilation)
         self.padding = padding
         self.channel_multiplier = channel_multiplier
         self.dilated = dilated
@@ -359,17 +400,6 @@ class MixConv2d(nn.Module):
             )
             for count, (size, spread) in zip(self.partition, self._kernels(), strict=True)
         )  # fmt: skip
-
-
-# %%
-#| export layer.py
-def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, tuple | list) else (value, value)
-    if len(pair) != 2:
-        raise ValueError(f"{name} must be an integer or two of them, got {value!r}")
-    for number in pair:
-        check_positive(name, number)
-    return pair
 
 
 # %% [markdown]
@@ -572,52 +602,113 @@ embed_kernel(torch.arange(1.0, 10).view(1, 1, 3, 3), 5, dilation=(2, 2))[0, 0]
 
 
 # %% [markdown]
-# Does padding survive? Write $r = (H - 1) \bmod s$. 'SAME' puts $(k - 1) \cdot d / 2 - \lceil r / 2 \rceil$ zeros first, so the first window is centred on pixel $\lceil r / 2 \rceil$, whatever $k$ is. A small kernel in the middle of a large one stays where it was.
-# The exception is a kernel that would need fewer than no zeros: 1×1 at stride 2, or 3×3 at stride 4. There `merged` refuses.
+# Does padding survive? Symmetric padding centres every window on the pixels 0, s, 2s, …, whatever k is: a small kernel in the middle of a large one stays where it was.
+# Under 'SAME', write $h = (H - 1) \bmod s$. There are $(k - 1) \cdot d / 2 - \lceil h / 2 \rceil$ zeros in front, so the first window is centred on pixel $\lceil h / 2 \rceil$: again, k has dropped out.
+# The exception is a kernel that would need fewer than no zeros: 1×1 at stride 2, or 3×3 at stride 4. Its windows are centred elsewhere, and it cannot be merged with larger ones.
+#
+# The merge takes any depthwise convolutions that stand side by side, not only those of our layer. It refuses what it cannot prove to be one:
 
 # %%
 #| export layer.py
-class MixConv2d(MixConv2d):
-    def _check_centres(self) -> None:
-        """Raise unless the windows of all kernels have the same centres."""
-        if self.padding == "symmetric" or len(self.kernel_sizes) == 1:
-            return
-        for k, spread in self._kernels():
-            if any(d * (k - 1) < s - 1 for d, s in zip(spread, self.stride, strict=True)):
+def _check_side_by_side(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError, saying why, unless one kind of depthwise convolution reads each group."""
+    if not convs:
+        raise ValueError("convs must hold at least one convolution, got none")
+    for conv in convs:
+        if type(conv) not in (nn.Conv2d, Conv2dSame):
+            raise ValueError(f"a {type(conv).__name__} may compute more than a convolution")
+        if conv.groups != conv.in_channels or any(k % 2 == 0 for k in conv.kernel_size):
+            raise ValueError(f"{conv} is not depthwise with an odd kernel")
+        wanted = tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+        symmetric = conv.padding in (wanted, "same") and conv.padding_mode == "zeros"
+        if type(conv) is nn.Conv2d and not symmetric:
+            raise ValueError(f"{conv} is not padded by {wanted} zeros")
+    first = _traits(convs[0])
+    if any(_traits(conv) != first for conv in convs):
+        raise ValueError(f"{list(convs)} differ in kind, stride, multiplier, bias, dtype or device")
+
+
+def _traits(conv: nn.Conv2d) -> tuple[object, ...]:
+    """What two depthwise convolutions must share to be one."""
+    multiplier, weight = conv.out_channels // conv.in_channels, conv.weight
+    has_bias = conv.bias is not None
+    return type(conv), conv.stride, multiplier, has_bias, weight.dtype, weight.device
+
+
+# %%
+#| export layer.py
+def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError unless the windows of all kernels have the same centres."""
+    if isinstance(convs[0], Conv2dSame) and len({(c.kernel_size, c.dilation) for c in convs}) > 1:
+        for conv in convs:
+            axes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+            if any(d * (k - 1) < s - 1 for k, d, s in axes):
                 raise ValueError(
-                    f"cannot merge kernel size {k} at stride {self.stride} with padding 'same': "
-                    "(k - 1) * dilation must be at least stride - 1"
+                    f"cannot merge kernel size {conv.kernel_size} at stride {conv.stride} with "
+                    "padding 'same': (k - 1) * dilation must be at least stride - 1"
                 )
 
 
+# %% [markdown]
+# Kernels that share a dilation keep it; otherwise each is written out with its gaps. Then all are embedded in windows of the largest reach and stacked.
+
+# %%
+#| export layer.py
+@torch.no_grad()
+def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
+    """Depthwise convolutions side by side as one, with zero-embedded kernels.
+
+    Args:
+        convs: `nn.Conv2d` or `Conv2dSame`, one for each group of channels, in channel order.
+
+    Returns:
+        A new convolution of all channels, with copies of the weights.
+
+    Raises:
+        ValueError: saying why one convolution cannot do it: another class, which may compute
+            something else; padding that is neither "symmetric" nor "same"; layers that differ
+            in stride, multiplier, bias, dtype or device; with padding "same", a kernel too small
+            for the stride, whose windows are then centred elsewhere.
+
+    Source: ours. Chapter 3.
+    """
+    _check_side_by_side(convs)
+    _check_centres(convs)
+    first, shared = convs[0], len({conv.dilation for conv in convs}) == 1
+    spreads = [(1, 1) if shared else cast("tuple[int, int]", conv.dilation) for conv in convs]
+    size = max(
+        d * (k - 1) + 1
+        for conv, spread in zip(convs, spreads, strict=True)
+        for k, d in zip(conv.kernel_size, spread, strict=True)
+    )
+    channels = sum(conv.in_channels for conv in convs)
+    merged = make_conv2d(
+        channels, sum(conv.out_channels for conv in convs), size,
+        cast("tuple[int, int]", first.stride), groups=channels, bias=first.bias is not None,
+        dilation=cast("tuple[int, int]", first.dilation) if shared else 1,
+        padding="same" if isinstance(first, Conv2dSame) else "symmetric",
+        device=first.weight.device, dtype=first.weight.dtype,
+    )  # fmt: skip
+    pairs = zip(convs, spreads, strict=True)
+    merged.weight.copy_(torch.cat([embed_kernel(conv.weight, size, s) for conv, s in pairs]))
+    if merged.bias is not None:
+        merged.bias.copy_(torch.cat([conv.bias for conv in convs if conv.bias is not None]))
+    return merged.train(first.training)
+
+
 # %%
 #| export layer.py
 class MixConv2d(MixConv2d):
-    @torch.no_grad()
     def merged(self) -> nn.Conv2d:
-        """The same operation as one depthwise convolution with zero-embedded kernels.
+        """The same operation as one depthwise convolution; see `merge_depthwise`.
 
         Returns:
             A new `nn.Conv2d` with copies of the weights; the layer is not changed.
 
         Raises:
-            ValueError: with padding "same", if a kernel is too small for the stride: its windows
-                are then centred elsewhere than those of the larger kernels.
+            ValueError: if one convolution cannot do it, saying why.
         """
-        self._check_centres()
-        convs, size = self._convolutions(), max(self.kernel_sizes)
-        merged = make_conv2d(
-            self.in_channels, self.out_channels, size, self.stride, dilation=self.dilation,
-            groups=self.in_channels, bias=convs[0].bias is not None, padding=self.padding,
-            device=convs[0].weight.device, dtype=convs[0].weight.dtype,
-        )  # fmt: skip
-        spreads = [(1, 1) if spread == self.dilation else spread for _, spread in self._kernels()]
-        pairs = zip(convs, spreads, strict=True)
-        merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
-        if merged.bias is not None:
-            biases = [conv.bias for conv in convs if conv.bias is not None]
-            merged.bias.copy_(torch.cat(biases))
-        return merged.train(self.training)
+        return merge_depthwise(self._convolutions()).train(self.training)
 
 
 # %%

@@ -89,7 +89,7 @@ list(ConvNormActivation(MixConv2d(8, (3, 5))).state_dict())
 from collections.abc import Sequence
 from typing import cast
 
-from mixconv.layer import make_conv2d
+from mixconv.layer import make_pointwise
 
 
 def make_depthwise(
@@ -156,7 +156,7 @@ class DepthwiseSeparableBlock(nn.Module):
             in_channels, kernel_sizes, stride,
             partition=partition, dilated=dilated, padding=padding,
         )  # fmt: skip
-        pointwise = make_conv2d(in_channels, out_channels, 1)
+        pointwise = make_pointwise(in_channels, out_channels)
         self.depthwise = ConvNormActivation(mixed, norm_layer, activation)
         self.pointwise = ConvNormActivation(pointwise, norm_layer, activation)
 
@@ -243,9 +243,9 @@ class SqueezeExcite(nn.Module):
 
     def __init__(self, channels: int, squeezed_channels: int, activation: str = "relu") -> None:
         super().__init__()
-        self.squeeze = nn.Conv2d(channels, squeezed_channels, 1)
+        self.squeeze = make_pointwise(channels, squeezed_channels, bias=True)
         self.activation = make_activation(activation)
-        self.excite = nn.Conv2d(squeezed_channels, channels, 1)
+        self.excite = make_pointwise(squeezed_channels, channels, bias=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Gate `x`."""
@@ -319,37 +319,15 @@ show(
     "cells are filled; with two groups two 3×4 blocks on the diagonal, 24 cells.",
 )
 
+# %% [markdown]
+# So chapter 3's `make_pointwise(6, 8, groups=2)` is all there is to it. (Until 0.2 it was a class of its own; the old name still works.)
 
 # %%
 #| export blocks.py
-class GroupedPointwise(nn.Conv2d):
-    """1×1 convolutions on equal groups of channels, as one grouped `nn.Conv2d`.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        groups: how many groups; must divide both.
-
-    Shape:
-        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
-
-    Raises:
-        ValueError: if `groups` does not divide the channels.
-
-    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 4.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, groups: int = 1) -> None:
-        if groups < 1 or in_channels % groups or out_channels % groups:
-            raise ValueError(
-                f"groups must divide in_channels and out_channels, got {groups} groups for "
-                f"{in_channels} and {out_channels} channels"
-            )
-        super().__init__(in_channels, out_channels, 1, groups=groups, bias=False)
-
+GroupedPointwise = make_pointwise  # its name until 0.2
 
 # %%
-GroupedPointwise(6, 8, groups=2)
+make_pointwise(6, 8, groups=2)
 
 # %% [markdown]
 # ## The inverted residual, with MixConv
@@ -398,7 +376,6 @@ show(
     "input to the output when stride is 1 and the channels are equal.",
 )
 
-
 # %% [markdown]
 # First a small helper. With *stochastic depth* a block is skipped, for some images, during training. It is off by default.
 #
@@ -406,10 +383,7 @@ show(
 
 # %%
 #| export blocks.py
-def check_rate(name: str, rate: float) -> None:
-    """Raise ValueError, naming the argument, unless 0 <= rate < 1."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"{name} must be at least 0 and less than 1, got {rate}")
+from mixconv._checks import check_positive, check_rate
 
 
 class DropPath(nn.Module):
@@ -455,8 +429,6 @@ DropPath(0.5).train()(torch.ones(6, 1, 1, 1)).flatten()
 # %%
 #| export blocks.py
 from functools import partial
-
-from mixconv.partition import check_positive
 
 
 class MixConvBlock(nn.Module):
@@ -517,13 +489,13 @@ class MixConvBlock(nn.Module):
         unit = partial(ConvNormActivation, norm_layer=norm_layer, activation=activation)
         self.expand: nn.Module = nn.Identity()
         if expand_ratio > 1:
-            self.expand = unit(GroupedPointwise(in_channels, wide, expand_groups))
+            self.expand = unit(make_pointwise(in_channels, wide, expand_groups))
         mixed = make_depthwise(
             wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
         )
         self.depthwise = unit(mixed)
         self.squeeze_excite = _make_gate(in_channels, wide, squeeze_ratio, activation)
-        self.project = unit(GroupedPointwise(wide, out_channels, project_groups), activation=None)
+        self.project = unit(make_pointwise(wide, out_channels, project_groups), activation=None)
         self.drop_path = DropPath(drop_path_rate)
 
 

@@ -1,12 +1,11 @@
 # %% [markdown]
 # # 5 · MobileNets
 #
-# The paper tries MixConv first on MobileNetV1 and MobileNetV2: every depthwise layer gets a kernel mix. This chapter builds both networks, recomputes what the paper says they cost, and puts MixConv into networks that others wrote.
+# The paper tries MixConv first on MobileNetV1 and MobileNetV2: every depthwise layer gets a kernel mix. This chapter builds both networks and recomputes what the paper says they cost.
 #
 # **You will be able to**
 # - build MobileNetV1 and V2 with any kernel mix, and use them for classes, features or detection;
-# - reproduce the horizontal axes of the paper's Figures 1, 4 and 6, and the cost differences of its Table 1;
-# - replace the depthwise layers of any model, without changing what it computes.
+# - reproduce the horizontal axes of the paper's Figures 1, 4 and 6, and the cost differences of its Table 1.
 #
 # **Know first:** [chapter 4](04_blocks.ipynb).
 #
@@ -21,8 +20,8 @@
 # So they share one class. Its methods have the names that engineers know from timm.
 
 # %%
-#| export mobilenet.py
-"""MobileNetV1 and V2 with any kernel mix, and MixConv for any model (paper, 4; chapter 5)."""
+#| export network.py
+"""What MobileNets and MixNets share: `ConvNet`, first weights, channel rounding (chapter 5)."""
 
 from collections.abc import Sequence
 
@@ -30,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv.blocks import check_rate
+from mixconv._checks import check_rate
 
 
 class ConvNet(nn.Module):
@@ -49,7 +48,10 @@ class ConvNet(nn.Module):
         without classes.
 
     Raises:
+        TypeError: for a number of classes that is not an integer.
         ValueError: for a negative number of classes or a rate outside 0 to 1.
+
+    Source: ours; method names as in timm. Chapter 5.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class ConvNet(nn.Module):
 # The forward pass in two halves: up to the head, pixels still apart, and from there to the classes.
 
 # %%
-#| export mobilenet.py
+#| export network.py
 class ConvNet(ConvNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Everything before the mean over pixels: `(N, num_features, H / 32, W / 32)`."""
@@ -98,8 +100,12 @@ class ConvNet(ConvNet):
 # The classifier can be exchanged, for a new task, or left out.
 
 # %%
-#| export mobilenet.py
+#| export network.py
 class ConvNet(ConvNet):
+    def get_classifier(self) -> nn.Module:
+        """The classifier; `nn.Identity` if there is none."""
+        return self.classifier
+
     def reset_classifier(self, num_classes: int) -> None:
         """Put in a new, untrained classifier; 0 classes leaves features."""
         if isinstance(num_classes, bool) or not isinstance(num_classes, int):
@@ -118,7 +124,7 @@ class ConvNet(ConvNet):
 # Detection and segmentation want the picture at several sizes: the last output at each of the strides 2, 4, 8, 16 and 32.
 
 # %%
-#| export mobilenet.py
+#| export network.py
 from typing import cast
 
 
@@ -139,7 +145,7 @@ def describe_features(stem: nn.Module, blocks: Sequence[nn.Module]) -> list[dict
 
 
 # %%
-#| export mobilenet.py
+#| export network.py
 class ConvNet(ConvNet):
     def features(self, x: Tensor) -> list[Tensor]:
         """The last output at each stride, largest first; `feature_info` describes them."""
@@ -159,15 +165,16 @@ class ConvNet(ConvNet):
 # > ⚙️ **Official code.** Convolution weights are drawn from a normal distribution of variance $2 / (k^2 \cdot o)$, where $o$ is the number of outputs *in the shape of the kernel*. For a depthwise kernel of shape (k, k, c, 1) that is 1, and for one of two 1×1 groups it is half of the layer's outputs. The classifier is uniform within $\pm 1/\sqrt{\mathrm{classes}}$. Biases are zero.
 
 # %%
-#| export mobilenet.py
+#| export network.py
 @torch.no_grad()
 def initialize(model: nn.Module) -> None:
-    """Draw all weights as the official code does.
+    """Draw the weights of convolutions and linear layers as the official code does.
 
     Convolutions: normal, mean 0, variance `2 / (k · k · out_channels / groups)`. Linear layers:
-    uniform within `1 / sqrt(out_features)` of 0. Biases 0. Normalisations: scale 1, shift 0.
+    uniform within `1 / sqrt(out_features)` of 0. Their biases: 0. Other layers, normalisations
+    among them, are left as they are.
 
-    Source: `conv_kernel_initializer`, `dense_kernel_initializer` in `mixnet_model.py`.
+    Source: `conv_kernel_initializer`, `dense_kernel_initializer` in `mixnet_model.py`. Chapter 5.
     """
     for layer in model.modules():
         if isinstance(layer, nn.Conv2d):
@@ -194,7 +201,7 @@ print(f"variance {convolution.weight.var():.4f}, wanted {2 / (9 * 128):.4f}")
 # By hand, for 40 channels at 0.7: exactly 28, halfway between 24 and 32; halves go up, so 32. For 16 at 0.7: 11.2, rounded 8; that is less than 90% of 11.2, so 16.
 
 # %%
-#| export mobilenet.py
+#| export network.py
 def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> int:
     """Scale a number of channels and round it to a multiple, losing at most a tenth.
 
@@ -206,10 +213,10 @@ def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> 
     Raises:
         ValueError: if the multiplier is not positive and finite.
 
-    Source: `round_filters` in the official `mixnet_model.py`.
+    Source: `round_filters` in the official `mixnet_model.py`. Chapter 5.
     """
     if not 0 < multiplier < float("inf"):
-        raise ValueError(f"width_multiplier must be positive and finite, got {multiplier}")
+        raise ValueError(f"multiplier must be positive and finite, got {multiplier}")
     if multiplier == 1:
         return channels
     exact = channels * multiplier
@@ -220,26 +227,143 @@ def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> 
 # %%
 [round_channels(40, 0.7), round_channels(16, 0.7), round_channels(24, 1.3)]
 
+
+# %% [markdown]
+# ## Two small things that every network needs
+#
+# *Stochastic depth* (chapter 4) is milder for early blocks: of n blocks, block i is dropped with i / n of the rate.
+#
+# > ✏️ **Ours.** That ramp is timm's; the official MixNet code has no stochastic depth.
+
+# %%
+#| export network.py
+def drop_path_rates(drop_path_rate: float, blocks: int) -> list[float]:
+    """The rate of stochastic depth for each of a row of blocks: `drop_path_rate * i / blocks`.
+
+    Args:
+        drop_path_rate: what the rates grow towards; the first block has 0.
+        blocks: how many.
+
+    Raises:
+        ValueError: if the rate is not at least 0 and less than 1.
+    """
+    check_rate("drop_path_rate", drop_path_rate)
+    return [drop_path_rate * index / blocks for index in range(blocks)]
+
+
+# %%
+[round(rate, 2) for rate in drop_path_rates(0.2, 5)]
+
+# %% [markdown]
+# And one name. timm writes `in_chans` where PyTorch's layers, and this book, write `in_channels`. Whoever comes from timm is told:
+
+# %% tags=["plumbing"]
+#| export network.py
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def refuse_in_chans(build: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Decorate a maker of networks: timm's `in_chans` is an error that names `in_channels`."""
+
+    @wraps(build)
+    def checked(*args: _P.args, **options: _P.kwargs) -> _T:
+        if "in_chans" in options:
+            value = options["in_chans"]
+            raise TypeError(f"in_chans is called in_channels here: write in_channels={value!r}")
+        return build(*args, **options)
+
+    return checked
+
+
+# %%
+try:
+    refuse_in_chans(dict)(in_chans=1)
+except TypeError as error:
+    print(error)
+
 # %% [markdown]
 # ## MobileNetV1
 #
-# Thirteen depthwise-separable blocks. The whole network is a list of (output channels, stride).
+# Thirteen depthwise-separable blocks, in five stages: output channels, repeats, stride of the first block.
+
+# %%
+#| export mobilenet.py
+"""MobileNetV1 and V2 with any kernel mix (paper, section 3.3; chapter 5)."""
+
+from typing import Any
+
+from mixconv.network import round_channels
+
+_V1_STAGES = [(64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)]
+
+
+def _unroll(stages: list[tuple[int, int, int]], width_multiplier: float) -> list[dict[str, Any]]:
+    """Channels and stride of each block, for a network whose stem has 32 channels."""
+    rows, channels = [], round_channels(32, width_multiplier)
+    for out_channels, repeats, first_stride in stages:
+        wider = round_channels(out_channels, width_multiplier)
+        for stride in [first_stride] + [1] * (repeats - 1):
+            rows.append({"in_channels": channels, "out_channels": wider, "stride": stride})
+            channels = wider
+    return rows
+
+
+# %%
+rows = _unroll(_V1_STAGES, 1.0)
+print(len(rows), rows[1])
+
+# %% [markdown]
+# What V1 and V2 have in common besides: the stem of stride 2, and how the parts become a network. Only V2 has a head.
+
+# %%
+#| export mobilenet.py
+from collections.abc import Sequence
+
+from torch import nn
+
+from mixconv.blocks import ConvNormActivation
+from mixconv.layer import make_conv2d, make_pointwise
+from mixconv.network import ConvNet, initialize
+
+
+def _assemble(
+    in_channels: int,
+    rows: list[dict[str, Any]],
+    blocks: Sequence[nn.Module],
+    head_channels: int | None,
+    activation: str,
+    padding: str,
+    num_classes: int,
+    drop_rate: float,
+) -> ConvNet:
+    """A network from its blocks, its weights drawn; `head_channels=None` leaves the head out."""
+    first, last = rows[0]["in_channels"], rows[-1]["out_channels"]
+    stem_conv = make_conv2d(in_channels, first, 3, stride=2, padding=padding)
+    stem = ConvNormActivation(stem_conv, activation=activation)
+    head: nn.Module = nn.Identity()
+    if head_channels is not None:
+        head = ConvNormActivation(make_pointwise(last, head_channels), activation=activation)
+    model = ConvNet(
+        stem, blocks, head, head_channels or last, num_classes=num_classes, drop_rate=drop_rate
+    )
+    initialize(model)
+    return model
+
 
 # %%
 #| export mobilenet.py
 from functools import partial
 
-from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvBlock
-from mixconv.layer import make_conv2d
-
-_V1_BLOCKS = [
-    (64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2),
-    (512, 1), (512, 1), (512, 1), (512, 1), (512, 1), (1024, 2), (1024, 1),
-]  # fmt: skip
+from mixconv.blocks import DepthwiseSeparableBlock
+from mixconv.network import refuse_in_chans
 
 
-# %%
-#| export mobilenet.py
+@refuse_in_chans
 def mobilenet_v1(
     kernel_sizes: int | Sequence[int] = (3,),
     *,
@@ -267,70 +391,49 @@ def mobilenet_v1(
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
 
     Raises:
+        TypeError: for a number that is not an integer.
         ValueError: naming the argument.
 
-    Source: Howard et al., 2017, Table 1; paper, section 4.1. Chapter 5.
+    Source: Howard et al., 2017, Table 1; paper, section 3.3. Chapter 5.
     """
     block = partial(
         DepthwiseSeparableBlock,
         kernel_sizes=kernel_sizes, partition=partition, dilated=dilated, padding=padding,
     )  # fmt: skip
-    channels = round_channels(32, width_multiplier)
-    stem = ConvNormActivation(make_conv2d(in_channels, channels, 3, 2, padding=padding))
-    blocks: list[nn.Module] = []
-    for out_channels, stride in _V1_BLOCKS:
-        wider = round_channels(out_channels, width_multiplier)
-        blocks.append(block(channels, wider, stride=stride))
-        channels = wider
-    model = ConvNet(
-        stem, blocks, nn.Identity(), channels, num_classes=num_classes, drop_rate=drop_rate
-    )
-    initialize(model)
-    return model
+    rows = _unroll(_V1_STAGES, width_multiplier)
+    blocks = [block(**row) for row in rows]
+    return _assemble(in_channels, rows, blocks, None, "relu", padding, num_classes, drop_rate)
 
 
 # %%
-def parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+from mixconv.formulation import count_parameters
 
-
-assert parameters(mobilenet_v1()) == 4_231_976
-parameters(mobilenet_v1()), parameters(mobilenet_v1((3, 5, 7)))
+assert count_parameters(mobilenet_v1()) == 4_231_976
+added = count_parameters(mobilenet_v1((3, 5, 7))) - count_parameters(mobilenet_v1())
+assert added == 92_176
+count_parameters(mobilenet_v1()), added
 
 # %% [markdown]
-# 4,231,976 is the published network: the paper's Table 2 prints 4.2M. MixConv 357 adds 98 thousand.
+# 4,231,976 is the published network: the paper's Table 2 prints 4.2M. MixConv 357 adds 92,176, or 2%.
 
 # %% [markdown]
 # ## MobileNetV2
 #
-# Seventeen inverted residuals. Each row: expansion, output channels, repeats, stride of the first.
+# Seventeen inverted residuals, in seven stages. All blocks widen by 6, but for the first, which does not widen.
 #
 # > 📄 **Paper (Sandler et al., 2018).** Table 2 of MobileNetV2. Its activation is ReLU6, and its head widens to 1280 channels.
 
 # %%
 #| export mobilenet.py
-from typing import Any
+from mixconv.blocks import MixConvBlock
+from mixconv.network import drop_path_rates
 
-_V2_BLOCKS = [
-    (1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2),
-    (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1),
+_V2_STAGES = [
+    (16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1),
 ]  # fmt: skip
 
 
-def _v2_arguments(width_multiplier: float) -> list[dict[str, Any]]:
-    """What each of the 17 blocks is made with."""
-    blocks, channels = [], round_channels(32, width_multiplier)
-    for expand_ratio, out_channels, repeats, first_stride in _V2_BLOCKS:
-        wider = round_channels(out_channels, width_multiplier)
-        for stride in [first_stride] + [1] * (repeats - 1):
-            blocks.append({"in_channels": channels, "out_channels": wider, "stride": stride,
-                           "expand_ratio": expand_ratio})  # fmt: skip
-            channels = wider
-    return blocks
-
-
-# %%
-#| export mobilenet.py
+@refuse_in_chans
 def mobilenet_v2(
     kernel_sizes: int | Sequence[int] = (3,),
     *,
@@ -360,31 +463,28 @@ def mobilenet_v2(
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
 
     Raises:
+        TypeError: for a number that is not an integer.
         ValueError: naming the argument.
 
-    Source: Sandler et al., 2018, Table 2; paper, section 4.1. Chapter 5.
+    Source: Sandler et al., 2018, Table 2; paper, section 3.3. Chapter 5.
     """
     block = partial(
         MixConvBlock, kernel_sizes=kernel_sizes, activation="relu6",
         partition=partition, dilated=dilated, padding=padding,
     )  # fmt: skip
-    check_rate("drop_path_rate", drop_path_rate)
-    rows = _v2_arguments(width_multiplier)
-    first, last = rows[0]["in_channels"], rows[-1]["out_channels"]
-    stem_conv = make_conv2d(in_channels, first, 3, 2, padding=padding)
-    stem = ConvNormActivation(stem_conv, activation="relu6")
-    rates = [drop_path_rate * index / len(rows) for index in range(len(rows))]
-    blocks = [block(**row, drop_path_rate=p) for row, p in zip(rows, rates, strict=True)]
-    width = round_channels(1280, max(1.0, width_multiplier))
-    head = ConvNormActivation(make_conv2d(last, width, 1), activation="relu6")
-    model = ConvNet(stem, blocks, head, width, num_classes=num_classes, drop_rate=drop_rate)
-    initialize(model)
-    return model
+    rows = _unroll(_V2_STAGES, width_multiplier)
+    rates = drop_path_rates(drop_path_rate, len(rows))
+    blocks = [
+        block(**row, expand_ratio=6 if index else 1, drop_path_rate=rate)
+        for index, (row, rate) in enumerate(zip(rows, rates, strict=True))
+    ]
+    head = round_channels(1280, max(1.0, width_multiplier))
+    return _assemble(in_channels, rows, blocks, head, "relu6", padding, num_classes, drop_rate)
 
 
 # %%
-assert parameters(mobilenet_v2()) == 3_504_872
-parameters(mobilenet_v2()), parameters(mobilenet_v2((3, 5, 7)))
+assert count_parameters(mobilenet_v2()) == 3_504_872
+count_parameters(mobilenet_v2()), count_parameters(mobilenet_v2((3, 5, 7)))
 
 # %% [markdown]
 # 3,504,872 is the number that other implementations of MobileNetV2 have. The paper's Table 2 prints 3.4M, which is not this number rounded; we have not found how it was counted.
@@ -583,7 +683,7 @@ def totals(build, sizes) -> tuple[float, float]:
     with torch.device("meta"):
         model = build(sizes)
         costs = count_costs(model, torch.zeros(1, 3, 320, 320))
-    return parameters(model) / 1e6, sum(c.multiply_adds for c in costs) / 1e9
+    return count_parameters(model) / 1e6, sum(c.multiply_adds for c in costs) / 1e9
 
 
 table_1, rows = paper["table_1"], []
@@ -602,292 +702,6 @@ table(["against 3×3", "parameters +M, ours", "paper", "multiply-adds +B, ours",
 # Every parameter difference agrees within the rounding of the printed digits. The mAP that goes with them (cited): MixConv 357 reaches 22.4 on V1 and 22.3 on V2, where 7×7 reaches 21.8 and 21.2.
 
 # %% [markdown]
-# ## MixConv for any model
-#
-# You have a network that works, perhaps trained, and want to know what MixConv would do to it. `replace_depthwise` swaps its depthwise layers.
-#
-# Weights are kept. An old 3×3 kernel goes into the middle of a new 7×7 kernel, zeros around it, so the network computes what it computed before. Training then starts from there.
-#
-# By hand: a kernel 1 2 1 becomes 0 0 1 2 1 0 0. Same sums.
-#
-# What can go wrong decides the rest: a layer that is not what it seems must be left alone, and the caller must be told. Each layer gets a line in a report.
-
-# %%
-#| export mobilenet.py
-from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What happened to one depthwise layer.
-
-    Attributes:
-        name: of the layer in the model.
-        before: the old layer, as text.
-        after: the new layer, as text; empty if it was skipped.
-        exact: whether the layer computes what it did before.
-        reason: why it was skipped, or why it is not exact.
-    """
-
-    name: str
-    before: str
-    after: str = ""
-    exact: bool = False
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class ReplacementReport:
-    """What `replace_depthwise` did; `str` gives a line for each layer."""
-
-    layers: list[Replacement] = field(default_factory=list)
-
-    @property
-    def changed(self) -> list[Replacement]:
-        """Layers that are MixConv now."""
-        return [layer for layer in self.layers if layer.after]
-
-    @property
-    def skipped(self) -> list[Replacement]:
-        """Depthwise layers that were left as they were."""
-        return [layer for layer in self.layers if not layer.after]
-
-    def __str__(self) -> str:
-        lines = [f"{len(self.changed)} replaced, {len(self.skipped)} skipped"]
-        for layer in self.layers:
-            what = layer.after or f"skipped: {layer.reason}"
-            note = "" if layer.exact or not layer.after else f" (not the same: {layer.reason})"
-            lines.append(f"{layer.name}: {what}{note}")
-        return "\n".join(lines)
-
-
-# %% [markdown]
-# Which padding does the old layer use? A tuple of (k − 1) / 2 · d is symmetric. TensorFlow ports use classes called `Conv2dSame`. Anything else, such as no padding at all, MixConv cannot imitate.
-
-# %%
-#| export mobilenet.py
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-
-
-def _find_padding(conv: nn.Conv2d) -> str:
-    """The padding of a depthwise layer in our terms.
-
-    Raises:
-        ValueError: saying why it has none.
-    """
-    if type(conv).__name__.startswith("Conv2dSame"):
-        parts = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
-        if any(d * (k - 1) < s - 1 for k, d, s in parts):
-            raise ValueError("'SAME' with a stride wider than the kernel centres windows elsewhere")
-        return "same"
-    if type(conv) is not nn.Conv2d:
-        raise ValueError(f"a {type(conv).__name__}, which may compute something else")
-    if conv.padding_mode != "zeros":
-        raise ValueError(f"padding_mode {conv.padding_mode!r}")
-    sizes = zip(conv.kernel_size, conv.dilation, strict=True)
-    wanted = tuple(d * (k // 2) for k, d in sizes)
-    if conv.padding not in (wanted, "same"):
-        raise ValueError(f"padding {conv.padding}, not {wanted}")
-    return "symmetric"
-
-
-# %% [markdown]
-# One layer at a time: build the new one, move the weights in. A kernel that grows is embedded, one that shrinks is cropped to its middle, and then the layer is not exact.
-
-# %%
-#| export mobilenet.py
-from mixconv.layer import MixConv2d, embed_kernel
-
-
-def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> MixConv2d:
-    """A MixConv layer in place of a depthwise one, with fresh weights.
-
-    Raises:
-        ValueError: saying why it cannot be done.
-    """
-    mixed = make(
-        conv.in_channels, stride=cast("tuple[int, int]", conv.stride),
-        padding=_find_padding(conv) if padding is None else padding,
-        channel_multiplier=conv.out_channels // conv.in_channels, bias=conv.bias is not None,
-        dilation=cast("tuple[int, int]", conv.dilation),
-        device=conv.weight.device, dtype=conv.weight.dtype,
-    )  # fmt: skip
-    for key, parameter in mixed.named_parameters():
-        old = conv.bias if key.endswith("bias") else conv.weight
-        parameter.requires_grad_(old is not None and old.requires_grad)
-    if conv.weight.stride(1) == 1 and conv.kernel_size != (1, 1):  # channels last
-        mixed.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return mixed.train(conv.training)
-
-
-# %%
-#| export mobilenet.py
-@torch.no_grad()
-def _move_weights(conv: nn.Conv2d, mixed: MixConv2d) -> str:
-    """Copy the weights of `conv` into `mixed`; returns why that is not exact, or nothing."""
-    reason, start, size = "", 0, conv.kernel_size[0]
-    for part in cast("list[nn.Conv2d]", list(mixed.convs)):
-        stop = start + part.out_channels
-        weight, k = conv.weight[start:stop], part.kernel_size[0]
-        cut = max(0, (size - k) // 2)
-        part.weight.copy_(embed_kernel(weight[:, :, cut : size - cut, cut : size - cut], k))
-        if cut:
-            reason = f"{size}×{size} kernels cropped to {k}×{k}"
-        elif part.dilation != conv.dilation:
-            reason = "dilated"
-        if part.bias is not None and conv.bias is not None:
-            part.bias.copy_(conv.bias[start:stop])
-        start = stop
-    return reason
-
-
-# %% [markdown]
-# And the walk over the model. A layer that is used in two places stays one layer.
-
-# %%
-#| export mobilenet.py
-from mixconv.partition import check_kernel_sizes
-
-
-def replace_depthwise(
-    model: nn.Module,
-    kernel_sizes: int | Sequence[int],
-    *,
-    partition: str = "equal",
-    dilated: bool = False,
-    padding: str | None = None,
-    keep_center_weights: bool = True,
-) -> ReplacementReport:
-    """Swap every depthwise `nn.Conv2d` of a model for a `MixConv2d`, in place.
-
-    Stride, dilation, bias, device, dtype, memory format, training mode and `requires_grad` are
-    kept. Where every kernel grows or stays, so is the function that the model computes. Weights
-    that two layers share are no longer shared afterwards; a layer used in two places stays one.
-
-    Args:
-        model: any module that contains depthwise layers; it is changed.
-        kernel_sizes: one odd size for each group.
-        partition: "equal", "exponential" or "logarithmic".
-        dilated: see `MixConv2d`; changes what the model computes.
-        padding: "symmetric" or "same"; detected for each layer if left out.
-        keep_center_weights: put the old kernels in the middle of the new ones. Otherwise the new
-            layers start with fresh weights.
-
-    Returns:
-        What was changed, what was skipped, and why.
-
-    Raises:
-        TypeError: if the model is itself a depthwise layer, which cannot be swapped in place.
-        ValueError: for kernel sizes, partition or padding that no layer could have.
-
-    Source: paper, section 3 ("drop-in replacement"). Chapter 5.
-    """
-    sizes = check_kernel_sizes(kernel_sizes)
-    make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
-    _check_request(model, make, padding)
-    report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
-    inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if layer in inside or not (_is_depthwise(layer) or isinstance(layer, MixConv2d)):
-            continue
-        if layer not in swapped:
-            swapped[layer], line = _replace(name, layer, make, padding, keep_center_weights)
-            report.layers.append(line)
-        if (mixed := swapped[layer]) is not None:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, mixed)
-    return report
-
-
-# %%
-#| export mobilenet.py
-def _check_request(model: nn.Module, make: partial[MixConv2d], padding: str | None) -> None:
-    """Raise for arguments that no layer could satisfy, before anything is changed."""
-    if not isinstance(make.keywords["partition"], str):
-        raise TypeError("partition must be a method's name, since layers differ in channels")
-    make(10_000, padding=padding or "symmetric", device="meta")  # channels enough for any mix
-    if _is_depthwise(model):
-        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
-
-
-# %%
-#| export mobilenet.py
-def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
-    try:
-        return _find_padding(conv) != padding and conv.stride != (1, 1)
-    except ValueError:
-        return True
-
-
-# %%
-#| export mobilenet.py
-def _replace(
-    name: str, layer: nn.Module, make: partial[MixConv2d], padding: str | None, keep: bool
-) -> tuple[MixConv2d | None, Replacement]:
-    """The new layer, or None where there can be none, and the line for the report."""
-    try:
-        conv = _checked(layer)
-        mixed = _convert(conv, make, padding)
-    except ValueError as error:
-        return None, Replacement(name, str(layer), reason=str(error))
-    reason = _move_weights(conv, mixed) if keep else "fresh weights"
-    if padding is not None and not reason and _other_padding(conv, padding):
-        reason = "another padding"
-    return mixed, Replacement(name, str(conv), str(mixed), not reason, reason)
-
-
-# %%
-#| export mobilenet.py
-def _checked(layer: nn.Module) -> nn.Conv2d:
-    """The layer, if it is one that can be replaced; ValueError says why it is not."""
-    if not isinstance(layer, nn.Conv2d):
-        raise ValueError("it is a MixConv2d already")
-    if layer.kernel_size[0] != layer.kernel_size[1] or layer.kernel_size[0] % 2 == 0:
-        raise ValueError(f"kernel {layer.kernel_size} is not square and odd")
-    if torch.nn.utils.parametrize.is_parametrized(layer):
-        raise ValueError("its weight is parametrized")
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks:
-        raise ValueError("it has hooks, which would be lost")
-    return layer
-
-
-# %% [markdown]
-# MobileNetV2, before and after:
-
-# %%
-import copy
-
-from mixconv.teaching import check
-
-torch.manual_seed(0)
-plain = mobilenet_v2(num_classes=10).eval()
-mixed = copy.deepcopy(plain)
-report = replace_depthwise(mixed, (3, 5, 7))
-print("\n".join(str(report).splitlines()[:3]), "\n…")
-x = torch.randn(2, 3, 64, 64)
-check(mixed(x), plain(x), "MobileNetV2 before and after")
-
-# %% [markdown]
-# Same function, ready to train with kernels it did not have before. And it is the network that `mobilenet_v2((3, 5, 7))` builds:
-
-# %%
-assert list(mixed.state_dict()) == list(mobilenet_v2((3, 5, 7), num_classes=10).state_dict())
-parameters(plain), parameters(mixed)
-
-# %% [markdown]
-# What it leaves alone, and what it says:
-
-# %%
-odd_ones = nn.Sequential(
-    nn.Conv2d(8, 8, 3, groups=8),  # no padding
-    nn.Conv2d(8, 8, (1, 7), padding=(0, 3), groups=8),
-    nn.Conv2d(2, 2, 3, padding=1, groups=2),  # too few channels
-    nn.Conv2d(8, 8, 7, padding=3, groups=8),  # larger than some of the new ones
-)
-print(replace_depthwise(odd_ones, (3, 5, 9)))
-
-# %% [markdown]
 # ## Exercises
 #
 # **5.1** By how many parameters does MobileNetV1 grow, from 3×3 to equal MixConv 3, 5, if `channels` lists the channels of its depthwise layers? (All are even.)
@@ -901,8 +715,9 @@ def growth_35(channels: list[int]) -> int:
 
 
 def test_growth(answer) -> None:
-    channels = [32, *(out for out, _ in _V1_BLOCKS[:-1])]
-    assert answer(channels) == parameters(mobilenet_v1((3, 5))) - parameters(mobilenet_v1())
+    channels = [row["in_channels"] for row in _unroll(_V1_STAGES, 1.0)]
+    grown = count_parameters(mobilenet_v1((3, 5))) - count_parameters(mobilenet_v1())
+    assert answer(channels) == grown
 
 
 attempt(growth_35, test_growth)
@@ -915,40 +730,9 @@ def growth_35_solution(channels: list[int]) -> int:
 
 attempt(growth_35_solution, test_growth)
 
-
-# %% [markdown]
-# **5.2** The paper's Figure 5 changes *one* depthwise layer of MobileNetV2 at a time, and finds that layers with stride 2 gain most from large kernels. Build the network whose block `index` has a 9×9 kernel, and all others 3×3, with the same function as `model`.
-
-# %%
-def one_large_kernel(model: ConvNet, index: int) -> ConvNet:
-    raise NotImplementedError
-
-
-def test_one(answer) -> None:
-    model = mobilenet_v2(num_classes=10).eval()
-    changed = answer(model, 3)
-    sizes = [m.kernel_sizes for m in changed.modules() if isinstance(m, MixConv2d)]
-    assert sizes == [(9,)]
-    x = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(changed(x), model(x))
-
-
-attempt(one_large_kernel, test_one)
-
-
-# %% tags=["solution"]
-def one_large_kernel_solution(model: ConvNet, index: int) -> ConvNet:
-    changed = copy.deepcopy(model)
-    replace_depthwise(changed.blocks[index], (9,))
-    return changed
-
-
-attempt(one_large_kernel_solution, test_one)
-
 # %% [markdown]
 # ## Takeaways
 # - One class, `ConvNet`, holds MobileNetV1, V2 and, next, MixNet.
 # - The paper's costs are arithmetic. Ours agree within 1.5M with Figures 1 and 4 and with the exponential curve; with the dilated curve once padding is counted, which is our guess.
-# - `replace_depthwise` puts MixConv into any model, keeps its function where kernels grow, and reports what it did.
 #
 # Previous: [4 · Blocks](04_blocks.ipynb) · Next: [6 · MixNet](06_mixnet.ipynb)

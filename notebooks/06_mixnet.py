@@ -282,8 +282,8 @@ table(
 
 # %%
 #| export mixnet.py
-from mixconv.mobilenet import round_channels
-from mixconv.partition import check_positive
+from mixconv._checks import check_positive
+from mixconv.network import round_channels
 
 
 def unroll(config: MixNetConfig) -> list[BlockConfig]:
@@ -320,9 +320,10 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 
 # %%
 #| export mixnet.py
-from mixconv.blocks import ConvNormActivation, MixConvBlock, check_rate
+from mixconv._checks import check_rate
+from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d
-from mixconv.mobilenet import ConvNet, initialize
+from mixconv.network import ConvNet, initialize
 
 
 def _make_blocks(
@@ -697,7 +698,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, GroupedPointwise, SqueezeExcite
+from mixconv.blocks import ConvNormActivation, SqueezeExcite
 from mixconv.layer import MixConv2d
 from mixconv.mixnet import MixNet
 
@@ -752,7 +753,7 @@ tuple(_to_torch(torch.zeros(3, 3, 16, 1), example).shape)
 def _conv_slots(conv: nn.Module, scope: str, prefix: str = "") -> Iterator[_Slot]:
     parts = list(conv.convs) if isinstance(conv, MixConv2d) else [conv]
     for part in cast("list[nn.Conv2d]", parts):
-        pointwise = isinstance(part, GroupedPointwise)
+        pointwise = part is conv and part.kernel_size == (1, 1)
         if not pointwise and part.groups == part.in_channels > 1:
             yield _Slot(part.weight.detach(), "depthwise", scope, "depthwise_conv2d")
         else:
@@ -1057,8 +1058,8 @@ def _timm_names(model: MixNet) -> dict[str, list[str]]:
         base, _, part = layer.partition(".convs.")
         module = model.get_submodule(layer)
         numbers = [part] if part else []
-        if isinstance(module, GroupedPointwise) and module.groups > 1:
-            numbers = [str(group) for group in range(module.groups)]
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and not part:
+            numbers = [str(group) for group in range(module.groups)] if module.groups > 1 else []
         stems = [f"{layers[base]}.{number}" for number in numbers] or [layers[base]]
         names[key] = [f"{stem}.{tensor}" for stem in stems]
     return names

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.formulation import count_costs
-from mixconv.mobilenet import ConvNet
+from mixconv.network import ConvNet
 
 
 def stages(model: ConvNet) -> list[tuple[str, list[str]]]:

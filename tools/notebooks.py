@@ -27,7 +27,7 @@ RECORD = ".book.json"
 FOLDED_TAGS = {
     "solution": "Solution",
     "drawing": "The code that draws this",
-    "plumbing": "The code that reads names and files",
+    "plumbing": "The plumbing: checks, names, files",
     "tool": "The source of this tool",
 }
 KNOWN_TAGS = set(FOLDED_TAGS)

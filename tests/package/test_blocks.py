@@ -14,6 +14,7 @@ from mixconv import (
     count_costs,
 )
 from mixconv.blocks import ConvNormActivation, DropPath, make_activation, make_depthwise
+from mixconv.layer import make_pointwise
 
 from .common import noise, randomize
 
@@ -42,21 +43,9 @@ def test_a_single_size_is_a_plain_depthwise_layer():
     assert make_depthwise(8, 5, dilated=True).dilation == (2, 2)
 
 
-def test_grouped_pointwise_is_a_convolution_on_each_slice():
-    layer = GroupedPointwise(6, 4, 2)
-    x = noise(2, 6, 3, 3)
-    halves = [
-        nn.functional.conv2d(part, weight)
-        for part, weight in zip(x.chunk(2, 1), layer.weight.chunk(2), strict=True)
-    ]
-    torch.testing.assert_close(layer(x), torch.cat(halves, 1))
-    assert layer.bias is None
-
-
-@pytest.mark.parametrize("channels", [(5, 4, 2), (4, 5, 2), (4, 4, 0), (4, 4, -1)])
-def test_groups_must_divide(channels):
-    with pytest.raises(ValueError, match=rf"groups must divide.*{channels[2]} groups"):
-        GroupedPointwise(*channels)
+def test_the_old_name_of_a_pointwise_layer_still_works():
+    assert GroupedPointwise is make_pointwise
+    assert type(GroupedPointwise(6, 4, 2)) is nn.Conv2d
 
 
 def test_squeeze_excite_by_hand():

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from mixconv import Conv2dSame, MixConv2d, mixconv_reference
 from mixconv.formulation import mixconv_loops
-from mixconv.layer import embed_kernel, make_conv2d, same_padding
+from mixconv.layer import (
+    embed_kernel,
+    make_conv2d,
+    make_pointwise,
+    merge_depthwise,
+    same_padding,
+)
 
 from .common import noise
 
@@ -192,6 +198,101 @@ def test_conv2d_same_takes_even_and_oblong_kernels():
         padded = F.pad(x, [*columns, *rows])
         wanted = F.conv2d(padded, conv.weight, conv.bias, (2, 1), 0, (1, 2))
         torch.testing.assert_close(conv(x), wanted)
+
+
+def test_pointwise_is_a_convolution_on_each_slice():
+    layer = make_pointwise(6, 4, 2)
+    x = noise(2, 6, 3, 3)
+    halves = [
+        nn.functional.conv2d(part, weight)
+        for part, weight in zip(x.chunk(2, 1), layer.weight.chunk(2), strict=True)
+    ]
+    torch.testing.assert_close(layer(x), torch.cat(halves, 1))
+    assert layer.bias is None
+    assert type(layer) is nn.Conv2d
+    assert make_pointwise(6, 4, 2, bias=True).bias is not None
+
+
+@pytest.mark.parametrize("channels", [(5, 4, 2), (4, 5, 2), (4, 6, 4)])
+def test_groups_must_divide(channels):
+    with pytest.raises(ValueError, match=rf"groups must divide.*{channels[2]} groups"):
+        make_pointwise(*channels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((4, 4, 0), ValueError, "groups.*0"),
+        ((4, 4, -1), ValueError, "groups.*-1"),
+        ((4, 4, 2.0), TypeError, "groups.*2.0"),
+        ((0, 4), ValueError, "in_channels.*0"),
+        ((4, "8"), TypeError, "out_channels.*'8'"),
+    ],
+)
+def test_pointwise_arguments(arguments, error, words):
+    with pytest.raises(error, match=words):
+        make_pointwise(*arguments)
+
+
+def side_by_side(**options: Any) -> list[nn.Conv2d]:
+    """Two depthwise layers of 2 and 3 channels; `second` overrides the options of the latter."""
+    second = options | options.pop("second", {})
+    return [
+        make_conv2d(c, c * o.pop("multiplier", 1), o.pop("k", 3), groups=c, **o)
+        for c, o in ((2, dict(options)), (3, second))
+    ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"second": {"k": 7}, "bias": True},
+        {"stride": (1, 2), "second": {"k": 5}, "padding": "same"},
+        {"k": 1, "stride": 2, "padding": "same"},  # equal kernels: no centre is lost
+        {"dilation": 3, "second": {"k": 5}},
+        {"dilation": 2, "second": {"dilation": 3}},
+        {"dilation": (1, 2), "second": {"dilation": (3, 1), "k": 5}, "stride": 2},
+    ],
+    ids=str,
+)
+def test_merge_depthwise_of_any_layers(options):
+    convs = side_by_side(dtype=torch.double, **options)
+    merged = merge_depthwise(convs)
+    if len({conv.dilation for conv in convs}) == 1:
+        assert merged.dilation == convs[0].dilation  # no zeros written out in vain
+    for size in SIZES:
+        x = noise(1, 5, *size, dtype=torch.double)
+        parts = [conv(part) for conv, part in zip(convs, x.split([2, 3], 1), strict=True)]
+        torch.testing.assert_close(merged(x), torch.cat(parts, 1))
+
+
+class OddConv(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+UNMERGEABLE: list[tuple[list[nn.Conv2d], str]] = [
+    ([], "none"),
+    ([OddConv(2, 2, 3, padding=1, groups=2)], "OddConv"),
+    ([nn.utils.parametrizations.weight_norm(side_by_side()[0])], "Parametrized"),
+    ([nn.Conv2d(2, 2, 3, padding=1)], "not depthwise"),
+    ([nn.Conv2d(2, 2, 4, padding=2, groups=2)], "odd kernel"),
+    ([nn.Conv2d(2, 2, (3, 2), padding=1, groups=2)], "odd kernel"),
+    ([nn.Conv2d(2, 2, 3, groups=2)], "not padded"),
+    ([nn.Conv2d(2, 2, 3, padding=1, groups=2, padding_mode="reflect")], "not padded"),
+    (side_by_side(stride=2, second={"stride": 1}), "stride"),
+    (side_by_side(second={"bias": True}), "bias"),
+    (side_by_side(second={"multiplier": 2}), "multiplier"),
+    (side_by_side(second={"dtype": torch.double}), "dtype"),
+    (side_by_side(stride=2, second={"padding": "same"}), "kind"),
+    (side_by_side(k=1, stride=2, padding="same", second={"k": 3}), "at least stride - 1"),
+]
+
+
+@pytest.mark.parametrize(("convs", "words"), UNMERGEABLE, ids=lambda value: str(value)[:20])
+def test_what_cannot_be_merged_is_refused(convs, words):
+    with pytest.raises(ValueError, match=words):
+        merge_depthwise(convs)
 
 
 def test_repr():

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from mixconv import default_kernel_sizes, partition_channels
-from mixconv.partition import check_kernel_sizes, resolve_partition
+from mixconv._checks import check_kernel_sizes
+from mixconv.partition import resolve_partition
 
 METHODS = ("equal", "exponential", "logarithmic")
 

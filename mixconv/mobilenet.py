@@ -4,6 +4,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +18,7 @@ __all__ = ["mobilenet_v1", "mobilenet_v2"]
 _V1_STAGES = [(64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)]
 
 
-def _unroll(stages: list[tuple[int, int, int]], width_multiplier: float) -> list[dict[str, int]]:
+def _unroll(stages: list[tuple[int, int, int]], width_multiplier: float) -> list[dict[str, Any]]:
     """Channels and stride of each block, for a network whose stem has 32 channels."""
     rows, channels = [], round_channels(32, width_multiplier)
     for out_channels, repeats, first_stride in stages:
@@ -30,7 +31,7 @@ def _unroll(stages: list[tuple[int, int, int]], width_multiplier: float) -> list
 
 def _assemble(
     in_channels: int,
-    rows: list[dict[str, int]],
+    rows: list[dict[str, Any]],
     blocks: Sequence[nn.Module],
     head_channels: int | None,
     activation: str,

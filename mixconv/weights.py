@@ -206,9 +206,8 @@ def _timm_names(model: MixNet) -> dict[str, list[str]]:
         base, _, part = layer.partition(".convs.")
         module = model.get_submodule(layer)
         numbers = [part] if part else []
-        grouped = isinstance(module, nn.Conv2d) and module.groups > 1 and not part
-        if grouped and module.kernel_size == (1, 1):
-            numbers = [str(group) for group in range(module.groups)]
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and not part:
+            numbers = [str(group) for group in range(module.groups)] if module.groups > 1 else []
         stems = [f"{layers[base]}.{number}" for number in numbers] or [layers[base]]
         names[key] = [f"{stem}.{tensor}" for stem in stems]
     return names

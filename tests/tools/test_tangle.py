@@ -65,7 +65,9 @@ def test_module_opens_with_the_notebook_to_edit_and_its_docstring():
 
 
 def test_a_long_first_line_is_broken():
-    short = "# Generated from notebooks/02_toy.ipynb by `make book`. Edit the notebook, not this file."
+    short = (
+        "# Generated from notebooks/02_toy.ipynb by `make book`. Edit the notebook, not this file."
+    )
     assert header("02_toy", "#") == short
     first, second = header("02_" + "long" * 5, "//").splitlines()
     assert first.endswith("by `make book`.")

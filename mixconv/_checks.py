@@ -5,7 +5,14 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["as_pair", "as_tuple", "check_kernel_sizes", "check_positive", "check_rate"]
+__all__ = [
+    "as_pair",
+    "as_tuple",
+    "check_kernel_sizes",
+    "check_multiplier",
+    "check_positive",
+    "check_rate",
+]
 
 
 def check_positive(name: str, value: int) -> None:
@@ -20,6 +27,12 @@ def check_rate(name: str, rate: float) -> None:
     """Raise ValueError, naming the argument, unless 0 <= rate < 1."""
     if not 0 <= rate < 1:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {rate}")
+
+
+def check_multiplier(name: str, value: float) -> None:
+    """Raise ValueError, naming the argument, unless `value` is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
 def as_tuple(name: str, values: Any) -> tuple[Any, ...]:

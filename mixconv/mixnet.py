@@ -9,7 +9,7 @@ from typing import Any, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from mixconv._checks import check_positive, check_rate
+from mixconv._checks import check_multiplier, check_positive, check_rate
 from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d
 from mixconv.network import ConvNet, initialize, round_channels
@@ -215,6 +215,7 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     """
     if not config.blocks:
         raise ValueError("blocks must name at least one block, got none")
+    check_multiplier("width_multiplier", config.width_multiplier)
     width = partial(round_channels, multiplier=config.width_multiplier)
     blocks, channels = list[BlockConfig](), config.stem_channels
     for entry in config.blocks:

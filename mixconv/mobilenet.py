@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mixconv._checks import check_multiplier
 from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvBlock
 from mixconv.layer import make_conv2d, make_pointwise
 from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
@@ -20,6 +21,7 @@ _V1_STAGES = [(64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)]
 
 def _unroll(stages: list[tuple[int, int, int]], width_multiplier: float) -> list[dict[str, Any]]:
     """Channels and stride of each block, for a network whose stem has 32 channels."""
+    check_multiplier("width_multiplier", width_multiplier)
     rows, channels = [], round_channels(32, width_multiplier)
     for out_channels, repeats, first_stride in stages:
         wider = round_channels(out_channels, width_multiplier)

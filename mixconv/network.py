@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv._checks import check_rate
+from mixconv._checks import check_multiplier, check_rate
 
 __all__ = [
     "ConvNet",
@@ -157,8 +157,7 @@ def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> 
 
     Source: `round_filters` in the official `mixnet_model.py`. Chapter 5.
     """
-    if not 0 < multiplier < float("inf"):
-        raise ValueError(f"multiplier must be positive and finite, got {multiplier}")
+    check_multiplier("multiplier", multiplier)
     if multiplier == 1:
         return channels
     exact = channels * multiplier

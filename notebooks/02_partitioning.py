@@ -147,6 +147,12 @@ def check_rate(name: str, rate: float) -> None:
         raise ValueError(f"{name} must be at least 0 and less than 1, got {rate}")
 
 
+def check_multiplier(name: str, value: float) -> None:
+    """Raise ValueError, naming the argument, unless `value` is positive and finite."""
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
 # %% tags=["plumbing"]
 #| export _checks.py
 def as_tuple(name: str, values: Any) -> tuple[Any, ...]:

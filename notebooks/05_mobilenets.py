@@ -193,7 +193,6 @@ convolution = nn.Conv2d(64, 256, 3, groups=2, bias=False)
 initialize(convolution)
 print(f"variance {convolution.weight.var():.4f}, wanted {2 / (9 * 128):.4f}")
 
-
 # %% [markdown]
 # ## Wider and narrower
 #
@@ -202,6 +201,9 @@ print(f"variance {convolution.weight.var():.4f}, wanted {2 / (9 * 128):.4f}")
 
 # %%
 #| export network.py
+from mixconv._checks import check_multiplier
+
+
 def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> int:
     """Scale a number of channels and round it to a multiple, losing at most a tenth.
 
@@ -215,8 +217,7 @@ def round_channels(channels: int, multiplier: float = 1.0, divisor: int = 8) -> 
 
     Source: `round_filters` in the official `mixnet_model.py`. Chapter 5.
     """
-    if not 0 < multiplier < float("inf"):
-        raise ValueError(f"multiplier must be positive and finite, got {multiplier}")
+    check_multiplier("multiplier", multiplier)
     if multiplier == 1:
         return channels
     exact = channels * multiplier
@@ -297,6 +298,7 @@ except TypeError as error:
 
 from typing import Any
 
+from mixconv._checks import check_multiplier
 from mixconv.network import round_channels
 
 _V1_STAGES = [(64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)]
@@ -304,6 +306,7 @@ _V1_STAGES = [(64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)]
 
 def _unroll(stages: list[tuple[int, int, int]], width_multiplier: float) -> list[dict[str, Any]]:
     """Channels and stride of each block, for a network whose stem has 32 channels."""
+    check_multiplier("width_multiplier", width_multiplier)
     rows, channels = [], round_channels(32, width_multiplier)
     for out_channels, repeats, first_stride in stages:
         wider = round_channels(out_channels, width_multiplier)

@@ -282,7 +282,7 @@ table(
 
 # %%
 #| export mixnet.py
-from mixconv._checks import check_positive
+from mixconv._checks import check_multiplier, check_positive
 from mixconv.network import round_channels
 
 
@@ -295,6 +295,7 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     """
     if not config.blocks:
         raise ValueError("blocks must name at least one block, got none")
+    check_multiplier("width_multiplier", config.width_multiplier)
     width = partial(round_channels, multiplier=config.width_multiplier)
     blocks, channels = list[BlockConfig](), config.stem_channels
     for entry in config.blocks:

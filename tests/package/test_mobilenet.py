@@ -95,3 +95,10 @@ def test_what_the_networks_are_made_of():
         assert kinds == [wanted] * count
     rates = [m.rate for m in v2.modules() if isinstance(m, DropPath)]
     assert rates == pytest.approx([0.02 * i for i in range(17)])
+
+
+@pytest.mark.parametrize("width", [0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("version", MAKERS)
+def test_a_bad_width_is_called_by_its_name(version, width):
+    with pytest.raises(ValueError, match=f"^width_multiplier.*{width}"):
+        MAKERS[version](width_multiplier=width)

@@ -19,10 +19,10 @@ NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test book check bench clean
+.PHONY: help lab test test-lab book check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp says which folder and Python the environment was made for. Without it, or in another
 # folder (an environment does not survive a move), or if PYTHON names another, a new one is made.
@@ -59,8 +59,13 @@ test: $(INSTALLED) ## all that CI runs: style, types, freshness, tests, every no
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m tools.check
-	$(RUN) -m pytest $(PARALLEL) tests
+	$(RUN) -m pytest $(PARALLEL) --ignore tests/lab tests
 	$(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
+
+test-lab: $(INSTALLED) ## every notebook in a real JupyterLab; needs Chromium, takes minutes
+	@$(RUN) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[lab]"
+	$(RUN) -m pytest -rs tests/lab
 
 book: $(INSTALLED) ## notebooks or their text edited: run them, remake package, pages, figures
 	$(RUN) -m tools.book $(CHAPTERS)

@@ -1,0 +1,154 @@
+"""A real JupyterLab in a real browser, as `make lab` starts it: `make test-lab`.
+
+Every notebook is run from a copy of this checkout, with all folds opened, saved and checked.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tools.notebooks import ROOT, find_chapters
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+BROWSER = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+TOKEN = "lab"
+SECONDS = 300  # for one notebook to run
+
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no chromium on the path")
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What git tracks, or would, in a folder of its own, committed there."""
+    folder = tmp_path_factory.mktemp("book")
+    git = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(git, check=True, capture_output=True).stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def lab_options() -> list[str]:
+    """The options of the Makefile's own command."""
+    done = subprocess.run(
+        ["make", "--no-print-directory", "-n", "lab"],
+        cwd=ROOT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("MAKE")},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    command = done.stdout.splitlines()[-1].split()
+    return command[command.index("lab") + 1 :]
+
+
+@pytest.fixture(scope="module")
+def lab(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a running JupyterLab, on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    home = tmp_path_factory.mktemp("home")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JUPYTER")}
+    environment |= {"HOME": str(home), "PYTHONPATH": str(checkout)}
+    log = (home / "lab.log").open("w")
+    server = subprocess.Popen(
+        [sys.executable, "-m", "jupyter", "lab", *lab_options(), "--no-browser", "--ip=127.0.0.1",
+         f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
+         "--expose-app-in-browser"],
+        cwd=checkout, env=environment, stdout=log, stderr=log,
+    )  # fmt: skip
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try:
+                urllib.request.urlopen(f"{address}/api?token={TOKEN}", timeout=5).close()
+                break
+            except (urllib.error.URLError, ConnectionError):
+                assert server.poll() is None, (home / "lab.log").read_text()
+                time.sleep(0.5)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    options = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=BROWSER, args=options)
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser: Any) -> Iterator[Any]:
+    context = browser.new_context(viewport={"width": 1280, "height": 1000})
+    opened = context.new_page()
+    opened.set_default_timeout(60_000)
+    yield opened
+    context.close()
+
+
+def open_notebook(page: Any, lab: str, name: str) -> list[str]:
+    """Open a notebook; returns the list that the browser's console errors will go to."""
+    errors: list[str] = []
+    page.on("console", lambda m: errors.append(m.text) if m.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(f"{lab}/lab/workspaces/{name}/tree/notebooks/{name}.ipynb?token={TOKEN}")
+    page.wait_for_selector(".jp-Notebook .jp-Cell")
+    page.wait_for_function(
+        "() => { const w = window.jupyterapp?.shell.currentWidget;"
+        " return w?.sessionContext?.session?.kernel?.status === 'idle'; }"
+    )
+    return errors
+
+
+def run(page: Any, command: str) -> None:
+    page.evaluate("command => window.jupyterapp.commands.execute(command)", command)
+
+
+def stored_errors(path: Path) -> list[str]:
+    cells = json.loads(path.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    return [o["evalue"] for o in outputs if o["output_type"] == "error"]
+
+
+@pytest.mark.parametrize("stem", [chapter.stem for chapter in find_chapters(ROOT)])
+def test_a_notebook_runs_is_saved_and_still_passes_the_check(page, lab, checkout, stem):
+    page.set_default_timeout(SECONDS * 1000)
+    errors = open_notebook(page, lab, stem)
+    assert page.locator(".jp-Dialog, .Toastify__toast").count() == 0, "a pop-up on opening"
+    run(page, "notebook:show-all-cell-code")
+    run(page, "notebook:run-all-cells")
+    run(page, "docmanager:save")
+    path = checkout / "notebooks" / f"{stem}.ipynb"
+    assert stored_errors(path) == []
+    assert "language_info" in path.read_text()
+    broken = page.evaluate(
+        "() => [...document.querySelectorAll('.jp-Cell img')]"
+        ".filter(i => i.complete && i.naturalWidth === 0).map(i => i.src)"
+    )
+    assert broken == []
+    assert page.locator(".jp-Dialog").count() == 0
+    assert [line for line in errors if not re.search("favicon", line)] == []
+    run(page, "kernelmenu:shutdown")
+    checked = subprocess.run(
+        [sys.executable, "-m", "tools.check"], cwd=checkout, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stderr

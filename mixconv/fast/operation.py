@@ -1,0 +1,538 @@
+# Generated from notebooks/12_operation.ipynb by `make book`. Edit the notebook, not this file.
+
+"""MixConv as one operation: what it computes, and who may compute it (chapter 12).
+
+`split_form` is the meaning. `FORMS` holds the faster ways, which later chapters add; each says
+why it declines a call. PyTorch knows the operation as `mixconv::mixed_depthwise2d`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mixconv.layer import PADDINGS, same_padding
+
+__all__ = [
+    "ACTIVATIONS",
+    "FORMS",
+    "Call",
+    "Form",
+    "Forms",
+    "MixSpec",
+    "Pad",
+    "Runner",
+    "activate",
+    "check_call",
+    "check_spec",
+    "describe_call",
+    "is_plain",
+    "mixed_depthwise2d",
+    "must_dispatch",
+    "output_size",
+    "pack_weights",
+    "pads",
+    "run_operation",
+    "split_form",
+    "unpack_weights",
+]
+
+
+ACTIVATIONS = ("none", "relu", "silu", "relu6")
+
+
+class MixSpec(NamedTuple):
+    """What the operation computes: an entry for each group, and what the groups share.
+
+    Attributes:
+        channels: of each group.
+        kernel_sizes: odd, one a group.
+        stride: of rows and columns.
+        dilations: one a group.
+        padding: "symmetric" or "same".
+        activation: "none", "relu", "silu" or "relu6".
+    """
+
+    channels: tuple[int, ...]
+    kernel_sizes: tuple[int, ...]
+    stride: int
+    dilations: tuple[int, ...]
+    padding: str
+    activation: str
+
+
+class Pad(NamedTuple):
+    """Zeros around one group's input, in pixels; `reach` is what its kernel spans."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    reach: int
+
+
+def pads(spec: MixSpec, height: int, width: int) -> list[Pad]:
+    """The zeros that each group of the operation needs on an image of this size."""
+    result = []
+    for k, dilation in zip(spec.kernel_sizes, spec.dilations, strict=True):
+        half = dilation * (k // 2)
+        rows = columns = (half, half)
+        if spec.padding == "same":
+            rows = same_padding(height, k, spec.stride, dilation)
+            columns = same_padding(width, k, spec.stride, dilation)
+        result.append(Pad(*rows, *columns, 2 * half + 1))
+    return result
+
+
+def output_size(size: int, stride: int) -> int:
+    """Rows or columns of the output: the same for both paddings and every odd kernel."""
+    return (size + stride - 1) // stride
+
+
+def pack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """One flat tensor from the groups' kernels; gradients flow through.
+
+    Shape:
+        weights `(c, 1, k, k)` each, output one axis: `(k, k, c)` of each group in turn.
+    """
+    return torch.cat([weight.squeeze(1).permute(1, 2, 0).reshape(-1) for weight in weights])
+
+
+def unpack_weights(weight: Tensor, spec: MixSpec) -> list[Tensor]:
+    """The groups' kernels from `pack_weights`'s flat tensor.
+
+    Shape:
+        weight as `pack_weights` gives it, outputs `(c, 1, k, k)`.
+    """
+    shapes = list(zip(spec.kernel_sizes, spec.kernel_sizes, spec.channels, strict=True))
+    parts = torch.split(weight, [a * b * c for a, b, c in shapes])
+    return [
+        part.view(shape).permute(2, 0, 1).unsqueeze(1)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation by its name in `ACTIVATIONS`, or "sigmoid"."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu, "silu": F.silu, "relu6": F.relu6, "sigmoid": torch.sigmoid,
+    }  # fmt: skip
+    return functions[activation](x) if activation != "none" else x
+
+
+def split_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
+    """The operation as a convolution for each group, concatenated: the reference.
+
+    Shape:
+        Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`.
+    """
+    outputs = []
+    kernels, around = unpack_weights(weight, spec), pads(spec, x.shape[2], x.shape[3])
+    groups = zip(x.split(spec.channels, 1), kernels, around, spec.dilations, strict=True)
+    for part, kernel, pad, dilation in groups:
+        padded = F.pad(part, (pad.left, pad.right, pad.top, pad.bottom))
+        count = kernel.shape[0]
+        outputs.append(F.conv2d(padded, kernel, None, spec.stride, 0, dilation, count))
+    y = torch.cat(outputs, 1)
+    return activate(y if bias is None else y + bias.view(-1, 1, 1), spec.activation)
+
+
+@functools.lru_cache(maxsize=1024)
+def check_spec(spec: MixSpec) -> tuple[int, int]:
+    """How many channels and packed weights the operation has.
+
+    Raises:
+        ValueError: naming the entries that are wrong.
+    """
+    channels, sizes, stride, dilations, padding, activation = spec
+    if not len(channels) == len(sizes) == len(dilations) > 0:
+        raise ValueError("channels, kernel_sizes and dilations need an entry for each group")
+    if min(channels) < 1 or any(k < 1 or k % 2 == 0 for k in sizes):
+        raise ValueError(f"groups need channels and odd kernels, got {channels} and {sizes}")
+    if stride < 1 or min(dilations) < 1:
+        raise ValueError(f"stride and dilations must be positive, got {stride} and {dilations}")
+    if padding not in PADDINGS or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"padding must be one of {PADDINGS} and activation one of {ACTIVATIONS}, "
+            f"got {padding!r} and {activation!r}"
+        )
+    return sum(channels), sum(c * k * k for c, k in zip(channels, sizes, strict=True))
+
+
+class Call(NamedTuple):
+    """All that is known of a call but the numbers: what forms decide by.
+
+    Attributes:
+        spec: what to compute.
+        sizes: of x.
+        dtype: of all tensors.
+        device: its type, such as "cpu".
+        has_bias: whether there is one.
+        threads: how many a form may use.
+        parameters: sizes of the weights and biases.
+    """
+
+    spec: Any
+    sizes: tuple[int, ...]
+    dtype: torch.dtype
+    device: str
+    has_bias: bool
+    threads: int
+    parameters: tuple[tuple[int, ...], ...] = ()
+
+
+Runner = Callable[..., Tensor]
+
+
+class Form(Protocol):
+    """A way to compute an operation."""
+
+    name: str
+
+    def declines(self, call: Call) -> list[str]:
+        """Why this form cannot take the call; nothing if it can."""
+
+    def prepare(self, call: Call) -> Runner:
+        """What computes such calls, planned once: a function of the operation's tensors."""
+
+
+class Forms:
+    """The forms of one operation, by device; the first that does not decline computes.
+
+    `choose` remembers its choices, so that a call which repeats an earlier one plans nothing.
+
+    Args:
+        operation: its name, for messages.
+        fallback: prepares what computes when all decline.
+        check: raises if the sizes of a call do not fit; asked once for calls that are alike.
+    """
+
+    def __init__(
+        self, operation: str, fallback: Callable[[Call], Runner],
+        check: Callable[[Call], None] = lambda call: None,
+    ) -> None:  # fmt: skip
+        self.operation = operation
+        self.fallback = fallback
+        self.check = check
+        self.forms: dict[str, list[Form]] = {}
+        self.choose = functools.lru_cache(maxsize=1024)(self._choose)
+
+    def add(self, device: str, form: Form) -> None:
+        """Let a form compute on a device; one of the same name is replaced."""
+        others = [other for other in self.forms.get(device, []) if other.name != form.name]
+        self.forms[device] = [*others, form]
+        self.forget()
+
+    def forget(self) -> None:
+        """Choose anew from now on: what the forms decided by has changed."""
+        self.choose.cache_clear()
+
+    def reasons(self, call: Call) -> dict[str, list[str]]:
+        """Why each form of the call's device declines it; an empty list: it does not."""
+        return {form.name: form.declines(call) for form in self.forms.get(call.device, [])}
+
+    def _choose(self, call: Call) -> Runner:
+        self.check(call)
+        for form in self.forms.get(call.device, []):
+            if not form.declines(call):
+                return form.prepare(call)
+        return self.fallback(call)
+
+
+def _prepare_split(call: Call) -> Runner:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y = split_form(x, weight, bias, call.spec)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    return run
+
+
+def check_call(call: Call) -> None:
+    """Raise unless the sizes of the tensors fit the operation.
+
+    Raises:
+        ValueError: naming the tensor, its size and what it must be.
+    """
+    count, packed = check_spec(call.spec)
+    if len(call.sizes) != 4 or call.sizes[1] != count:
+        raise ValueError(f"x must be (N, {count}, H, W), got {tuple(call.sizes)}")
+    weight, *bias = map(tuple, call.parameters)
+    if weight != (packed,):
+        raise ValueError(f"weight must hold {packed} packed numbers, got {weight}")
+    if bias and bias[0] != (count,):
+        raise ValueError(f"bias must be ({count},), got {bias[0]}")
+
+
+FORMS = Forms("mixed_depthwise2d", _prepare_split, check_call)
+
+
+def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Call:
+    """The call that these tensors make.
+
+    Raises:
+        ValueError: if they differ in dtype or device. (Sizes are the business of `check_call`.)
+    """
+    if weight.dtype != x.dtype or weight.device != x.device:
+        raise ValueError(_disagreement("weight", weight, x))
+    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
+        raise ValueError(_disagreement("bias", bias, x))
+    parameters = (weight.shape,) if bias is None else (weight.shape, bias.shape)
+    device = "cpu" if x.is_cpu else x.device.type  # the first is faster to ask
+    threads = torch.get_num_threads()
+    return Call(spec, x.shape, x.dtype, device, bias is not None, threads, parameters)
+
+
+def _disagreement(name: str, tensor: Tensor, x: Tensor) -> str:
+    return (
+        f"{name} must have the dtype and device of x, {x.dtype} on {x.device}, "
+        f"got {tensor.dtype} on {tensor.device}"
+    )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's numbers lie in the CPU's memory, as they are.
+
+    Not so for views that are still to be negated, for tensors without memory (on the device
+    "meta", or known to be zero), and for what subclasses wrap.
+    """
+    known = type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
+    return known and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+
+
+_CLASSES = frozenset({Tensor, nn.Parameter})
+
+
+def must_dispatch(*tensors: Tensor | None) -> bool:
+    """Whether a call must go through PyTorch's dispatcher, so that others see or change it.
+
+    Those are tracers, modes, function transforms, autocast, the profiler, a wanted gradient, and
+    what tensors of other kinds do: subclasses, other devices, views that are to be negated.
+    """
+    if torch.compiler.is_compiling() or _is_watched():
+        return True
+    gradients = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None:
+            if (gradients and tensor.requires_grad) or not is_plain(tensor):
+                return True
+    return False
+
+
+def _is_watched() -> bool:
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+@torch.library.custom_op(
+    "mixconv::mixed_depthwise2d", mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[] channels, int[] kernel_sizes, "
+    "int stride, int[] dilations, str padding, str activation) -> Tensor",
+)  # fmt: skip
+def _operation(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+    call = describe_call(x, weight, bias, _as_spec(entries))
+    if x.is_cpu and not all(is_plain(t) for t in (x, weight, bias) if t is not None):
+        check_call(call)
+        return FORMS.fallback(call)(x, weight, bias)  # its steps know what to do with them
+    return FORMS.choose(call)(x, weight, bias)
+
+
+def _as_spec(entries: Sequence[Any]) -> MixSpec:
+    """The spec from the operation's arguments, where lists stand for tuples."""
+    return MixSpec(*(tuple(e) if isinstance(e, list | tuple) else e for e in entries))
+
+
+def _as_arguments(spec: MixSpec) -> list[Any]:
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]
+
+
+@_operation.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+    spec = _as_spec(entries)
+    check_call(describe_call(x, weight, bias, spec))
+    rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
+    size = (*x.shape[:2], rows, columns)
+    return x.new_empty(size).to(memory_format=torch.channels_last)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.spec = _as_spec(inputs[3:])
+
+
+def _before_activation(grad: Tensor, inputs: Sequence[Tensor | None], spec: MixSpec) -> Tensor:
+    """The gradient of the sums, from that of the activated result."""
+    if spec.activation == "none":
+        return grad
+    plain = _as_arguments(spec._replace(activation="none"))
+    sums = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
+    aten: Any = torch.ops.aten
+    gradients: dict[str, Callable[[], Tensor]] = {
+        "relu": lambda: aten.threshold_backward(grad, sums, 0),
+        "silu": lambda: aten.silu_backward(grad, sums),
+        "relu6": lambda: aten.hardtanh_backward(grad, sums, 0, 6),
+    }
+    return gradients[spec.activation]()
+
+
+def _group_gradients(
+    x: Tensor, grad: Tensor, kernel: Tensor, pad: Pad, stride: int, dilation: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of one group's input and kernel, as far as they are wanted."""
+    padded = F.pad(x, (pad.left, pad.right, pad.top, pad.bottom))
+    x_grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
+        grad, padded, kernel, None, [stride] * 2, [0, 0], [dilation] * 2, False, [0, 0],
+        kernel.shape[0], [*wanted, False],
+    )  # fmt: skip
+    if wanted[0]:
+        x_grad = x_grad.narrow(2, pad.top, x.shape[2]).narrow(3, pad.left, x.shape[3])
+    return x_grad, kernel_grad
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, spec, wanted = ctx.saved_tensors, ctx.spec, ctx.needs_input_grad
+    grad = _before_activation(grad, inputs, spec)
+    x, weight = inputs[0].split(spec.channels, 1), unpack_weights(inputs[1], spec)
+    around = pads(spec, *inputs[0].shape[2:])
+    groups = zip(x, grad.split(spec.channels, 1), weight, around, spec.dilations, strict=True)
+    pairs = [
+        _group_gradients(part, g, w, pad, spec.stride, d, wanted[:2])
+        for part, g, w, pad, d in groups
+    ]
+    x_grads, weight_grads = zip(*pairs, strict=True)
+    return (
+        torch.cat(x_grads, 1) if wanted[0] else None,
+        pack_weights(weight_grads) if wanted[1] else None,
+        grad.sum((0, 2, 3)) if wanted[2] else None,
+        *[None] * len(spec),
+    )
+
+
+_operation.register_autograd(_backward, setup_context=_remember)
+
+
+def _vmap(
+    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
+    *entries: Any,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Many operations at once are one with more groups: copies lie side by side as channels."""
+    spec, n = _as_spec(entries), info.batch_size
+    tensors: list[Tensor | None] = []
+    for tensor, axis, at in ((x, in_dims[0], 1), (weight, in_dims[1], 0), (bias, in_dims[2], 0)):
+        if tensor is not None:
+            whole = tensor.expand(n, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            tensors.append(whole.movedim(0, at).flatten(at, at + 1))
+        else:
+            tensors.append(None)
+    many = spec._replace(
+        channels=spec.channels * n, kernel_sizes=spec.kernel_sizes * n,
+        dilations=spec.dilations * n,
+    )  # fmt: skip
+    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *_as_arguments(many))
+    return y.unflatten(1, (n, -1)), 1
+
+
+if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
+    _operation.register_vmap(_vmap)
+
+
+def _under_autocast(device: str) -> Callable[..., Tensor]:
+    """The operation where autocast rules: float32 on a CPU, else autocast's own type."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        tensors = [
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.double
+            else t for t in (x, weight, bias)
+        ]  # fmt: skip
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            y: Tensor = torch.ops.mixconv.mixed_depthwise2d(*tensors, *entries)
+            return y
+
+    return run
+
+
+_library = torch.library.Library("mixconv", "FRAGMENT")
+
+_library.impl("mixed_depthwise2d", _under_autocast("cpu"), "AutocastCPU")
+
+_library.impl("mixed_depthwise2d", _under_autocast("cuda"), "AutocastCUDA")
+
+
+def _needs_steps() -> bool:
+    """Whether a derivative is taken that PyTorch does not offer to registered operations.
+
+    Forward mode, and `torch.func`'s transforms but `vmap`: they need the formulas of the steps.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    layers = torch._C._functorch.get_interpreter_stack() or []
+    vmap = torch._C._functorch.TransformType.Vmap
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or any(layer.key() != vmap for layer in layers)
+
+
+def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
+    """The operation by the shortest way that everybody who watches allows.
+
+    Raises:
+        ValueError: for tensors that do not fit together.
+    """
+    if not must_dispatch(x, weight, bias):
+        return FORMS.choose(describe_call(x, weight, bias, spec))(x, weight, bias)
+    if _needs_steps():
+        check_call(describe_call(x, weight, bias, spec))
+        return split_form(x, weight, bias, spec)
+    operation = torch.ops.mixconv.mixed_depthwise2d
+    return cast("Tensor", operation(x, weight, bias, *_as_arguments(spec)))
+
+
+def mixed_depthwise2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    channels: Sequence[int],
+    kernel_sizes: Sequence[int],
+    stride: int = 1,
+    dilations: Sequence[int] | None = None,
+    padding: str = "symmetric",
+    activation: str = "none",
+) -> Tensor:
+    """Mixed depthwise convolution, bias and activation in one operation.
+
+    Args:
+        x: best in channels_last; anything else is copied to it first.
+        weight: packed by `pack_weights`. Pack once for inference; in every forward for training.
+        bias: one number for each channel.
+        channels: of each group; they add up to C.
+        kernel_sizes: odd, one a group.
+        stride: of rows and columns.
+        dilations: one a group; 1 if left out.
+        padding: "symmetric" or "same".
+        activation: "none", "relu", "silu" or "relu6".
+
+    Shape:
+        Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`, channels_last.
+
+    Raises:
+        ValueError: for sizes, dtypes or names that do not fit together.
+
+    Source: ours; the paper (section 3) says that MixConv "could be implemented as a single op".
+    Chapter 12.
+    """
+    steps = (1,) * len(kernel_sizes) if dilations is None else tuple(dilations)
+    spec = MixSpec(tuple(channels), tuple(kernel_sizes), stride, steps, padding, activation)
+    return run_operation(x, weight, bias, spec)

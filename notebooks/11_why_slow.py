@@ -1,0 +1,128 @@
+# %% [markdown]
+# # 11 · Why it is slow
+#
+# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why?
+#
+# **You will be able to**
+# - tell from a layer's multiply-adds and bytes how fast it can be, and draw the roofline;
+# - fold a batch norm and merge kernels, on paper and in code.
+#
+# **Know first:** [chapter 3](03_layer.ipynb) and [chapter 4](04_blocks.ipynb).
+#
+# **Time:** 25 minutes to read. Runs in under 20 seconds on two cores.
+
+# %%
+#| export fast/folding.py
+"""Algebra that makes a network shorter: batch norms folded, 1×1 convolutions merged (chapter 11)."""
+
+import torch
+from torch import Tensor, nn
+
+
+def norm_as_line(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    """Scale and shift of each channel that a batch norm in evaluation amounts to.
+
+    Raises:
+        ValueError: if the norm keeps no running statistics.
+
+    Shape:
+        Outputs `(C,)` each, float64.
+    """
+    if norm.running_mean is None or norm.running_var is None:
+        raise ValueError("a batch norm without running statistics cannot be folded")
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.double()
+
+
+@torch.no_grad()
+def fold_line(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
+    """Put a scale and a shift of each output channel into a convolution, in place."""
+    weight, dtype = conv.weight, conv.weight.dtype
+    bias = 0 if conv.bias is None else conv.bias.double()
+    conv.weight = nn.Parameter((weight.double() * scale.view(-1, 1, 1, 1)).to(dtype), False)
+    conv.bias = nn.Parameter((bias * scale + shift).to(dtype), False)
+
+
+# %%
+#| export fast/folding.py
+def refuse_training(mode: bool) -> None:
+    """Raise if a module that was fused for inference is put in training mode.
+
+    Raises:
+        RuntimeError: saying what to do instead.
+    """
+    if mode:
+        raise RuntimeError(
+            "this model was fused for inference and cannot be trained: batch norms and weights "
+            "are merged. Train the model you gave to fuse_for_inference, and fuse it again."
+        )
+
+
+class FoldedNorm(nn.Identity):
+    """Where a batch norm was that is part of the convolution before it now."""
+
+    def train(self, mode: bool = True) -> "FoldedNorm":
+        """Refuse training mode: there is no norm left to train.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        refuse_training(mode)
+        return super().train(mode)
+
+
+# %%
+#| export fast/folding.py
+from collections.abc import Sequence
+
+from torch.nn.utils import parametrize
+
+
+def merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
+    """Equal 1×1 convolutions side by side as one grouped convolution; None if they are not that."""
+    first = convs[0]
+    kinds = {
+        (type(c), c.in_channels, c.out_channels, c.kernel_size, c.stride, c.groups,
+         c.bias is None, c.padding in (0, (0, 0)))
+        for c in convs
+    }  # fmt: skip
+    equal = kinds == {
+        (nn.Conv2d, first.in_channels, first.out_channels, (1, 1), (1, 1), 1,
+         first.bias is None, True)
+    }  # fmt: skip
+    if not equal or first.in_channels == 1:  # a depthwise layer is not for this
+        return None
+    n, like = len(convs), first.weight
+    merged = nn.Conv2d(
+        n * first.in_channels, n * first.out_channels, 1, groups=n, bias=first.bias is not None,
+        device=like.device, dtype=like.dtype,
+    )  # fmt: skip
+    merged.weight = nn.Parameter(torch.cat([c.weight.detach() for c in convs]), False)
+    if merged.bias is not None:
+        biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
+        merged.bias = nn.Parameter(torch.cat(biases), False)
+    return merged.train(first.training)
+
+
+# %%
+#| export fast/folding.py
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module does what its class does not show.
+
+    That is: hooks forward or backward, a `forward` of this one module, a parametrisation.
+    """
+    hooks = any(getattr(module, name, None) for name in _HOOKS)
+    return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)
+
+# %% [markdown]
+# ## Takeaways
+# - Depthwise layers have few multiply-adds *and* few multiply-adds per byte.
+# - Merging and folding are algebra: same outputs, fewer passes over memory.
+#
+# Previous: [9 · Any model](09_any_model.ipynb) · Next: [12 · The operation](12_operation.ipynb)

@@ -13,7 +13,7 @@
 
 # %%
 #| export fast/folding.py
-"""Algebra that makes a network shorter: batch norms folded, 1×1 convolutions merged (chapter 11)."""
+"""Algebra that makes a network shorter: norms folded, 1×1 convolutions merged (chapter 11)."""
 
 import torch
 from torch import Tensor, nn

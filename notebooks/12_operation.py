@@ -16,8 +16,8 @@
 #| export fast/operation.py
 """MixConv as one operation: what it computes, and who may compute it (chapter 12).
 
-`split_form` is the meaning. `FORMS` holds the faster ways, which later chapters add; each says
-why it declines a call. PyTorch knows the operation as `mixconv::mixed_depthwise2d`.
+`split_form` is the meaning. `FORMS` holds the faster ways, which later chapters add. PyTorch knows
+the operation as `mixconv::mixed_depthwise2d`.
 """
 
 from typing import NamedTuple
@@ -164,8 +164,18 @@ def check_spec(spec: MixSpec) -> tuple[int, int]:
 
 
 # %%
-#| export fast/operation.py
-from typing import Any, Protocol
+#| export fast/forms.py
+"""Who computes: the forms of an operation, each with its reasons to decline (chapter 12).
+
+And who must see a call: `must_dispatch`.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
 
 
 class Call(NamedTuple):
@@ -206,7 +216,7 @@ class Form(Protocol):
 
 
 # %%
-#| export fast/operation.py
+#| export fast/forms.py
 class Forms:
     """The forms of one operation, by device; the first that does not decline computes.
 
@@ -252,6 +262,9 @@ class Forms:
 
 # %%
 #| export fast/operation.py
+from mixconv.fast.forms import Call, Forms, Runner, must_dispatch, needs_steps
+
+
 def _prepare_split(call: Call) -> Runner:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = split_form(x, weight, bias, call.spec)
@@ -305,9 +318,7 @@ def _disagreement(name: str, tensor: Tensor, x: Tensor) -> str:
 
 
 # %%
-#| export fast/operation.py
-from typing import cast
-
+#| export fast/forms.py
 from torch import nn
 
 
@@ -334,9 +345,9 @@ def must_dispatch(*tensors: Tensor | None) -> bool:
         return True
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        if tensor is not None:
-            if (gradients and tensor.requires_grad) or not is_plain(tensor):
-                return True
+        wanted = gradients and tensor is not None and tensor.requires_grad
+        if wanted or (tensor is not None and not is_plain(tensor)):
+            return True
     return False
 
 
@@ -352,157 +363,7 @@ def _is_watched() -> bool:
     )
 
 
-# %%
-#| export fast/operation.py
-@torch.library.custom_op(
-    "mixconv::mixed_depthwise2d", mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, int[] channels, int[] kernel_sizes, "
-    "int stride, int[] dilations, str padding, str activation) -> Tensor",
-)  # fmt: skip
-def _operation(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
-    call = describe_call(x, weight, bias, _as_spec(entries))
-    if x.is_cpu and not all(is_plain(t) for t in (x, weight, bias) if t is not None):
-        check_call(call)
-        return FORMS.fallback(call)(x, weight, bias)  # its steps know what to do with them
-    return FORMS.choose(call)(x, weight, bias)
-
-
-def _as_spec(entries: Sequence[Any]) -> MixSpec:
-    """The spec from the operation's arguments, where lists stand for tuples."""
-    return MixSpec(*(tuple(e) if isinstance(e, list | tuple) else e for e in entries))
-
-
-def _as_arguments(spec: MixSpec) -> list[Any]:
-    return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]
-
-
-# %%
-#| export fast/operation.py
-@_operation.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
-    spec = _as_spec(entries)
-    check_call(describe_call(x, weight, bias, spec))
-    rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
-    size = (*x.shape[:2], rows, columns)
-    return x.new_empty(size).to(memory_format=torch.channels_last)
-
-
-# %%
-#| export fast/operation.py
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.spec = _as_spec(inputs[3:])
-
-
-def _before_activation(grad: Tensor, inputs: Sequence[Tensor | None], spec: MixSpec) -> Tensor:
-    """The gradient of the sums, from that of the activated result."""
-    if spec.activation == "none":
-        return grad
-    plain = _as_arguments(spec._replace(activation="none"))
-    sums = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
-    aten: Any = torch.ops.aten
-    gradients: dict[str, Callable[[], Tensor]] = {
-        "relu": lambda: aten.threshold_backward(grad, sums, 0),
-        "silu": lambda: aten.silu_backward(grad, sums),
-        "relu6": lambda: aten.hardtanh_backward(grad, sums, 0, 6),
-    }
-    return gradients[spec.activation]()
-
-
-# %%
-#| export fast/operation.py
-def _group_gradients(
-    x: Tensor, grad: Tensor, kernel: Tensor, pad: Pad, stride: int, dilation: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of one group's input and kernel, as far as they are wanted."""
-    padded = F.pad(x, (pad.left, pad.right, pad.top, pad.bottom))
-    x_grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
-        grad, padded, kernel, None, [stride] * 2, [0, 0], [dilation] * 2, False, [0, 0],
-        kernel.shape[0], [*wanted, False],
-    )  # fmt: skip
-    if wanted[0]:
-        x_grad = x_grad.narrow(2, pad.top, x.shape[2]).narrow(3, pad.left, x.shape[3])
-    return x_grad, kernel_grad
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, spec, wanted = ctx.saved_tensors, ctx.spec, ctx.needs_input_grad
-    grad = _before_activation(grad, inputs, spec)
-    x, weight = inputs[0].split(spec.channels, 1), unpack_weights(inputs[1], spec)
-    around = pads(spec, *inputs[0].shape[2:])
-    groups = zip(x, grad.split(spec.channels, 1), weight, around, spec.dilations, strict=True)
-    pairs = [
-        _group_gradients(part, g, w, pad, spec.stride, d, wanted[:2])
-        for part, g, w, pad, d in groups
-    ]
-    x_grads, weight_grads = zip(*pairs, strict=True)
-    return (
-        torch.cat(x_grads, 1) if wanted[0] else None,
-        pack_weights(weight_grads) if wanted[1] else None,
-        grad.sum((0, 2, 3)) if wanted[2] else None,
-        *[None] * len(spec),
-    )
-
-
-_operation.register_autograd(_backward, setup_context=_remember)
-
-
-# %%
-#| export fast/operation.py
-def _vmap(
-    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
-    *entries: Any,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Many operations at once are one with more groups: copies lie side by side as channels."""
-    spec, n = _as_spec(entries), info.batch_size
-    tensors: list[Tensor | None] = []
-    for tensor, axis, at in ((x, in_dims[0], 1), (weight, in_dims[1], 0), (bias, in_dims[2], 0)):
-        if tensor is not None:
-            whole = tensor.expand(n, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-            tensors.append(whole.movedim(0, at).flatten(at, at + 1))
-        else:
-            tensors.append(None)
-    many = spec._replace(
-        channels=spec.channels * n, kernel_sizes=spec.kernel_sizes * n,
-        dilations=spec.dilations * n,
-    )  # fmt: skip
-    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *_as_arguments(many))
-    return y.unflatten(1, (n, -1)), 1
-
-
-if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
-    _operation.register_vmap(_vmap)
-
-
-# %%
-#| export fast/operation.py
-def _under_autocast(device: str) -> Callable[..., Tensor]:
-    """The operation where autocast rules: float32 on a CPU, else autocast's own type."""
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
-        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
-        tensors = [
-            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.double
-            else t for t in (x, weight, bias)
-        ]  # fmt: skip
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            y: Tensor = torch.ops.mixconv.mixed_depthwise2d(*tensors, *entries)
-            return y
-
-    return run
-
-
-_library = torch.library.Library("mixconv", "FRAGMENT")
-_library.impl("mixed_depthwise2d", _under_autocast("cpu"), "AutocastCPU")
-_library.impl("mixed_depthwise2d", _under_autocast("cuda"), "AutocastCUDA")
-
-
-# %%
-#| export fast/operation.py
-def _needs_steps() -> bool:
+def needs_steps() -> bool:
     """Whether a derivative is taken that PyTorch does not offer to registered operations.
 
     Forward mode, and `torch.func`'s transforms but `vmap`: they need the formulas of the steps.
@@ -515,6 +376,16 @@ def _needs_steps() -> bool:
     return forward_mode or any(layer.key() != vmap for layer in layers)
 
 
+# %%
+#| export fast/operation.py
+from typing import Any, cast
+
+
+def as_arguments(spec: MixSpec) -> list[Any]:
+    """The spec's entries as PyTorch's dispatcher takes them, with lists for tuples."""
+    return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]
+
+
 def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
     """The operation by the shortest way that everybody who watches allows.
 
@@ -523,11 +394,11 @@ def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
     """
     if not must_dispatch(x, weight, bias):
         return FORMS.choose(describe_call(x, weight, bias, spec))(x, weight, bias)
-    if _needs_steps():
+    if needs_steps():
         check_call(describe_call(x, weight, bias, spec))
         return split_form(x, weight, bias, spec)
     operation = torch.ops.mixconv.mixed_depthwise2d
-    return cast("Tensor", operation(x, weight, bias, *_as_arguments(spec)))
+    return cast("Tensor", operation(x, weight, bias, *as_arguments(spec)))
 
 
 # %%
@@ -569,6 +440,174 @@ def mixed_depthwise2d(
     steps = (1,) * len(kernel_sizes) if dilations is None else tuple(dilations)
     spec = MixSpec(tuple(channels), tuple(kernel_sizes), stride, steps, padding, activation)
     return run_operation(x, weight, bias, spec)
+
+
+# %%
+#| export fast/rules.py
+"""How PyTorch knows the operation: its shapes, gradient, `vmap` and autocast (chapter 12)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mixconv.fast.forms import is_plain
+from mixconv.fast.operation import (
+    FORMS,
+    MixSpec,
+    Pad,
+    as_arguments,
+    check_call,
+    describe_call,
+    output_size,
+    pack_weights,
+    pads,
+    unpack_weights,
+)
+
+
+@torch.library.custom_op(
+    "mixconv::mixed_depthwise2d", mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor? bias, int[] channels, int[] kernel_sizes, "
+    "int stride, int[] dilations, str padding, str activation) -> Tensor",
+)  # fmt: skip
+def _operation(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+    call = describe_call(x, weight, bias, _as_spec(entries))
+    if x.is_cpu and not all(is_plain(t) for t in (x, weight, bias) if t is not None):
+        check_call(call)
+        return FORMS.fallback(call)(x, weight, bias)  # its steps know what to do with them
+    return FORMS.choose(call)(x, weight, bias)
+
+
+def _as_spec(entries: Sequence[Any]) -> MixSpec:
+    """The spec from the operation's arguments, where lists stand for tuples."""
+    parts: list[Any] = [tuple(e) if isinstance(e, list | tuple) else e for e in entries]
+    return MixSpec(*parts)
+
+
+# %%
+#| export fast/rules.py
+@_operation.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+    spec = _as_spec(entries)
+    check_call(describe_call(x, weight, bias, spec))
+    rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
+    size = (*x.shape[:2], rows, columns)
+    return x.new_empty(size).to(memory_format=torch.channels_last)
+
+
+# %%
+#| export fast/rules.py
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+    ctx.spec = _as_spec(inputs[3:])
+
+
+def _before_activation(grad: Tensor, inputs: Sequence[Tensor | None], spec: MixSpec) -> Tensor:
+    """The gradient of the sums, from that of the activated result."""
+    if spec.activation == "none":
+        return grad
+    plain = as_arguments(spec._replace(activation="none"))
+    sums = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
+    aten: Any = torch.ops.aten
+    gradients: dict[str, Callable[[], Tensor]] = {
+        "relu": lambda: aten.threshold_backward(grad, sums, 0),
+        "silu": lambda: aten.silu_backward(grad, sums),
+        "relu6": lambda: aten.hardtanh_backward(grad, sums, 0, 6),
+    }
+    return gradients[spec.activation]()
+
+
+# %%
+#| export fast/rules.py
+def _group_gradients(
+    x: Tensor, grad: Tensor, kernel: Tensor, pad: Pad, stride: int, dilation: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Gradients of one group's input and kernel, as far as they are wanted."""
+    padded = F.pad(x, (pad.left, pad.right, pad.top, pad.bottom))
+    x_grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
+        grad, padded, kernel, None, [stride] * 2, [0, 0], [dilation] * 2, False, [0, 0],
+        kernel.shape[0], [*wanted, False],
+    )  # fmt: skip
+    if wanted[0]:
+        x_grad = x_grad.narrow(2, pad.top, x.shape[2]).narrow(3, pad.left, x.shape[3])
+    return x_grad, kernel_grad
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    inputs, spec, wanted = ctx.saved_tensors, ctx.spec, ctx.needs_input_grad
+    grad = _before_activation(grad, inputs, spec)
+    x, weight = inputs[0].split(spec.channels, 1), unpack_weights(inputs[1], spec)
+    around = pads(spec, *inputs[0].shape[2:])
+    groups = zip(x, grad.split(spec.channels, 1), weight, around, spec.dilations, strict=True)
+    pairs = [
+        _group_gradients(part, g, w, pad, spec.stride, d, wanted[:2])
+        for part, g, w, pad, d in groups
+    ]
+    x_grads, weight_grads = zip(*pairs, strict=True)
+    return (
+        torch.cat(x_grads, 1) if wanted[0] else None,
+        pack_weights(weight_grads) if wanted[1] else None,
+        grad.sum((0, 2, 3)) if wanted[2] else None,
+        *[None] * len(spec),
+    )
+
+
+_operation.register_autograd(_backward, setup_context=_remember)
+
+
+# %%
+#| export fast/rules.py
+def _vmap(
+    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
+    *entries: Any,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Many operations at once are one with more groups: copies lie side by side as channels."""
+    spec, n = _as_spec(entries), info.batch_size
+    tensors: list[Tensor | None] = []
+    for tensor, axis, at in ((x, in_dims[0], 1), (weight, in_dims[1], 0), (bias, in_dims[2], 0)):
+        if tensor is not None:
+            whole = tensor.expand(n, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            tensors.append(whole.movedim(0, at).flatten(at, at + 1))
+        else:
+            tensors.append(None)
+    many = spec._replace(
+        channels=spec.channels * n, kernel_sizes=spec.kernel_sizes * n,
+        dilations=spec.dilations * n,
+    )  # fmt: skip
+    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *as_arguments(many))
+    return y.unflatten(1, (n, -1)), 1
+
+
+if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
+    _operation.register_vmap(_vmap)
+
+
+# %%
+#| export fast/rules.py
+def _under_autocast(device: str) -> Callable[..., Tensor]:
+    """The operation where autocast rules: float32 on a CPU, else autocast's own type."""
+    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+        tensors = [
+            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.double
+            else t for t in (x, weight, bias)
+        ]  # fmt: skip
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            y: Tensor = torch.ops.mixconv.mixed_depthwise2d(*tensors, *entries)
+            return y
+
+    return run
+
+
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    _operation._lib.impl("mixed_depthwise2d", _under_autocast(_device), _key)
 
 # %%
 #| export fast/fused_layer.py
@@ -647,7 +686,6 @@ class FusedMixConv2d(nn.Module):
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""
         return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())
-
 
 # %% [markdown]
 # ## Takeaways

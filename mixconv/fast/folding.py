@@ -1,6 +1,6 @@
 # Generated from notebooks/11_why_slow.ipynb by `make book`. Edit the notebook, not this file.
 
-"""Algebra that makes a network shorter: batch norms folded, 1×1 convolutions merged (chapter 11)."""
+"""Algebra that makes a network shorter: norms folded, 1×1 convolutions merged (chapter 11)."""
 
 from collections.abc import Sequence
 

@@ -2,36 +2,32 @@
 
 """MixConv as one operation: what it computes, and who may compute it (chapter 12).
 
-`split_form` is the meaning. `FORMS` holds the faster ways, which later chapters add; each says
-why it declines a call. PyTorch knows the operation as `mixconv::mixed_depthwise2d`.
+`split_form` is the meaning. `FORMS` holds the faster ways, which later chapters add. PyTorch knows
+the operation as `mixconv::mixed_depthwise2d`.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from mixconv.fast.forms import Call, Forms, Runner, must_dispatch, needs_steps
 from mixconv.layer import PADDINGS, same_padding
 
 __all__ = [
     "ACTIVATIONS",
     "FORMS",
-    "Call",
-    "Form",
-    "Forms",
     "MixSpec",
     "Pad",
-    "Runner",
     "activate",
+    "as_arguments",
     "check_call",
     "check_spec",
     "describe_call",
-    "is_plain",
     "mixed_depthwise2d",
-    "must_dispatch",
     "output_size",
     "pack_weights",
     "pads",
@@ -162,86 +158,6 @@ def check_spec(spec: MixSpec) -> tuple[int, int]:
     return sum(channels), sum(c * k * k for c, k in zip(channels, sizes, strict=True))
 
 
-class Call(NamedTuple):
-    """All that is known of a call but the numbers: what forms decide by.
-
-    Attributes:
-        spec: what to compute.
-        sizes: of x.
-        dtype: of all tensors.
-        device: its type, such as "cpu".
-        has_bias: whether there is one.
-        threads: how many a form may use.
-        parameters: sizes of the weights and biases.
-    """
-
-    spec: Any
-    sizes: tuple[int, ...]
-    dtype: torch.dtype
-    device: str
-    has_bias: bool
-    threads: int
-    parameters: tuple[tuple[int, ...], ...] = ()
-
-
-Runner = Callable[..., Tensor]
-
-
-class Form(Protocol):
-    """A way to compute an operation."""
-
-    name: str
-
-    def declines(self, call: Call) -> list[str]:
-        """Why this form cannot take the call; nothing if it can."""
-
-    def prepare(self, call: Call) -> Runner:
-        """What computes such calls, planned once: a function of the operation's tensors."""
-
-
-class Forms:
-    """The forms of one operation, by device; the first that does not decline computes.
-
-    `choose` remembers its choices, so that a call which repeats an earlier one plans nothing.
-
-    Args:
-        operation: its name, for messages.
-        fallback: prepares what computes when all decline.
-        check: raises if the sizes of a call do not fit; asked once for calls that are alike.
-    """
-
-    def __init__(
-        self, operation: str, fallback: Callable[[Call], Runner],
-        check: Callable[[Call], None] = lambda call: None,
-    ) -> None:  # fmt: skip
-        self.operation = operation
-        self.fallback = fallback
-        self.check = check
-        self.forms: dict[str, list[Form]] = {}
-        self.choose = functools.lru_cache(maxsize=1024)(self._choose)
-
-    def add(self, device: str, form: Form) -> None:
-        """Let a form compute on a device; one of the same name is replaced."""
-        others = [other for other in self.forms.get(device, []) if other.name != form.name]
-        self.forms[device] = [*others, form]
-        self.forget()
-
-    def forget(self) -> None:
-        """Choose anew from now on: what the forms decided by has changed."""
-        self.choose.cache_clear()
-
-    def reasons(self, call: Call) -> dict[str, list[str]]:
-        """Why each form of the call's device declines it; an empty list: it does not."""
-        return {form.name: form.declines(call) for form in self.forms.get(call.device, [])}
-
-    def _choose(self, call: Call) -> Runner:
-        self.check(call)
-        for form in self.forms.get(call.device, []):
-            if not form.declines(call):
-                return form.prepare(call)
-        return self.fallback(call)
-
-
 def _prepare_split(call: Call) -> Runner:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         y = split_form(x, weight, bias, call.spec)
@@ -292,196 +208,9 @@ def _disagreement(name: str, tensor: Tensor, x: Tensor) -> str:
     )
 
 
-def is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor's numbers lie in the CPU's memory, as they are.
-
-    Not so for views that are still to be negated, for tensors without memory (on the device
-    "meta", or known to be zero), and for what subclasses wrap.
-    """
-    known = type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
-    return known and (tensor.data_ptr() != 0 or tensor.numel() == 0)
-
-
-_CLASSES = frozenset({Tensor, nn.Parameter})
-
-
-def must_dispatch(*tensors: Tensor | None) -> bool:
-    """Whether a call must go through PyTorch's dispatcher, so that others see or change it.
-
-    Those are tracers, modes, function transforms, autocast, the profiler, a wanted gradient, and
-    what tensors of other kinds do: subclasses, other devices, views that are to be negated.
-    """
-    if torch.compiler.is_compiling() or _is_watched():
-        return True
-    gradients = torch.is_grad_enabled()
-    for tensor in tensors:
-        if tensor is not None:
-            if (gradients and tensor.requires_grad) or not is_plain(tensor):
-                return True
-    return False
-
-
-def _is_watched() -> bool:
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._autograd._profiler_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.autograd.forward_ad._current_level >= 0
-    )
-
-
-@torch.library.custom_op(
-    "mixconv::mixed_depthwise2d", mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor? bias, int[] channels, int[] kernel_sizes, "
-    "int stride, int[] dilations, str padding, str activation) -> Tensor",
-)  # fmt: skip
-def _operation(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
-    call = describe_call(x, weight, bias, _as_spec(entries))
-    if x.is_cpu and not all(is_plain(t) for t in (x, weight, bias) if t is not None):
-        check_call(call)
-        return FORMS.fallback(call)(x, weight, bias)  # its steps know what to do with them
-    return FORMS.choose(call)(x, weight, bias)
-
-
-def _as_spec(entries: Sequence[Any]) -> MixSpec:
-    """The spec from the operation's arguments, where lists stand for tuples."""
-    return MixSpec(*(tuple(e) if isinstance(e, list | tuple) else e for e in entries))
-
-
-def _as_arguments(spec: MixSpec) -> list[Any]:
+def as_arguments(spec: MixSpec) -> list[Any]:
+    """The spec's entries as PyTorch's dispatcher takes them, with lists for tuples."""
     return [list(entry) if isinstance(entry, tuple) else entry for entry in spec]
-
-
-@_operation.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
-    spec = _as_spec(entries)
-    check_call(describe_call(x, weight, bias, spec))
-    rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
-    size = (*x.shape[:2], rows, columns)
-    return x.new_empty(size).to(memory_format=torch.channels_last)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
-    ctx.spec = _as_spec(inputs[3:])
-
-
-def _before_activation(grad: Tensor, inputs: Sequence[Tensor | None], spec: MixSpec) -> Tensor:
-    """The gradient of the sums, from that of the activated result."""
-    if spec.activation == "none":
-        return grad
-    plain = _as_arguments(spec._replace(activation="none"))
-    sums = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
-    aten: Any = torch.ops.aten
-    gradients: dict[str, Callable[[], Tensor]] = {
-        "relu": lambda: aten.threshold_backward(grad, sums, 0),
-        "silu": lambda: aten.silu_backward(grad, sums),
-        "relu6": lambda: aten.hardtanh_backward(grad, sums, 0, 6),
-    }
-    return gradients[spec.activation]()
-
-
-def _group_gradients(
-    x: Tensor, grad: Tensor, kernel: Tensor, pad: Pad, stride: int, dilation: int,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Gradients of one group's input and kernel, as far as they are wanted."""
-    padded = F.pad(x, (pad.left, pad.right, pad.top, pad.bottom))
-    x_grad, kernel_grad, _ = torch.ops.aten.convolution_backward(
-        grad, padded, kernel, None, [stride] * 2, [0, 0], [dilation] * 2, False, [0, 0],
-        kernel.shape[0], [*wanted, False],
-    )  # fmt: skip
-    if wanted[0]:
-        x_grad = x_grad.narrow(2, pad.top, x.shape[2]).narrow(3, pad.left, x.shape[3])
-    return x_grad, kernel_grad
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, spec, wanted = ctx.saved_tensors, ctx.spec, ctx.needs_input_grad
-    grad = _before_activation(grad, inputs, spec)
-    x, weight = inputs[0].split(spec.channels, 1), unpack_weights(inputs[1], spec)
-    around = pads(spec, *inputs[0].shape[2:])
-    groups = zip(x, grad.split(spec.channels, 1), weight, around, spec.dilations, strict=True)
-    pairs = [
-        _group_gradients(part, g, w, pad, spec.stride, d, wanted[:2])
-        for part, g, w, pad, d in groups
-    ]
-    x_grads, weight_grads = zip(*pairs, strict=True)
-    return (
-        torch.cat(x_grads, 1) if wanted[0] else None,
-        pack_weights(weight_grads) if wanted[1] else None,
-        grad.sum((0, 2, 3)) if wanted[2] else None,
-        *[None] * len(spec),
-    )
-
-
-_operation.register_autograd(_backward, setup_context=_remember)
-
-
-def _vmap(
-    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
-    *entries: Any,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Many operations at once are one with more groups: copies lie side by side as channels."""
-    spec, n = _as_spec(entries), info.batch_size
-    tensors: list[Tensor | None] = []
-    for tensor, axis, at in ((x, in_dims[0], 1), (weight, in_dims[1], 0), (bias, in_dims[2], 0)):
-        if tensor is not None:
-            whole = tensor.expand(n, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-            tensors.append(whole.movedim(0, at).flatten(at, at + 1))
-        else:
-            tensors.append(None)
-    many = spec._replace(
-        channels=spec.channels * n, kernel_sizes=spec.kernel_sizes * n,
-        dilations=spec.dilations * n,
-    )  # fmt: skip
-    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *_as_arguments(many))
-    return y.unflatten(1, (n, -1)), 1
-
-
-if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
-    _operation.register_vmap(_vmap)
-
-
-def _under_autocast(device: str) -> Callable[..., Tensor]:
-    """The operation where autocast rules: float32 on a CPU, else autocast's own type."""
-    key = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}[device]
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
-        dtype = torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
-        tensors = [
-            t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.double
-            else t for t in (x, weight, bias)
-        ]  # fmt: skip
-        with torch._C._ExcludeDispatchKeyGuard(keys):
-            y: Tensor = torch.ops.mixconv.mixed_depthwise2d(*tensors, *entries)
-            return y
-
-    return run
-
-
-_library = torch.library.Library("mixconv", "FRAGMENT")
-
-_library.impl("mixed_depthwise2d", _under_autocast("cpu"), "AutocastCPU")
-
-_library.impl("mixed_depthwise2d", _under_autocast("cuda"), "AutocastCUDA")
-
-
-def _needs_steps() -> bool:
-    """Whether a derivative is taken that PyTorch does not offer to registered operations.
-
-    Forward mode, and `torch.func`'s transforms but `vmap`: they need the formulas of the steps.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    layers = torch._C._functorch.get_interpreter_stack() or []
-    vmap = torch._C._functorch.TransformType.Vmap
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or any(layer.key() != vmap for layer in layers)
 
 
 def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
@@ -492,11 +221,11 @@ def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
     """
     if not must_dispatch(x, weight, bias):
         return FORMS.choose(describe_call(x, weight, bias, spec))(x, weight, bias)
-    if _needs_steps():
+    if needs_steps():
         check_call(describe_call(x, weight, bias, spec))
         return split_form(x, weight, bias, spec)
     operation = torch.ops.mixconv.mixed_depthwise2d
-    return cast("Tensor", operation(x, weight, bias, *_as_arguments(spec)))
+    return cast("Tensor", operation(x, weight, bias, *as_arguments(spec)))
 
 
 def mixed_depthwise2d(

@@ -1,0 +1,77 @@
+# Generated from notebooks/12_operation.ipynb by `make book`. Edit the notebook, not this file.
+
+"""A mixed layer, its bias and the activation behind it as one operation (chapter 12)."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.fast.folding import refuse_training
+from mixconv.fast.operation import MixSpec, pack_weights, run_operation
+from mixconv.surgery import find_padding
+
+__all__ = ["FusedMixConv2d", "describe_mix"]
+
+
+def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpec | None:
+    """Depthwise convolutions side by side as one operation; None where it cannot express them."""
+    try:
+        paddings = {find_padding(conv) for conv in convs}
+    except ValueError:
+        return None
+    squares = [(*conv.kernel_size, *conv.dilation) for conv in convs]
+    strides = {stride for conv in convs for stride in conv.stride}
+    depthwise = all(c.groups == c.in_channels == c.out_channels for c in convs)
+    even = any(k != h or k % 2 == 0 or d != e for k, h, d, e in squares)
+    mixed_up = len(paddings) != 1 or len(strides) != 1
+    if not depthwise or even or mixed_up or len({c.bias is None for c in convs}) != 1:
+        return None
+    channels = tuple(conv.out_channels for conv in convs)
+    sizes, dilations = tuple(k for k, *_ in squares), tuple(square[2] for square in squares)
+    return MixSpec(channels, sizes, strides.pop(), dilations, paddings.pop(), activation)
+
+
+class FusedMixConv2d(nn.Module):
+    """Depthwise convolutions, their bias and the activation behind them as one operation.
+
+    Args:
+        convs: the convolutions of the groups.
+        spec: what `describe_mix` says of them.
+
+    Shape:
+        Input `(N, C, H, W)` or `(C, H, W)`, output as from the layer it replaces.
+
+    Source: ours. Chapter 12.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, convs: Sequence[nn.Conv2d], spec: MixSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
+        self.register_buffer("weight", pack_weights([conv.weight.detach() for conv in convs]))
+        self.register_buffer("bias", torch.cat(biases) if biases else None)
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, add the bias, activate."""
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        return run_operation(x, self.weight, self.bias, self.spec)
+
+    def train(self, mode: bool = True) -> "FusedMixConv2d":
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        refuse_training(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())

@@ -20,15 +20,14 @@ from mixconv.mixnet import (
     MixNetConfig,
     decode_block,
     encode_block,
-    mixnet_l,
-    mixnet_m,
-    mixnet_s,
     preprocess,
 )
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
+from mixconv.official import load_official
 from mixconv.partition import default_kernel_sizes, partition_channels
 from mixconv.surgery import replace_depthwise
-from mixconv.weights import load_official, load_weights, to_timm
+from mixconv.weights import load_weights, to_timm
+from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s
 
 __version__ = "0.2.0"
 

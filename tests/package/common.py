@@ -10,11 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mixconv import MixNetConfig
+
 DATA = Path(__file__).parents[1] / "data"
 PAPER: dict[str, Any] = json.loads((DATA / "paper.json").read_text())
 VARIABLES: dict[str, Any] = json.loads((DATA / "variables.json").read_text())
 
 _RECIPE = runpy.run_path(str(DATA / "recipe.py"))
+
+TINY = MixNetConfig(  # a MixNet with all that one can have, in four blocks
+    (
+        "r1_k3_a1_p1_s11_e1_i8_o8",
+        "r2_k3.5_a1.1_p1.1_s22_e3_i8_o16_se0.5_sw",
+        "r1_k3.5.7_a1_p1_s22_e2_i16_o24",
+    ),
+    8,
+    32,
+)
 
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:

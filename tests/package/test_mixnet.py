@@ -1,4 +1,5 @@
 import copy
+import math
 import pickle
 from dataclasses import replace
 from itertools import product
@@ -28,19 +29,10 @@ from mixconv import (
 from mixconv.blocks import DropPath, SqueezeExcite
 from mixconv.mixnet import unroll
 
-from .common import noise, randomize
+from .common import TINY, VARIABLES, noise, randomize
 
 MAKERS = {"s": mixnet_s, "m": mixnet_m, "l": mixnet_l}
 OFFICIAL = sorted({str(block) for config in (MIXNET_S, MIXNET_M) for block in config.blocks})
-TINY = MixNetConfig(
-    (
-        "r1_k3_a1_p1_s11_e1_i8_o8",
-        "r2_k3.5_a1.1_p1.1_s22_e3_i8_o16_se0.5_sw",
-        "r1_k3.5.7_a1_p1_s22_e2_i16_o24",
-    ),
-    8,
-    32,
-)
 
 
 def meta(name: str, **options: Any) -> MixNet:
@@ -59,6 +51,9 @@ def small() -> MixNet:
 @pytest.mark.parametrize(("name", "count"), [("s", 4_134_606), ("m", 5_014_382), ("l", 7_329_252)])
 def test_parameter_counts(name, count):
     assert sum(p.numel() for p in meta(name).parameters()) == count
+    if name != "l":  # the official variables of S and M are at hand
+        variables = VARIABLES[f"mixnet-{name}"]["variables"]
+        assert sum(math.prod(shape) for role, shape, _ in variables if "moving" not in role) == count
 
 
 @pytest.mark.parametrize(
@@ -210,6 +205,27 @@ def test_blocks_are_what_their_strings_say(config):
         assert isinstance(layers["depthwise.activation"], kind)
 
 
+@pytest.mark.parametrize("name", MAKERS)
+def test_halves_that_never_meet(name):
+    """Gate aside, one half of blocks 4 to 6 does not reach the other; with it, it does."""
+    model = MAKERS[name]().double().eval()
+    rows = copy.deepcopy(model.blocks[4:7])
+    channels = rows[0].out_channels
+    x = noise(1, int(channels), 9, 9, dtype=torch.float64).requires_grad_()  # type: ignore[arg-type]
+    half = int(channels) // 2  # type: ignore[arg-type]
+
+    def crossing() -> list[bool]:
+        outputs = rows(x).split(half, dim=1)
+        grads = [torch.autograd.grad(output.square().sum(), x)[0] for output in outputs]
+        assert all(g[:, s].any() for g, s in zip(grads, (slice(half), slice(half, None)), strict=True))
+        return [bool(grads[0][:, half:].any()), bool(grads[1][:, :half].any())]
+
+    assert crossing() == [True, True]
+    for block in rows:
+        block.squeeze_excite = nn.Identity()
+    assert crossing() == [False, False]
+
+
 # --- block strings ----------------------------------------------------------------------------
 
 
@@ -244,34 +260,83 @@ GOOD = "r1_k3_a1_p1_s11_e1_i16_o16"
 
 
 @pytest.mark.parametrize(
-    ("text", "word"),
+    ("text", "word", "right"),
     [
-        ("", "''"), ("r1_k3_a1_p1_s11_e1_i16", "no o"), ("k3_a1_p1_s11_e1_i16_o16", "no r"),
-        (GOOD + "_zz", "'zz'"), (GOOD + "_q3", "'q3'"), (GOOD + "_r2", "'r2'"),
-        (GOOD + "_sw_sw", "'sw'"), (GOOD + " ", "'o16 '"), (GOOD.replace("k3", "k3..5"), "''"),
-        (GOOD.replace("k3", "k3.x"), "'k3.x'"), (GOOD.replace("s11", "s12"), "strides"),
-        (GOOD.replace("s11", "s1"), "unpack"), (GOOD.replace("s11", "s00"), "stride"),
-        (GOOD.replace("a1", "a3"), "a and p"), (GOOD.replace("p1", "p1.3"), "a and p"),
-        (GOOD.replace("r1", "r0"), "at least 1"), (GOOD.replace("e1", "e1.5"), "1.5"),
-        (GOOD + "_se0.5.5", "0.5.5"),
+        ("", "''", "words begin with r, k"), (GOOD + "_zz", "'zz'", "words begin with r, k"),
+        (GOOD + "_q3", "'q3'", "flags are sw, noskip"), (GOOD + "_3", "'3'", "words begin"),
+        (GOOD + "_", "''", "words begin"), (GOOD.upper(), "'R1'", "words begin"),
+        (GOOD + "_r2", "'r2'", "a second r"), (GOOD + "_sw_sw", "'sw'", "a second sw"),
+        (GOOD + "_sw1", "'sw1'", "flags are sw"), (GOOD + " ", "'o16 '", "output channels"),
+        (GOOD.replace("k3", "k3..5"), "'k3..5'", "odd kernel sizes"),
+        (GOOD.replace("k3", "k3.x"), "'k3.x'", "odd kernel sizes"),
+        (GOOD.replace("k3", "k"), "'k'", "odd kernel sizes"),
+        (GOOD.replace("k3", "k3.4"), "'k3.4'", "odd kernel sizes"),
+        (GOOD.replace("k3", "k³"), "'k³'", "odd kernel sizes"),
+        (GOOD.replace("s11", "s12"), "'s12'", "the stride twice"),
+        (GOOD.replace("s11", "s1"), "'s1'", "as in s22"),
+        (GOOD.replace("s11", "s"), "'s'", "as in s22"),
+        (GOOD.replace("s11", "s111"), "'s111'", "as in s22"),
+        (GOOD.replace("s11", "s1.1"), "'s1.1'", "as in s22"),
+        (GOOD.replace("s11", "s00"), "'s00'", "1 to 9"),
+        (GOOD.replace("a1", "a3"), "'a3'", "a 1 for each group of the expansion"),
+        (GOOD.replace("a1", "a11"), "'a11'", "as in a1 or a1.1"),
+        (GOOD.replace("p1", "p1.3"), "'p1.3'", "a 1 for each group of the projection"),
+        (GOOD.replace("r1", "r0"), "'r0'", "at least 1"), (GOOD.replace("r1", "r"), "'r'", "r2"),
+        (GOOD.replace("r1", "r-1"), "'r-1'", "at least 1"),
+        (GOOD.replace("e1", "e1.5"), "'e1.5'", "a whole number"),
+        (GOOD.replace("e1", "e0"), "'e0'", "at least 1"),
+        (GOOD.replace("i16", "i0"), "'i0'", "input channels, at least 1"),
+        (GOOD.replace("o16", "o16.5"), "'o16.5'", "output channels, at least 1"),
+        (GOOD + "_se0.5.5", "'se0.5.5'", "the squeeze ratio, 0 to 1"),
+        (GOOD + "_se2", "'se2'", "0 to 1"), (GOOD + "_se1.5", "'se1.5'", "0 to 1"),
+        (GOOD + "_se", "'se'", "as in se0.25"),
+        ("r1_k3_a1_p1_s11_e1_i16", "has no o", "output channels"),
+        ("k3_a1_p1_s11_e1_i16_o16", "has no r", "how many blocks"),
+        ("r1_k3", "has no a (", "no p ("),
     ],
 )  # fmt: skip
-def test_bad_strings(text, word):
+def test_bad_strings(text, word, right):
+    """Each error quotes the string and the word, and says what would be right."""
     with pytest.raises(ValueError, match="block string") as caught:
         decode_block(text)
-    assert repr(text) in str(caught.value)
-    assert word in str(caught.value)
+    for words in (repr(text), word, right):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("other", [None, 3, b"r1_k3"])
+def test_what_is_no_string_is_said_to_be_none(other):
+    with pytest.raises(TypeError, match="block string is text"):
+        decode_block(other)
+    with pytest.raises(TypeError, match="block string is text"):
+        unroll(MixNetConfig((other,), 16))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"stride": 10}, {"stride": 0}, {"squeeze_ratio": 1e-5}, {"squeeze_ratio": 1.5},
+     {"activation": "relu6"}, {"kernel_sizes": (3, 4)}, {"kernel_sizes": ()}, {"repeats": 0},
+     {"expand_groups": 0}, {"in_channels": -1}, {"expand_ratio": 1.5}],
+)  # fmt: skip
+def test_what_would_not_read_back_is_not_written(changes):
+    with pytest.raises(ValueError, match=r"block string|no words for"):
+        encode_block(replace(BlockConfig(16, 16), **changes))
+
+
+def test_lists_are_written_as_tuples_are():
+    config = BlockConfig(16, 16, kernel_sizes=[3, 5])  # type: ignore[arg-type]
+    assert decode_block(encode_block(config)).kernel_sizes == (3, 5)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"blocks": (GOOD, "r1_k3_a1_p1_s11_e1_i24_o24")}, "follows.* 16 channels"),
-        ({"blocks": (GOOD.replace("k3", "k4"),)}, "kernel_sizes.*4"),
-        ({"blocks": (GOOD + "_se2",)}, "squeeze_ratio.*2"),
+        ({"blocks": (GOOD.replace("k3", "k4"),)}, "'k4'.*odd"),
+        ({"blocks": (BlockConfig(16, 16, (4,)),)}, "kernel_sizes.*4"),
+        ({"blocks": (BlockConfig(16, 16, squeeze_ratio=2),)}, "squeeze_ratio.*2"),
         ({"blocks": (BlockConfig(16, 16, repeats=0),)}, "repeats.*0"),
-        ({"width_multiplier": 0}, "width_multiplier.*0"),
-        ({"width_multiplier": -1.0}, "width_multiplier.*-1"),
+        ({"width_multiplier": 0}, "multiplier.*0"),
+        ({"width_multiplier": -1.0}, "multiplier.*-1"),
         ({"drop_rate": 1.0}, "drop_rate.*1"),
     ],
 )
@@ -294,6 +359,11 @@ def test_bad_options(options, words):
         MixNet(TINY, **options)
 
 
+def test_timms_in_chans_is_an_error_that_names_ours():
+    with pytest.raises(TypeError, match="in_channels=1"):
+        MixNet(TINY, in_chans=1)  # type: ignore[call-arg]
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.05])
 def test_a_bad_drop_path_rate_is_named_as_given(rate):
     with pytest.raises(ValueError, match=rf"drop_path_rate.*{rate}"):
@@ -308,11 +378,6 @@ def test_feature_info_follows_any_strides(strides):
     x = noise(1, 3, 96, 96)
     for output, info in zip(model.features(x), model.feature_info, strict=True):
         assert output.shape[1:3] == (info["num_chs"], 96 // int(info["reduction"]))
-
-
-def test_an_activation_without_notation_is_refused():
-    with pytest.raises(ValueError, match="relu6"):
-        encode_block(BlockConfig(16, 16, activation="relu6"))
 
 
 # --- what programs do to models ---------------------------------------------------------------

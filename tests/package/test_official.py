@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixconv import MixNet, load_official, mixnet_l, mixnet_m, mixnet_s
+from mixconv import MixNet, MixNetConfig, load_official, mixnet_l, mixnet_m, mixnet_s
 from mixconv.mixnet import MIXNET_S
 
 from .common import DATA, noise, official_images, official_variables, same_state, snapshot
@@ -226,6 +226,18 @@ def test_other_widths(maker, width):
     held = torch.cat([t.flatten() for n, t in model.state_dict().items() if "batches" not in n])
     given = torch.cat([value.flatten() for value in values])
     assert torch.equal(held.sort().values, given.sort().values)  # each once, none left over
+
+
+def test_kernels_are_told_by_where_they_stand():
+    """A 1×1 of as many groups as channels has the shape of a depthwise kernel."""
+    model: Any = MixNet(MixNetConfig(("r1_k3_a1.1_p1.1_s11_e2_i2_o2",), 2, 4), num_classes=0)
+    block = [(1, 1, 1, 2)] * 2 + [(4,)] * 4 + [(3, 3, 4, 1)] + [(4,)] * 4 + [(1, 1, 2, 1)] * 2
+    shapes = [(3, 3, 3, 2), *[(2,)] * 4, *block, *[(2,)] * 4, (1, 1, 2, 4), *[(4,)] * 4]
+    values = [noise(*shape, seed=i) for i, shape in enumerate(shapes)]
+    load_official(model, values)
+    for group, value in zip(model.blocks[0].expand.conv.weight.chunk(2), values[5:7], strict=True):
+        assert torch.equal(group, value.permute(3, 2, 0, 1))
+    assert torch.equal(model.blocks[0].depthwise.conv.weight, values[11].permute(2, 3, 0, 1))
 
 
 def test_without_a_classifier_there_are_two_variables_fewer():

@@ -1,8 +1,8 @@
-import os
+"""Weights under our names and timm's: in, out, and what does not fit."""
+
 import re
 import warnings
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,21 +10,8 @@ import torch
 from torch import Tensor
 
 from mixconv import MixNet, MixNetConfig, load_weights, mixnet_s, to_timm
-from mixconv import mixnet as mixnet_module
-from mixconv.weights import matching_options, read_state_dict
 
-from .common import noise, randomize, same_state, snapshot
-
-TINY = MixNetConfig(
-    (
-        "r1_k3_a1_p1_s11_e1_i8_o8",
-        "r2_k3.5_a1.1_p1.1_s22_e3_i8_o16_se0.5_sw",
-        "r1_k3.5.7_a1_p1_s22_e2_i16_o24",
-    ),
-    8,
-    32,
-)
-
+from .common import TINY, noise, randomize, same_state, snapshot
 
 def tiny(seed: int = 1, **options: Any) -> MixNet:
     model = MixNet(TINY, **({"num_classes": 7} | options))
@@ -182,115 +169,13 @@ def test_a_fitting_classifier_does_not_warn():
         load_weights(tiny(2), dict(tiny().state_dict()))
 
 
-# --- files ------------------------------------------------------------------------------------
-
-
-class Trap:
-    """Unpickled without care, this would make a folder."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.path),)
-
-
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
-    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "foreign.pth")
-    model = tiny()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"foreign\.pth"):
-        load_weights(model, tmp_path / "foreign.pth")
-    assert not (tmp_path / "sprung").exists()
-    assert same_state(model, before)
-
-
-@pytest.mark.parametrize("keep", [0, 1, 1000, -200])
-def test_damaged_files(keep, tmp_path):
-    whole, part = tmp_path / "whole.pth", tmp_path / "part.pth"
-    torch.save(tiny().state_dict(), whole)
-    part.write_bytes(whole.read_bytes()[:keep])
-    model = tiny(2)
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"part.pth holds no readable weights"):
-        load_weights(model, part)
-    assert same_state(model, before)
-
-
-@pytest.mark.parametrize("data", [[1, 2], {"state_dict": {"a": 1}}, {"a": {"b": 1}}], ids=str)
-def test_files_of_something_else(data, tmp_path):
-    torch.save(data, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match=r"other.pth holds no state dict"):
-        read_state_dict(tmp_path / "other.pth")
-
-
-def test_whole_models_are_refused(tmp_path):
-    torch.save(tiny(), tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"model.pth holds no readable weights"):
-        read_state_dict(tmp_path / "model.pth")
-
-
-def test_no_such_file(tmp_path):
-    for name in ("gone.pth", "gone.safetensors", "deep/gone.pt"):
-        with pytest.raises(FileNotFoundError, match="gone"):
-            read_state_dict(str(tmp_path / name))
-    with pytest.raises(FileNotFoundError):
-        read_state_dict(tmp_path)  # a folder
-    with pytest.raises(FileNotFoundError, match="gone"):
-        read_state_dict(tmp_path / "gone")  # a Path is never a hub name
-
-
-@pytest.mark.parametrize("name", ["mixnet_s", "a/b/c", "https://example.org/x", ""])
-def test_names_that_are_no_hub_names(name):
-    with pytest.raises((ValueError, FileNotFoundError), match="weights"):
-        read_state_dict(name)
-
-
-@pytest.mark.parametrize("weights", [3, b"x.pth", [("a", torch.zeros(1))]])
-def test_other_types(weights):
-    with pytest.raises(TypeError, match=type(weights).__name__):
-        read_state_dict(weights)
-
-
-# --- options by name --------------------------------------------------------------------------
-
-OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
-PLAIN = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("timm/tf_mixnet_s.in1k", OFFICIAL), ("hf-hub:timm/tf_mixnet_l.in1k", OFFICIAL),
-        ("some/where/tf_mixnet_m-4eb8f0d3.pth", OFFICIAL),
-        (Path("tf_mixnet_s.safetensors"), OFFICIAL),
-        ("timm/mixnet_s.ft_in1k", PLAIN), ("mixnet_xl_ra-aac3c00c.pth", PLAIN),
-        ("checkpoint.pth", {}), ("timm/efficientnet_b0", {}), ({}, {}),
-    ],
-)  # fmt: skip
-def test_options_follow_timms_names(name, options):
-    assert matching_options(name, {"conv_stem.weight": torch.zeros(1)}) == options
-    assert matching_options(name, {"stem.conv.weight": torch.zeros(1)}) == {}
-
-
-@pytest.mark.parametrize(
-    ("name", "padding"), [("tf_mixnet_s.x.pth", "same"), ("mixnet_s.pth", "symmetric")]
-)
-def test_timm_files_choose_padding_and_epsilon(name, padding, tmp_path, monkeypatch):
-    monkeypatch.setattr(mixnet_module, "MIXNET_S", TINY)
-    source = tiny(padding=padding, norm_eps=1e-3 if padding == "same" else 1e-5).eval()
-    torch.save(to_timm(source), tmp_path / name)
-    model = mixnet_s(weights=tmp_path / name, num_classes=7).eval()
-    x = noise(2, 3, 34, 34)
-    torch.testing.assert_close(model(x), source(x))
-    forced = mixnet_s(weights=tmp_path / name, num_classes=7, norm_eps=0.5)
-    assert forced.stem.norm.eps == 0.5  # type: ignore[union-attr]
-
-
-def test_our_own_file_named_mixnet_s_keeps_our_padding(tmp_path, monkeypatch):
-    monkeypatch.setattr(mixnet_module, "MIXNET_S", TINY)
-    source = tiny().eval()
-    torch.save(source.state_dict(), tmp_path / "mixnet_s.pth")
-    model = mixnet_s(weights=tmp_path / "mixnet_s.pth", num_classes=7).eval()
-    x = noise(2, 3, 34, 34)
-    torch.testing.assert_close(model(x), source(x))
+def test_groups_are_told_by_where_they_stand():
+    """A 1×1 of as many groups as channels has the shape of a depthwise kernel."""
+    narrow = MixNetConfig(("r1_k3_a1.1_p1.1_s11_e2_i2_o2",), 2, 4)
+    source, model = MixNet(narrow, num_classes=3), MixNet(narrow, num_classes=3)
+    randomize(source)
+    state = to_timm(source)
+    assert state["blocks.0.0.conv_pw.1.weight"].shape == (2, 1, 1, 1)
+    assert state["blocks.0.0.conv_dw.weight"].shape == (4, 1, 3, 3)
+    load_weights(model, state)
+    assert same_state(model, snapshot(source))

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from mixconv import MixNet, mixnet_l, mixnet_m, mixnet_s, to_timm
-from mixconv.mixnet import MixNetOptions
 
 NAMES = ["tf_mixnet_s", "tf_mixnet_m", "tf_mixnet_l", "mixnet_s", "mixnet_m", "mixnet_l"]
 
@@ -52,7 +51,7 @@ def import_timm() -> Any:
     return pytest.importorskip("timm")
 
 
-def options_of(name: str) -> MixNetOptions:
+def options_of(name: str) -> dict[str, Any]:
     """Padding, epsilon and momentum that a timm name stands for."""
     if name.startswith("tf_"):
         return {"padding": "same", "norm_eps": 1e-3}

@@ -19,6 +19,12 @@ def peer(name: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_as_many_parameters(name: str) -> None:
+    counts = [sum(p.numel() for p in model.parameters()) for model in (build(name), peer(name))]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_logits_at_even_and_odd_sizes(name: str) -> None:
     model = build(name, peer(name).state_dict())
     for shape in [(2, 3, 64, 64), (1, 3, 65, 98)]:

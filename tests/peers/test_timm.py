@@ -39,6 +39,12 @@ def state_of(name: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_as_many_parameters(name: str) -> None:
+    counts = [sum(p.numel() for p in model.parameters()) for model in (build(name), peer(name))]
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_logits_at_many_sizes(name: str) -> None:
     model = build(name, state_of(name))
     for shape in [(2, 3, 64, 64), (1, 3, 65, 98), (1, 3, 97, 33)]:

@@ -1,17 +1,56 @@
 # %% [markdown]
-# # 9 · Using it
+# # 18 · Using it
 #
-# The package outside this book: the command line, weights, features, fine-tuning, export, and MixConv in a network of your own.
+# **You have pictures and a task. What do you call?** The picture below is the whole answer: one network, and the places where you can take something out of it. This chapter goes through them: scores, features, fine-tuning, export, MixConv in a network of your own, and the command line last.
 #
 # **You will be able to**
-# - print what any of the networks does to an image, stage by stage, from a terminal;
-# - load and save weights, take features out, and set up fine-tuning;
+# - get scores from a photograph, and load and save weights;
+# - take features out, and set up fine-tuning;
 # - export to `torch.export` and ONNX with free batch and image sizes;
-# - swap MixConv into a model that is not from this book.
+# - swap MixConv into a model that is not from this book;
+# - print what any of the networks does to an image, stage by stage, from a terminal.
 #
-# **Know first:** [chapter 3](03_layer.ipynb) for the layer, [chapter 6](06_mixnet.ipynb) for the networks.
+# **Know first:** [chapter 3](03_layer.ipynb) for the layer, [chapter 7](07_mixnet.ipynb) for the networks, [chapter 8](08_weights.ipynb) for weights.
 #
 # **Time:** 15 minutes to read. Runs in under 60 seconds on two cores.
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+import torch
+
+from mixconv import mixnet_s
+from mixconv.teaching import show, use_style
+
+torch.manual_seed(0)
+model = mixnet_s().eval()
+use_style()
+figure, axis = plt.subplots(figsize=(8.4, 3.6))
+for step, info in enumerate(model.feature_info):
+    side = 224 // info["reduction"]
+    height = 0.5 + 0.4 * (4 - step)
+    axis.add_patch(plt.Rectangle((step, -height), 0.8, 2 * height, color="#9ecae1"))
+    axis.text(step + 0.4, 0, f"{info['num_chs']}\n{side}×{side}", ha="center", va="center", fontsize=8)
+    axis.annotate("", (step + 0.7, -3.0), (step + 0.7, -height), arrowprops={"arrowstyle": "->"})
+for step, text in ((5, "head\n1536\n7×7"), (6, "mean\n1536"), (7, "classifier\n1000")):
+    axis.add_patch(plt.Rectangle((step, -0.5), 0.8, 1.0, color="#c7e9c0"))
+    axis.text(step + 0.4, 0, text, ha="center", va="center", fontsize=8)
+for step, text in ((5, "forward_features(x)"), (6, "num_classes=0"), (7, "model(x)")):
+    drop = -1.2 - 0.6 * (7 - step)
+    axis.annotate("", (step + 0.4, drop), (step + 0.4, -0.5), arrowprops={"arrowstyle": "->"})
+    axis.text(step + 0.4, drop - 0.1, text, ha="center", va="top", family="monospace", fontsize=9)
+axis.text(2.4, -3.1, "features(x)", ha="center", va="top", family="monospace", fontsize=9)
+axis.text(7.4, 0.6, "reset_classifier(10)", ha="center", family="monospace", fontsize=9)
+axis.text(-0.1, 0, "image\n224×224", ha="right", va="center", fontsize=8)
+axis.set(xlim=(-0.9, 8.4), ylim=(-3.6, 2.4), xticks=[], yticks=[])
+axis.spines[:].set_visible(False)
+show(
+    figure,
+    "what_to_call.png",
+    "MixNet-S as a row of boxes from the image to the classifier: five stages from 112×112 to 7×7 "
+    "pixels, head, mean, classifier. Arrows show what is taken out where: features after each of "
+    "the five stages, forward_features after the head, the mean with num_classes=0, scores at the "
+    "end; reset_classifier changes the last box.",
+)
 
 # %% [markdown]
 # ## Install
@@ -21,17 +60,175 @@
 # pip install ".[hub]"         # reads .safetensors files and hub names
 # pip install ".[export]"      # ONNX export and ONNX Runtime
 # ```
+#
+# ## Scores
+#
+# A network, an image between 0 and 1, `preprocess`, and the highest scores. This network is untrained, so the scores mean nothing; with weights, the classes are ImageNet's 1,000.
+
+# %%
+from mixconv import preprocess
+from mixconv.teaching import photograph
+
+with torch.no_grad():
+    scores = model(preprocess(photograph(224))).softmax(dim=1)
+top = scores.topk(5)
+tuple(scores.shape), tuple(top.indices.shape), f"{float(scores.sum()):.3f}"
+
+# %% [markdown]
+# Save and load weights as with any module. `mixnet_s` takes the file by itself, checks it, and says what is wrong if it does not fit.
+
+# %%
+import tempfile
+from pathlib import Path
+
+from mixconv import mixnet_m
+
+folder = tempfile.TemporaryDirectory()
+file = Path(folder.name) / "mine.pth"
+torch.save(model.state_dict(), file)
+again = mixnet_s(weights=file).eval()
+x = torch.randn(1, 3, 96, 96)
+with torch.no_grad():
+    print("same logits:", torch.equal(model(x), again(x)))
+try:
+    mixnet_m(weights=file)
+except ValueError as error:
+    print(str(error)[:120], "…")
+
+# %% [markdown]
+# With the `hub` extra and a network connection, `mixnet_s(weights="timm/tf_mixnet_s.in1k")` downloads the official ImageNet weights once, in timm's conversion, and keeps them in a cache. The name decides padding and epsilon. It is not run here: nothing in this book is downloaded.
+#
+# ## Features
+#
+# Without classes the network ends with the mean over pixels. `features` gives the five sizes for a detector.
+
+# %%
+from mixconv import mobilenet_v2
+
+backbone = mobilenet_v2((3, 5, 7), num_classes=0, in_channels=1).eval()
+with torch.no_grad():
+    gray = torch.zeros(2, 1, 128, 160)
+    print("features for retrieval:", tuple(backbone(gray).shape))
+    for info, maps in zip(backbone.feature_info, backbone.features(gray), strict=True):
+        print(info, tuple(maps.shape))
+
+# %% [markdown]
+# ## Fine-tuning
+#
+# A new classifier, and a choice of what to train: here the classifier and the MixConv layers. A single backward pass shows that gradients arrive there and nowhere else. (This book trains nothing.)
+#
+# Frozen weights are not frozen statistics. In training mode a batch normalisation updates its running mean and variance even when its weights are frozen. Put the frozen ones into evaluation mode.
+
+# %%
+from mixconv import MixConv2d
+
+model.reset_classifier(10)
+model.requires_grad_(False)
+for module in model.modules():
+    if isinstance(module, MixConv2d) or module is model.classifier:
+        module.requires_grad_(True)
+model.train()
+for module in model.modules():
+    if isinstance(module, torch.nn.BatchNorm2d):
+        module.eval()
+before = model.stem.norm.running_mean.clone()
+torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
+assert torch.equal(before, model.stem.norm.running_mean)
+trained = {name for name, p in model.named_parameters() if p.grad is not None}
+print(len(trained), "of", len(list(model.parameters())), "tensors have a gradient")
+assert all(".convs." in name or name.startswith("classifier") for name in trained)
+
+# %% [markdown]
+# A common choice is to leave normalisations and biases without weight decay. Two groups of parameters do it: exercise 18.2.
+#
+# ## MixConv in your own model
+#
+# Write it in, as a depthwise layer with several kernel sizes:
+
+# %%
+from torch import nn
+
+
+class Block(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.mix = MixConv2d(channels, (3, 5, 7), bias=True)
+        self.norm = nn.GroupNorm(1, channels)
+        self.widen = nn.Conv2d(channels, 4 * channels, 1)
+        self.narrow = nn.Conv2d(4 * channels, channels, 1)
+
+    def forward(self, x):
+        return x + self.narrow(nn.functional.gelu(self.widen(self.norm(self.mix(x)))))
+
+
+tuple(Block(24)(torch.zeros(1, 24, 14, 14)).shape)
+
+# %% [markdown]
+# Or swap it into a model that exists and may be trained. Ask for kernels at least as large as the old ones, and the model computes what it did before. Read the report: it names what was left alone.
+
+# %%
+from mixconv import replace_depthwise
+
+yours = nn.Sequential(
+    nn.Conv2d(3, 24, 4, stride=4), nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.ReLU(),
+    nn.Conv2d(24, 24, 3, stride=2, padding=1, groups=24), nn.AdaptiveAvgPool2d(1),
+)  # fmt: skip
+x = torch.randn(1, 3, 64, 64)
+before = yours(x)
+print(replace_depthwise(yours, (5, 7, 9)))
+torch.testing.assert_close(yours(x), before)
+
+# %% [markdown]
+# ## Export
+#
+# `torch.export` records the network once and leaves batch and image size free. That includes TensorFlow's padding, which depends on the size. The exported program is then tried on a size it never saw, odd in one direction.
+
+# %%
+from torch.export import Dim, export
+
+free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
+other = torch.randn(3, 3, 75, 128)
+for padding in ("same", "symmetric"):
+    model = mixnet_s(num_classes=10, padding=padding).eval()
+    program = export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,))
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(other), model(other))
+    print(f"padding {padding!r}: exported once, equal at", tuple(other.shape))
+
+# %% [markdown]
+# The same for ONNX, for one layer with all that is difficult in it: four kernel sizes, stride 2, TensorFlow's padding. (`tests/peers` does it for the whole network.)
+
+# %%
+import warnings
+
+import numpy as np
+import onnxruntime
+
+layer = MixConv2d(16, (3, 5, 7, 9), stride=2, padding="same").eval()
+path = str(Path(folder.name) / "layer.onnx")
+sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
+with warnings.catch_warnings(action="ignore"):  # the exporter warns of its own future
+    torch.onnx.export(
+        layer, (torch.randn(2, 16, 12, 14),), path,
+        dynamo=True, dynamic_shapes=sizes, verbose=False,
+    )  # fmt: skip
+session = onnxruntime.InferenceSession(path)
+x = torch.randn(1, 16, 9, 20)
+with torch.no_grad():
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    print("equal in ONNX Runtime:", np.allclose(result, layer(x).numpy(), atol=1e-5), result.shape)
+folder.cleanup()
 
 # %% [markdown]
 # ## From the terminal
 #
-# `python -m mixconv` pushes a black image through a network and prints what comes out of each stage: shape, parameters and multiply-adds. A stage ends where the stride changes. Here is how that is put together.
+# `mixconv` (or `python -m mixconv`) pushes a black image through a network and prints what comes out of each stage: shape, parameters and multiply-adds. A stage ends where the stride changes. Here is how that is put together.
 #
 # First, the stages of a network, as the modules that belong to each:
 
 # %%
 #| export __main__.py
-"""`python -m mixconv`: push an image through a network and print its stages (chapter 9)."""
+"""`mixconv`, `python -m mixconv`: push an image through a network and print its stages (chapter 18)."""
 
 import argparse
 import sys
@@ -59,8 +256,6 @@ def stages(model: ConvNet) -> list[tuple[str, list[str]]]:
 
 
 # %%
-from mixconv import mixnet_s
-
 torch.manual_seed(0)
 model = mixnet_s().eval()
 [(title, f"{modules[0]} to {modules[-1]}") for title, modules in stages(model)]
@@ -155,8 +350,8 @@ def read_image(path: str, height: int, width: int) -> Tensor:
 
 # %%
 #| export __main__.py
-from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
+from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s
 
 _MIXNETS = {"mixnet_s": mixnet_s, "mixnet_m": mixnet_m, "mixnet_l": mixnet_l}
 _MOBILENETS = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
@@ -166,7 +361,7 @@ _MOBILENETS = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
 #| export __main__.py
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mixconv",
+        prog="mixconv",
         description="Push an image through a network; print shapes and costs stage by stage.",
     )
     add = parser.add_argument
@@ -245,7 +440,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.model:
             report(name, build(name, options), x, options)
     except (ValueError, ImportError, FileNotFoundError) as error:
-        print(f"python -m mixconv: {error}", file=sys.stderr)
+        print(f"mixconv: {error}", file=sys.stderr)
         return 1
     return 0
 
@@ -263,156 +458,9 @@ photo = str(matplotlib.cbook.get_sample_data("grace_hopper.jpg", asfileobj=False
 status = main(["--model", "mixnet_s", "--image", photo, "--size", "96", "128"])
 
 # %% [markdown]
-# ## Weights
-#
-# Save and load as with any module. `mixnet_s` takes the file by itself, checks it, and says what is wrong if it does not fit.
-
-# %%
-import tempfile
-from pathlib import Path
-
-from mixconv import mixnet_m
-
-folder = tempfile.TemporaryDirectory()
-file = Path(folder.name) / "mine.pth"
-torch.save(model.state_dict(), file)
-again = mixnet_s(weights=file).eval()
-x = torch.randn(1, 3, 96, 96)
-with torch.no_grad():
-    print("same logits:", torch.equal(model(x), again(x)))
-try:
-    mixnet_m(weights=file)
-except ValueError as error:
-    print(str(error)[:120], "…")
-
-# %% [markdown]
-# With the `hub` extra and a network connection, `mixnet_s(weights="timm/tf_mixnet_s.in1k")` downloads the official ImageNet weights once, in timm's conversion, and keeps them in a cache. The name decides padding and epsilon. It is not run here: nothing in this book is downloaded.
-#
-# ## Features
-#
-# Without classes the network ends with the mean over pixels. `features` gives the five sizes for a detector.
-
-# %%
-from mixconv import mobilenet_v2
-
-backbone = mobilenet_v2((3, 5, 7), num_classes=0, in_channels=1).eval()
-with torch.no_grad():
-    gray = torch.zeros(2, 1, 128, 160)
-    print("features for retrieval:", tuple(backbone(gray).shape))
-    for info, maps in zip(backbone.feature_info, backbone.features(gray), strict=True):
-        print(info, tuple(maps.shape))
-
-# %% [markdown]
-# ## Fine-tuning
-#
-# A new classifier, and a choice of what to train: here the classifier and the MixConv layers. A single backward pass shows that gradients arrive there and nowhere else. (This book trains nothing.)
-#
-# Frozen weights are not frozen statistics. In training mode a batch normalisation updates its running mean and variance even when its weights are frozen. Put the frozen ones into evaluation mode.
-
-# %%
-from mixconv import MixConv2d
-
-model.reset_classifier(10)
-model.requires_grad_(False)
-for module in model.modules():
-    if isinstance(module, MixConv2d) or module is model.classifier:
-        module.requires_grad_(True)
-model.train()
-for module in model.modules():
-    if isinstance(module, torch.nn.BatchNorm2d):
-        module.eval()
-before = model.stem.norm.running_mean.clone()
-torch.nn.functional.cross_entropy(model(torch.randn(4, 3, 64, 64)), torch.arange(4)).backward()
-assert torch.equal(before, model.stem.norm.running_mean)
-trained = {name for name, p in model.named_parameters() if p.grad is not None}
-print(len(trained), "of", len(list(model.parameters())), "tensors have a gradient")
-assert all(".convs." in name or name.startswith("classifier") for name in trained)
-
-# %% [markdown]
-# A common choice is to leave normalisations and biases without weight decay. Two groups of parameters do it: exercise 9.2.
-#
-# ## Export
-#
-# `torch.export` records the network once and leaves batch and image size free. That includes TensorFlow's padding, which depends on the size. The exported program is then tried on a size it never saw, odd in one direction.
-
-# %%
-from torch.export import Dim, export
-
-free = {0: Dim.AUTO, 2: Dim.AUTO, 3: Dim.AUTO}
-other = torch.randn(3, 3, 75, 128)
-for padding in ("same", "symmetric"):
-    model = mixnet_s(num_classes=10, padding=padding).eval()
-    program = export(model, (torch.randn(2, 3, 96, 96),), dynamic_shapes=(free,))
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(other), model(other))
-    print(f"padding {padding!r}: exported once, equal at", tuple(other.shape))
-
-# %% [markdown]
-# The same for ONNX, for one layer with all that is difficult in it: four kernel sizes, stride 2, TensorFlow's padding. (`tests/peers` does it for the whole network.)
-
-# %%
-import warnings
-
-import numpy as np
-import onnxruntime
-
-layer = MixConv2d(16, (3, 5, 7, 9), stride=2, padding="same").eval()
-path = str(Path(folder.name) / "layer.onnx")
-sizes = ({0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC},)
-with warnings.catch_warnings(action="ignore"):  # the exporter warns of its own future
-    torch.onnx.export(
-        layer, (torch.randn(2, 16, 12, 14),), path,
-        dynamo=True, dynamic_shapes=sizes, verbose=False,
-    )  # fmt: skip
-session = onnxruntime.InferenceSession(path)
-x = torch.randn(1, 16, 9, 20)
-with torch.no_grad():
-    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    print("equal in ONNX Runtime:", np.allclose(result, layer(x).numpy(), atol=1e-5), result.shape)
-folder.cleanup()
-
-# %% [markdown]
-# ## MixConv in your own model
-#
-# Write it in, as a depthwise layer with several kernel sizes:
-
-# %%
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.mix = MixConv2d(channels, (3, 5, 7), bias=True)
-        self.norm = nn.GroupNorm(1, channels)
-        self.widen = nn.Conv2d(channels, 4 * channels, 1)
-        self.narrow = nn.Conv2d(4 * channels, channels, 1)
-
-    def forward(self, x):
-        return x + self.narrow(nn.functional.gelu(self.widen(self.norm(self.mix(x)))))
-
-
-tuple(Block(24)(torch.zeros(1, 24, 14, 14)).shape)
-
-# %% [markdown]
-# Or swap it into a model that exists and may be trained. Ask for kernels at least as large as the old ones, and the model computes what it did before. Read the report: it names what was left alone.
-
-# %%
-from mixconv import replace_depthwise
-
-yours = nn.Sequential(
-    nn.Conv2d(3, 24, 4, stride=4), nn.Conv2d(24, 24, 5, padding=2, groups=24), nn.ReLU(),
-    nn.Conv2d(24, 24, 3, stride=2, padding=1, groups=24), nn.AdaptiveAvgPool2d(1),
-)  # fmt: skip
-x = torch.randn(1, 3, 64, 64)
-before = yours(x)
-print(replace_depthwise(yours, (5, 7, 9)))
-torch.testing.assert_close(yours(x), before)
-
-# %% [markdown]
 # ## Exercises
 #
-# **9.1** A detector wants maps of stride 8 and 16 from MixNet-M on pictures with one channel. Return the two maps.
+# **18.1** ★ *3 minutes, one line.* A detector wants maps of stride 8 and 16 from MixNet-M on pictures with one channel. Return the two maps.
 
 # %%
 from mixconv.teaching import attempt
@@ -442,7 +490,7 @@ attempt(two_maps_solution, test_maps)
 
 
 # %% [markdown]
-# **9.2** Return two parameter groups for an optimiser: weights of convolutions and the classifier with `weight_decay` 1e-5, and everything with one dimension (normalisations, biases) with 0.
+# **18.2** ★★ *5 minutes, three lines.* Return two parameter groups for an optimiser: weights of convolutions and the classifier with `weight_decay` 1e-5, and everything with one dimension (normalisations, biases) with 0.
 
 # %%
 def groups(model: nn.Module) -> list[dict[str, object]]:
@@ -470,9 +518,10 @@ attempt(groups_solution, test_groups)
 
 # %% [markdown]
 # ## Takeaways
-# - `python -m mixconv` shows what a network does, and what it costs, stage by stage.
 # - `weights=`, `num_classes=0`, `features`, `reset_classifier`: the names you know.
+# - Frozen weights are not frozen statistics.
 # - Export keeps batch and size free, with either padding.
 # - In your own model, write `MixConv2d` or call `replace_depthwise`, and read its report.
+# - `mixconv` in a terminal shows what a network does, and what it costs, stage by stage.
 #
-# Previous: [8 · Fast: MixConv as one operation](08_fast.ipynb)
+# Previous: [17 · On a GPU](17_gpu.ipynb)

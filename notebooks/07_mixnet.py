@@ -1,0 +1,933 @@
+# %% [markdown]
+# # 7 · MixNet
+#
+# Give a search the choice of one to five kernel sizes in every block of a network, and let it look for the best one. **Which kernels does it take, and where?** The picture below is its answer: each column is a block, each square a kernel size in it, and the image gets smaller from left to right.
+#
+# This chapter reads that answer, builds the three networks that came of it (MixNet-S, M and L) from the official code's block strings, and counts what they cost. At the end it shows something about them that the paper does not say.
+#
+# **You will be able to**
+# - read and write the block strings that define a MixNet, and build one of your own;
+# - say where the paper's Figure 8 and its code differ;
+# - count the parameters and multiply-adds of each block;
+# - show which channels of a block can reach which, and which never meet.
+#
+# **Know first:** [chapter 4](04_blocks.ipynb) and [chapter 5](05_mobilenets.ipynb).
+#
+# **Time:** 30 minutes to read. Runs in under 60 seconds on two cores.
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.mixnet import MIXNET_M, MIXNET_S, unroll  # told below
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+figure, axes = plt.subplots(2, 1, figsize=(8.4, 3.9))
+for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict=True):
+    side = 112
+    for column, run in enumerate(unroll(config)):
+        if run.stride == 2:
+            axis.axvline(column - 0.5, color="#bbbbbb", linewidth=1)
+        if run.stride == 2 or column == 0:
+            side //= run.stride
+            axis.text(column - 0.42, 5.4, f"{side}×{side}", fontsize=8, color="#555555")
+        for row, k in enumerate(run.kernel_sizes):
+            axis.add_patch(plt.Rectangle((column - 0.4, row), 0.8, 0.94, color=kernel_color(k)))
+            axis.text(column, row + 0.43, str(k), ha="center", va="center", weight="bold")
+        axis.text(column, -0.15, str(column), ha="center", va="top", fontsize=8, color="#555555")
+    axis.text(-0.7, -0.15, "block", ha="right", va="top", fontsize=8, color="#555555")
+    if name == "S":
+        axis.add_patch(plt.Rectangle((10.54, -0.06), 1.92, 4.1, fill=False, linestyle="--"))
+        axis.text(11.5, 4.2, "paper: 3, 5, 7", ha="center", fontsize=8)
+    axis.set(xlim=(-1.8, 18.7), ylim=(-0.8, 6), xticks=[], yticks=[])
+    axis.set_title(f"MixNet-{name}", loc="left")
+    axis.spines[:].set_visible(False)
+show(
+    figure,
+    "mixnet_kernels.png",
+    "MixNet-S and MixNet-M as rows of 16 and 19 blocks, each a stack of its kernel sizes. Grey "
+    "lines mark where the image halves, from 112×112 to 7×7 pixels. While the image is large the "
+    "kernels are mostly 3×3; later most blocks mix up to four or five sizes. Two blocks of "
+    "MixNet-S are framed: the paper's figure has kernels 3, 5, 7 there, the code 3, 5, 7, 9.",
+)
+
+# %% [markdown]
+# Three things to see:
+#
+# - **While the image is large, 3×3 is nearly all there is.** A kernel costs its taps at every pixel, and there are 112 · 112 of them.
+# - **Later most blocks mix,** and the largest kernel is in the block that brings the image down to 7×7.
+# - **Where the image halves, the mix is often the widest around.** Those outputs stand two pixels apart, so a small window leaves less overlap between neighbours. The paper finds the same in its one-layer experiment (section 3.4, Figure 5). Often is not always, and we can count:
+
+# %%
+def wider_than_neighbours(config) -> dict[int, bool]:
+    sizes = [len(run.kernel_sizes) for run in unroll(config)]
+    halving = [i for i, run in enumerate(unroll(config)) if run.stride == 2]
+    return {i: sizes[i] > max(sizes[i - 1], sizes[i + 1]) for i in halving}
+
+
+wider_than_neighbours(MIXNET_S), wider_than_neighbours(MIXNET_M)
+
+# %% [markdown]
+# Five of eight. The exceptions are block 1 of S, which has 3×3 alone, and blocks 7 and 15 of M, which have neighbours as wide or wider. And the search has its whims: block 11 of M is a lone 3×3 among blocks of 3, 5, 7, 9.
+#
+# > 📄 **Paper.** Section 4: the search space is a row of MobileNetV2-like blocks. Each may have MixConv with one to five groups, split equally; exponential splits and dilation are left out to keep the space small. MixNet-S and M were found by search; L is M made wider.
+#
+# The search itself took many trained networks, and is out of this book's scope. Its results are strings, and those we can read.
+#
+# ## A block string, by hand
+#
+# > ⚙️ **Official code.** `mixnet_builder.py` writes a network as strings, one for each run of equal blocks.
+#
+# `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw` is
+#
+# | part | meaning |
+# |---|---|
+# | `r3` | three blocks |
+# | `k3.5` | MixConv with kernels 3 and 5 |
+# | `a1.1` | expand with two groups of 1×1 |
+# | `p1.1` | project with two groups of 1×1 |
+# | `s11` | stride 1 along rows, 1 along columns |
+# | `e6` | expand to 6 · 40 = 240 channels |
+# | `i40`, `o40` | 40 channels in, 40 out |
+# | `se0.5` | squeeze to 0.5 · 40 = 20 channels |
+# | `sw` | swish; without it ReLU |
+#
+# With a stride, only the first of the repeated blocks has it. Two more flags: `noskip` leaves the residual out, `dilated` dilates.
+
+# %%
+#| export mixnet.py
+"""MixNet from the official block strings (paper, section 4; chapter 7)."""
+
+import re
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A run of equal MixConv blocks; `decode_block` makes one from a string.
+
+    Attributes:
+        in_channels: channels into the first block.
+        out_channels: channels out of every block.
+        kernel_sizes: MixConv kernel sizes.
+        stride: of the first block; the others have 1.
+        expand_ratio: wide channels for each input channel.
+        repeats: how many blocks.
+        expand_groups: groups of the expanding 1×1 convolution.
+        project_groups: groups of the projecting 1×1 convolution.
+        squeeze_ratio: of squeeze-and-excitation to input channels; 0 for none.
+        activation: "relu" or "swish".
+        skip: residual connection where shapes allow.
+        dilated: dilated 3×3 kernels in blocks of stride 1.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel_sizes: tuple[int, ...] = (3,)
+    stride: int = 1
+    expand_ratio: int = 6
+    repeats: int = 1
+    expand_groups: int = 1
+    project_groups: int = 1
+    squeeze_ratio: float = 0.0
+    activation: str = "relu"
+    skip: bool = True
+    dilated: bool = False
+
+
+# %% [markdown]
+# Decoding is splitting at underscores. The rest is manners: for each word, what it must look like, and how to say so.
+
+# %% tags=["plumbing"]
+#| export mixnet.py
+_COUNT = r"[1-9]\d*"
+_WORDS = {  # the form of each word after its letters, and how to say it
+    "r": (_COUNT, "how many blocks, at least 1, as in r2"),
+    "k": (r"\d*[13579](\.\d*[13579])*", "odd kernel sizes with dots between, as in k3.5"),
+    "a": (r"1(\.1)*", "a 1 for each group of the expansion, as in a1 or a1.1"),
+    "p": (r"1(\.1)*", "a 1 for each group of the projection, as in p1 or p1.1"),
+    "s": (r"([1-9])\1", "the stride twice, for rows and columns, equal and 1 to 9, as in s22"),
+    "e": (_COUNT, "the expansion ratio, a whole number of at least 1, as in e6"),
+    "i": (_COUNT, "the input channels, at least 1, as in i40"),
+    "o": (_COUNT, "the output channels, at least 1, as in o40"),
+    "se": (r"0(\.\d+)?|1(\.0+)?", "the squeeze ratio, 0 to 1, as in se0.25"),
+}
+_FLAGS = ("sw", "noskip", "dilated")
+
+
+# %% tags=["plumbing"]
+#| export mixnet.py
+def _split_words(text: str) -> dict[str, str]:
+    """The words of a block string: what follows the letters of each, "" after a flag.
+
+    Raises:
+        ValueError: for a word that is unknown, malformed, there twice, or missing.
+    """
+    words: dict[str, str] = {}
+    for word in text.split("_"):
+        letters = re.match("[a-z]*", word)[0]  # type: ignore[index]
+        name, value = (word, "") if word in _FLAGS else (letters, word[len(letters) :])
+        problem = ""
+        if name in words:
+            problem = f"a second {name}"
+        elif name not in _FLAGS and name not in _WORDS:
+            problem = f"words begin with {', '.join(_WORDS)}; flags are {', '.join(_FLAGS)}"
+        elif name in _WORDS and not re.fullmatch(_WORDS[name][0], value, re.ASCII):
+            problem = f"{name} is followed by {_WORDS[name][1]}"
+        if problem:
+            raise ValueError(f"block string {text!r}: cannot read {word!r}: {problem}")
+        words[name] = value
+    missing = [f"{n} ({_WORDS[n][1]})" for n in _WORDS if n != "se" and n not in words]
+    if missing:
+        raise ValueError(f"block string {text!r} has no {'; no '.join(missing)}")
+    return words
+
+
+# %%
+_split_words("r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw")
+
+
+# %%
+#| export mixnet.py
+def decode_block(text: str) -> BlockConfig:
+    """A block configuration from the official notation.
+
+    Args:
+        text: such as `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`; the order is free.
+
+    Raises:
+        TypeError: for what is no string.
+        ValueError: naming the word that is wrong and what would be right.
+
+    Source: `_decode_block_string` in the official `mixnet_builder.py`. Chapter 7.
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"a block string is text, such as 'r1_k3_a1_p1_s11_…', got {text!r}")
+    words = _split_words(text)
+    return BlockConfig(
+        in_channels=int(words["i"]), out_channels=int(words["o"]),
+        kernel_sizes=tuple(map(int, words["k"].split("."))),
+        stride=int(words["s"][0]), expand_ratio=int(words["e"]), repeats=int(words["r"]),
+        expand_groups=words["a"].count("1"), project_groups=words["p"].count("1"),
+        squeeze_ratio=float(words.get("se", 0)),
+        activation="swish" if "sw" in words else "relu",
+        skip="noskip" not in words, dilated="dilated" in words,
+    )  # fmt: skip
+
+
+# %% [markdown]
+# Encoding is the way back. Numbers are printed as the official code prints them, and what the notation cannot say is refused: the string must read back as what it came from.
+
+# %%
+#| export mixnet.py
+def encode_block(config: BlockConfig) -> str:
+    """The official notation of a block configuration; `decode_block` reads it back.
+
+    Raises:
+        ValueError: for a configuration that the notation has no words for.
+
+    Source: `_encode_block_string` in the official `mixnet_builder.py`. Chapter 7.
+    """
+    kernels = ".".join(map(str, config.kernel_sizes))
+    expand, project = (".".join("1" * g) for g in (config.expand_groups, config.project_groups))
+    words = [
+        f"r{config.repeats}_k{kernels}_a{expand}_p{project}",
+        f"s{config.stride}{config.stride}_e{config.expand_ratio}",
+        f"i{config.in_channels}_o{config.out_channels}",
+    ]
+    words += [f"se{config.squeeze_ratio}"] if config.squeeze_ratio else []
+    words += ["noskip"] if not config.skip else []
+    words += ["sw"] if config.activation == "swish" else []
+    words += ["dilated"] if config.dilated else []
+    same = replace(config, kernel_sizes=tuple(config.kernel_sizes))
+    if decode_block("_".join(words)) != same:
+        raise ValueError(f"the notation has no words for {config}")
+    return "_".join(words)
+
+
+# %%
+config = decode_block("r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw")
+print(encode_block(config))
+config
+
+# %%
+for text in ("r1_k3_s1", "r1_k3_a1_p1_s12_e6_i8_o8", "r1_k3_a1_p1_s11_e6_i8_o8_x2", "r1_k3"):
+    try:
+        decode_block(text)
+    except ValueError as error:
+        print(error)
+
+
+# %% [markdown]
+# ## The networks as configurations
+
+# %%
+#| export mixnet.py
+@dataclass(frozen=True)
+class MixNetConfig:
+    """All that defines a MixNet.
+
+    Attributes:
+        blocks: block strings in the official notation, or `BlockConfig`s.
+        stem_channels: channels of the first convolution.
+        head_channels: channels of the last one; not scaled by the width multiplier.
+        drop_rate: dropout before the classifier.
+        width_multiplier: scales stem and blocks.
+    """
+
+    blocks: tuple[str | BlockConfig, ...]
+    stem_channels: int
+    head_channels: int = 1536
+    drop_rate: float = 0.2
+    width_multiplier: float = 1.0
+
+
+# %%
+#| export mixnet.py
+MIXNET_S = MixNetConfig(
+    blocks=(
+        "r1_k3_a1_p1_s11_e1_i16_o16",
+        "r1_k3_a1.1_p1.1_s22_e6_i16_o24",
+        "r1_k3_a1.1_p1.1_s11_e3_i24_o24",
+        "r1_k3.5.7_a1_p1_s22_e6_i24_o40_se0.5_sw",
+        "r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw",
+        "r1_k3.5.7_a1_p1.1_s22_e6_i40_o80_se0.25_sw",
+        "r2_k3.5_a1_p1.1_s11_e6_i80_o80_se0.25_sw",
+        "r1_k3.5.7_a1.1_p1.1_s11_e6_i80_o120_se0.5_sw",
+        "r2_k3.5.7.9_a1.1_p1.1_s11_e3_i120_o120_se0.5_sw",
+        "r1_k3.5.7.9.11_a1_p1_s22_e6_i120_o200_se0.5_sw",
+        "r2_k3.5.7.9_a1_p1.1_s11_e6_i200_o200_se0.5_sw",
+    ),
+    stem_channels=16,
+)
+
+# %% [markdown]
+# MixNet-L is M with every channel count but the head's multiplied by 1.3, and rounded as in chapter 5.
+
+# %%
+#| export mixnet.py
+MIXNET_M = MixNetConfig(
+    blocks=(
+        "r1_k3_a1_p1_s11_e1_i24_o24",
+        "r1_k3.5.7_a1.1_p1.1_s22_e6_i24_o32",
+        "r1_k3_a1.1_p1.1_s11_e3_i32_o32",
+        "r1_k3.5.7.9_a1_p1_s22_e6_i32_o40_se0.5_sw",
+        "r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw",
+        "r1_k3.5.7_a1_p1_s22_e6_i40_o80_se0.25_sw",
+        "r3_k3.5.7.9_a1.1_p1.1_s11_e6_i80_o80_se0.25_sw",
+        "r1_k3_a1_p1_s11_e6_i80_o120_se0.5_sw",
+        "r3_k3.5.7.9_a1.1_p1.1_s11_e3_i120_o120_se0.5_sw",
+        "r1_k3.5.7.9_a1_p1_s22_e6_i120_o200_se0.5_sw",
+        "r3_k3.5.7.9_a1_p1.1_s11_e6_i200_o200_se0.5_sw",
+    ),
+    stem_channels=24,
+    drop_rate=0.25,
+)
+MIXNET_L = replace(MIXNET_M, width_multiplier=1.3)
+
+# %%
+from mixconv.teaching import table
+
+table(
+    ["network", "block strings", "blocks", "stem", "dropout", "width"],
+    [
+        [name, len(c.blocks), sum(decode_block(b).repeats for b in c.blocks), c.stem_channels,
+         c.drop_rate, c.width_multiplier]
+        for name, c in (("S", MIXNET_S), ("M", MIXNET_M), ("L", MIXNET_L))
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# ## From configuration to network
+#
+# First the strings are unrolled: one configuration for each block, with its channels scaled.
+
+# %%
+#| export mixnet.py
+from mixconv._checks import check_positive
+from mixconv.network import round_channels
+
+
+def unroll(config: MixNetConfig) -> list[BlockConfig]:
+    """One configuration for each block of a network, repeats written out and widths scaled.
+
+    Raises:
+        ValueError: if there are no blocks, or a run does not begin with the channels that the
+            one before it gave.
+    """
+    if not config.blocks:
+        raise ValueError("blocks must name at least one block, got none")
+    width = partial(round_channels, multiplier=config.width_multiplier)
+    blocks, channels = list[BlockConfig](), config.stem_channels
+    for entry in config.blocks:
+        run = entry if isinstance(entry, BlockConfig) else decode_block(entry)
+        check_positive("repeats", run.repeats)
+        if run.in_channels != channels:
+            raise ValueError(f"{run} follows a block of {channels} channels")
+        wide_in, wide_out = width(run.in_channels), width(run.out_channels)
+        first = replace(run, in_channels=wide_in, out_channels=wide_out, repeats=1)
+        later = replace(first, in_channels=wide_out, stride=1)
+        blocks += [first] + [later] * (run.repeats - 1)
+        channels = run.out_channels
+    return blocks
+
+
+# %%
+print(*(f"{block.in_channels}→{block.out_channels}" for block in unroll(MIXNET_L)))
+
+# %% [markdown]
+# Then the network: chapter 5's `ConvNet`, filled with chapter 4's blocks.
+#
+# > ⚙️ **Official code.** Stem and head use ReLU. Padding is TensorFlow's 'SAME' everywhere. Batch normalisation has decay 0.99 and epsilon 0.001; PyTorch calls 1 − 0.99 = 0.01 the *momentum*.
+
+# %%
+#| export mixnet.py
+from mixconv.blocks import ConvNormActivation, MixConvBlock
+from mixconv.layer import make_conv2d, make_pointwise
+from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans
+
+
+def _make_blocks(
+    configs: list[BlockConfig], drop_path_rate: float, **options: Any
+) -> list[MixConvBlock]:
+    """The blocks of a network; stochastic depth grows with depth."""
+    blocks: list[MixConvBlock] = []
+    for config, rate in zip(configs, drop_path_rates(drop_path_rate, len(configs)), strict=True):
+        arguments = asdict(config)
+        del arguments["repeats"]  # written out by unroll
+        blocks.append(MixConvBlock(**arguments, **options, drop_path_rate=rate))
+    return blocks
+
+
+# %%
+#| export mixnet.py
+class MixNet(ConvNet):
+    """A MixNet from its configuration; the defaults are the official network's.
+
+    Args:
+        config: `MIXNET_S`, `MIXNET_M`, `MIXNET_L`, or one of your own.
+        num_classes: outputs; 0 for features.
+        in_channels: channels of the images.
+        width_multiplier: scales channels, on top of the configuration's own.
+        drop_rate: dropout before the classifier; the configuration's if left out.
+        drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
+        padding: "same" (official, timm's `tf_mixnet_*`) or "symmetric" (timm's `mixnet_*`).
+        norm_eps: batch-norm epsilon; 1e-3 is official, timm's `mixnet_*` have 1e-5.
+        norm_momentum: share of a new batch in the running statistics.
+
+    Shape:
+        Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
+
+    Raises:
+        TypeError: for a number that is no integer, or timm's `in_chans`, naming `in_channels`.
+        ValueError: naming the argument or the block string.
+
+    Source: paper, section 4.2; `MixnetModel` in the official `mixnet_model.py`. Chapter 7.
+    """
+
+    @refuse_in_chans
+    def __init__(
+        self,
+        config: MixNetConfig,
+        *,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        width_multiplier: float = 1.0,
+        drop_rate: float | None = None,
+        drop_path_rate: float = 0.0,
+        padding: str = "same",
+        norm_eps: float = 1e-3,
+        norm_momentum: float = 0.01,
+    ) -> None:
+        scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
+        norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
+        blocks = _make_blocks(unroll(scaled), drop_path_rate, padding=padding, norm_layer=norm)
+        width = round_channels(config.stem_channels, scaled.width_multiplier)
+        stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
+        head = make_pointwise(blocks[-1].out_channels, config.head_channels)
+        super().__init__(
+            ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
+            config.head_channels, num_classes=num_classes,
+            drop_rate=config.drop_rate if drop_rate is None else drop_rate,
+        )  # fmt: skip
+        self.config = scaled
+        initialize(self)
+
+
+# %% [markdown]
+# Is that the official network? Two counts say something; chapter 8 compares the numbers that come out. The repository holds the names and shapes of the variables that the unmodified official code created for S and M. Multiplied out, without those that training does not touch (running means and variances), they give its parameters.
+
+# %%
+import json
+from math import prod
+from pathlib import Path
+
+import torch
+
+data = Path("../tests/data")
+variables = {
+    name: [(tuple(shape), tf_name) for role, shape, tf_name in part["variables"] if "moving" not in role]
+    for name, part in json.loads((data / "variables.json").read_text()).items()
+}
+torch.manual_seed(0)
+networks = {"S": MixNet(MIXNET_S), "M": MixNet(MIXNET_M), "L": MixNet(MIXNET_L)}
+counted = {name: sum(p.numel() for p in model.parameters()) for name, model in networks.items()}
+official = {"S": variables["mixnet-s"], "M": variables["mixnet-m"]}
+assert all(sum(prod(shape) for shape, _ in official[n]) == counted[n] for n in official)
+table(["network", "parameters"], [[f"MixNet-{name}", count] for name, count in counted.items()])
+
+# %% [markdown]
+# timm and gen-efficientnet (geffnet) count the same for all three, L included: `tests/peers` holds it.
+#
+# ## Every block as it is built
+#
+# MixNet-S on 224×224 pixels:
+
+# %%
+from mixconv.formulation import count_costs
+
+model = networks["S"].eval()
+costs = count_costs(model, torch.zeros(1, 3, 224, 224))
+
+
+def block_row(index: int) -> list[object]:
+    run = unroll(model.config)[index]
+    parts = [c for c in costs if c.name.startswith(f"blocks.{index}.")]
+    side = parts[-1].output_shape[-1]
+    return [index, ", ".join(map(str, run.kernel_sizes)), run.stride, run.expand_ratio,
+            f"{run.in_channels}→{run.out_channels}", f"{run.expand_groups}/{run.project_groups}",
+            run.squeeze_ratio or "–", run.activation, f"{side}×{side}",
+            sum(c.parameters for c in parts), sum(c.multiply_adds for c in parts)]  # fmt: skip
+
+
+table(
+    ["block", "kernels", "stride", "expand", "channels", "1×1 groups", "squeeze", "activation",
+     "output", "parameters", "multiply-adds"],
+    [block_row(index) for index in range(len(model.blocks))],
+)  # fmt: skip
+
+# %% [markdown]
+# (Parameters of convolutions; batch normalisation adds two for each channel.)
+#
+# > 📄 **Paper.** Figure 8 draws S and M as rows of blocks with their kernel sizes.
+#
+# > ⚙️ **Official code.** What is built differs. For MixNet-S the last two blocks at 14×14, framed in the picture above, have kernels 3, 5, 7, 9, where the figure has 3, 5, 7. And the figure shows neither the squeeze-and-excitation gates, nor swish, nor the grouped 1×1 convolutions, nor the expansion ratios. The published numbers were computed with the code, so this book follows the code.
+#
+# ## What it costs
+#
+# Multiply-adds by type of layer:
+
+# %%
+def by_type(model: nn.Module) -> dict[str, int]:
+    sums = {"stem and pointwise": 0, "depthwise": 0, "squeeze-and-excitation": 0, "classifier": 0}
+    for cost in count_costs(model, torch.zeros(1, 3, 224, 224)):
+        kinds = {"depthwise": "depthwise", "linear": "classifier"}
+        kind = kinds.get(cost.kind, "stem and pointwise")
+        kind = "squeeze-and-excitation" if "squeeze_excite" in cost.name else kind
+        sums[kind] += cost.multiply_adds
+    return sums
+
+
+counts = {name: by_type(model) for name, model in networks.items()}
+table(["network", *counts["S"], "sum"],
+      [[f"MixNet-{n}", *c.values(), sum(c.values())] for n, c in counts.items()])  # fmt: skip
+
+# %% [markdown]
+# The same from the official side alone: each kernel that the official code created, times the pixels of the image where it stands. The repository holds the shapes of the official outputs too. Kernels come in the order of creation: what stands before a block's depthwise kernels works on its input, the rest on its output, and the gate on one pixel.
+
+# %%
+import numpy as np
+
+
+def official_by_type(name: str) -> list[int]:
+    truth = np.load(data / "official.npz")
+    key = f"{name}_224x224|"
+    sides = dict(zip(truth[key + "names"], truth[key + "shape"][:, 1], strict=True))
+    sums, scope, side = [0, 0, 0, 0], "", 112
+    for shape, tf_name in variables[name]:
+        if "kernel" not in tf_name:
+            continue
+        kind = 1 if "depthwise" in tf_name else 2 if "/se/" in tf_name else 3 if "dense" in tf_name else 0
+        if kind == 1:
+            scope = re.search(r"blocks_(\d+)", tf_name)[1]
+            side = sides[f"block_{scope}"]
+        sums[kind] += prod(shape) * int(side) ** 2 if kind < 2 else prod(shape)
+    return sums
+
+
+assert official_by_type("mixnet-s") == list(counts["S"].values())
+official_by_type("mixnet-m") == list(counts["M"].values())
+
+# %% [markdown]
+# The paper's own figures are higher:
+
+# %%
+paper = json.loads((data / "paper.json").read_text())["table_2"]
+table(
+    ["network", "parameters, ours", "paper", "multiply-adds, ours", "paper", "top-1 (cited)"],
+    [
+        [f"MixNet-{n}", f"{counted[n] / 1e6:.1f}M", f"{paper[f'MixNet-{n}'][0]}M",
+         f"{sum(counts[n].values()) / 1e6:.1f}M", f"{paper[f'MixNet-{n}'][1]}M",
+         f"{paper[f'MixNet-{n}'][2]}%"]
+        for n in networks
+    ],
+)  # fmt: skip
+
+# %% [markdown]
+# > 📄 **Paper.** Table 2 prints 256M for S, 360M for M and 565M for L, as "FLOPS".
+#
+# Parameters agree. The paper's FLOPS count more than the multiply-adds of convolutions and the classifier. Ours are what PyTorch's own counter says (it counts a multiplication and an addition as two):
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+with FlopCounterMode(display=False) as counter, torch.no_grad():
+    model(torch.zeros(1, 3, 224, 224))
+counter.get_total_flops() == 2 * sum(counts["S"].values())
+
+# %% [markdown]
+# ## The halves that never meet
+#
+# Look at blocks 4 to 6 of both networks: `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`. Follow the channels by hand.
+#
+# - 40 channels come in. `a1.1` expands them in two groups: channels 0–19 make the wide channels 0–119, channels 20–39 make 120–239.
+# - `k3.5` splits 240 channels equally: 3×3 for the wide channels 0–119, 5×5 for 120–239. **That is the same cut.**
+# - `p1.1` projects in two groups: 0–119 make the output channels 0–19, 120–239 make 20–39. The same cut again.
+# - The residual adds each channel to itself.
+#
+# So what came in on channels 0–19 sees only 3×3 kernels and leaves on channels 0–19, and the next block starts where this one ended. Only the gate looks across: it computes its factors from the means of all channels. Gate aside, three blocks in a row are a 3×3 network beside a 5×5 network.
+#
+# Is that so? Chapter 1's wires tell: the Jacobian from each input channel to each output channel. First one block, then three, then three with their gates. Images are constant in each channel, and in float64.
+
+# %%
+import copy
+
+from mixconv.layer import MixConv2d
+
+
+def wires(layers: nn.Module, channels: int) -> Tensor:
+    def means(values: Tensor) -> Tensor:
+        return layers(values.view(1, channels, 1, 1).expand(-1, -1, 14, 14)).mean((2, 3))[0]
+
+    values = torch.linspace(-1, 1, channels, dtype=torch.float64)
+    return torch.autograd.functional.jacobian(means, values) != 0
+
+
+def without_gates(layers: nn.Sequential) -> nn.Sequential:
+    bare = copy.deepcopy(layers)
+    for block in bare:
+        block.squeeze_excite = nn.Identity()
+    return bare
+
+
+# %%
+gated = copy.deepcopy(model.blocks[4:7]).double()
+three = without_gates(gated)
+wired = {"one block": wires(three[:1], 40), "three blocks": wires(three, 40),
+         "three blocks, with gates": wires(gated, 40)}  # fmt: skip
+table(
+    ["wires from → to", "0–19 → 0–19", "20–39 → 20–39", "0–19 → 20–39", "20–39 → 0–19"],
+    [[name, int(w[:20, :20].sum()), int(w[20:, 20:].sum()), int(w[20:, :20].sum()),
+      int(w[:20, 20:].sum())] for name, w in wired.items()],
+)  # fmt: skip
+
+# %% [markdown]
+# All 20 · 20 wires inside a half, and not one between the halves: exact zeros, in float64. With the gates, every channel reaches every channel.
+
+# %% tags=["drawing"]
+from matplotlib.colors import to_rgb
+
+figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.2))
+for axis, (name, w) in zip(axes, wired.items(), strict=True):
+    picture = np.ones((40, 40, 3))
+    colours = {(0, 0): kernel_color(3), (1, 1): kernel_color(5)}
+    for half in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        rows, columns = (slice(20 * h, 20 * h + 20) for h in half)
+        picture[rows, columns][w[rows, columns].numpy()] = to_rgb(colours.get(half, "#bbbbbb"))
+    axis.imshow(picture, extent=(0, 40, 40, 0))
+    axis.text(10, 10, "3×3", ha="center", va="center", weight="bold", fontsize=12)
+    axis.text(30, 30, "5×5", ha="center", va="center", weight="bold", fontsize=12)
+    if w[20:, :20].any():
+        axis.text(10, 30, "gate", ha="center", va="center")
+        axis.text(30, 10, "gate", ha="center", va="center")
+    axis.set(xticks=[0, 20, 40], yticks=[0, 20, 40], xlabel="input channel")
+    axis.set_title(name, fontsize=10)
+axes[0].set_ylabel("output channel")
+show(
+    figure,
+    "halves_that_never_meet.png",
+    "Three 40×40 grids of wires from input channels to output channels. For one block and for "
+    "three blocks without gates, only two squares on the diagonal are filled: channels 0 to 19, "
+    "marked 3×3, and channels 20 to 39, marked 5×5. With gates, the other two squares fill, too.",
+)
+
+# %% [markdown]
+# Then it must be possible to take the three blocks apart. Two narrow networks, one with 3×3 kernels and one with 5×5, get the two halves of every weight. Side by side they must compute what the three blocks compute, and send back the same gradient.
+
+# %%
+def half_network(layers: nn.Sequential, half: int, kernel_size: int) -> nn.Sequential:
+    """The blocks' channels of one half, as blocks of their own with one kernel size."""
+    narrow = nn.Sequential(*(
+        MixConvBlock(20, 20, kernel_size, padding="same", activation="swish",
+                     norm_layer=partial(nn.BatchNorm2d, eps=1e-3))
+        for _ in layers
+    ))  # fmt: skip
+    state = layers.state_dict()
+    for name, tensor in narrow.state_dict().items():
+        split = name.replace("depthwise.conv.", f"depthwise.conv.convs.{half}.")
+        whole = state.get(split, state.get(name))
+        shared = whole.shape == tensor.shape  # this half's own kernels, or a counter
+        tensor.copy_(whole if shared else whole.chunk(2)[half])
+    return narrow.double().eval()
+
+
+# %%
+from mixconv.teaching import check_rewrite
+
+left, right = half_network(three, 0, 3), half_network(three, 1, 5)
+x = torch.randn(2, 40, 14, 14, dtype=torch.float64)
+check_rewrite(
+    three,
+    lambda x: torch.cat([left(x[:, :20]), right(x[:, 20:])], dim=1),
+    x,
+    what="three blocks, and a 3×3 network beside a 5×5 network",
+)
+
+# %% [markdown]
+# Which other blocks fall apart like this? Those whose expansion and projection both have two groups. Their halves, read off the layers: which kernels stand in the first half of the wide channels, and which in the second?
+
+# %%
+def kernels_of_halves(block: MixConvBlock) -> tuple[str, str]:
+    layer = block.depthwise.conv
+    convs = layer.convs if isinstance(layer, MixConv2d) else [layer]
+    sizes = [conv.kernel_size[0] for conv in convs for _ in range(conv.out_channels)]
+    middle = len(sizes) // 2
+    halves = (sorted(set(part)) for part in (sizes[:middle], sizes[middle:]))
+    return tuple(", ".join(map(str, half)) for half in halves)
+
+
+rows = []
+for name, network in networks.items():
+    for index, (block, run) in enumerate(zip(network.blocks, unroll(network.config), strict=True)):
+        if run.expand_groups == run.project_groups == 2:
+            rows.append([f"MixNet-{name}", index, *kernels_of_halves(block),
+                         "yes" if run.squeeze_ratio else "no"])  # fmt: skip
+table(["network", "block", "first half", "second half", "gate"], rows)
+
+# %% [markdown]
+# Where four sizes are mixed, one half has 3 and 5, the other 7 and 9. Where three are, the 5×5 kernels lie across the cut, and each half has some. Blocks 1 and 2 have no gate at all: there the halves do not touch.
+#
+# What brings the halves together again? The blocks with one group on either side: block 3 expands from all channels at once, block 7 too. Between them, the only thing that passes from the 3×3 half to the 5×5 half is the gate's news: one number a channel, the mean over the whole image, and no position.
+#
+# > 🔎 **Ours.** Neither the paper nor the code says this. The code's authors may have meant it or not: grouped 1×1 convolutions save weights, and the equal split of two sizes happens to cut at the same place.
+#
+# ## A photograph goes through
+#
+# The network expects what it would be trained on: RGB images with the mean of ImageNet's pixels taken away, divided by their standard deviation.
+
+# %%
+#| export mixnet.py
+def preprocess(image: Tensor) -> Tensor:
+    """Normalise RGB images as MixNet's training did, by ImageNet's mean and standard deviation.
+
+    Shape:
+        Input and output `(N, 3, H, W)`; input values 0 to 1.
+
+    Raises:
+        ValueError: if there are not three channels.
+        TypeError: for integers; divide them by 255 first.
+
+    Source: ImageNet's statistics as timm and the official code use them. Chapter 7.
+    """
+    if not image.is_floating_point():
+        raise TypeError(f"image must be floating point, 0 to 1, got {image.dtype}")
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
+    mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
+    normalised: Tensor = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
+    return normalised
+
+
+# %%
+from mixconv.teaching import photograph
+
+image = preprocess(photograph(224))
+print(tuple(image.shape), [f"{value:.1f}" for value in (image.min(), image.mean(), image.max())])
+
+# %% [markdown]
+# Watch block 3, the first with three kernel sizes. A hook keeps what its depthwise layer gives. The weights are random: **this network is untrained**, so the maps show what random kernels of each size respond to, not what MixNet has learned.
+
+# %%
+seen = {}
+layer = model.blocks[3].depthwise.conv
+hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(maps=output))
+with torch.no_grad():
+    logits = model(image)
+hook.remove()
+print(layer)
+print("feature maps", tuple(seen["maps"].shape), "logits", tuple(logits.shape))
+
+# %% tags=["drawing"]
+figure, axes = plt.subplots(3, 6, figsize=(7.6, 4.0))
+groups = seen["maps"][0].split(layer.partition)
+for row, (k, group) in zip(axes, zip(layer.kernel_sizes, groups, strict=True), strict=True):
+    strongest = group.flatten(1).std(dim=1).argsort(descending=True)[:6]
+    for axis, channel in zip(row, strongest.sort().values, strict=True):
+        axis.imshow(group[channel], cmap="gray")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    row[0].set_ylabel(f"{k}×{k}", color=kernel_color(k), weight="bold")
+show(
+    figure,
+    "feature_maps.png",
+    "Six feature maps of each kernel size from block 3 of an untrained MixNet-S on the "
+    "photograph, 28×28 pixels each. Head and shoulders can be made out in most of them.",
+)
+
+# %% [markdown]
+# The five sizes that a detector would take:
+
+# %%
+with torch.no_grad():
+    pyramid = model.features(image)
+table(
+    ["stride", "channels", "feature map", "from"],
+    [[info["reduction"], info["num_chs"], tuple(f.shape), info["module"]]
+     for info, f in zip(model.feature_info, pyramid, strict=True)],
+)  # fmt: skip
+
+# %% [markdown]
+# ## Exercises
+#
+# **7.1** ★ *2 minutes, one line.* Write the block string of one block with kernels 3, 5, 7, 9, ungrouped, stride 2, expansion 4, from 64 to 96 channels, squeeze ratio 0.25, swish.
+
+# %%
+from mixconv.teaching import attempt
+
+
+def my_block() -> str:
+    raise NotImplementedError
+
+
+def test_block(answer) -> None:
+    assert isinstance(answer(), str), "a string is wanted"
+    wanted = BlockConfig(
+        64, 96, (3, 5, 7, 9), stride=2, expand_ratio=4, squeeze_ratio=0.25, activation="swish"
+    )
+    try:
+        block = decode_block(answer())
+    except ValueError as error:
+        raise AssertionError(str(error)) from None
+    assert block == wanted, f"{answer()} is {block}"
+
+
+attempt(my_block, test_block)
+
+
+# %% tags=["solution"]
+def my_block_solution() -> str:
+    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25_sw"
+
+
+def one_digit() -> str:
+    """write the stride once: it is given for rows and for columns"""
+    return "r1_k3.5.7.9_a1_p1_s2_e4_i64_o96_se0.25_sw"
+
+
+def no_swish() -> str:
+    """leave out sw: ReLU is what a string without it means"""
+    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25"
+
+
+attempt(my_block_solution, test_block, wrong=[one_digit, no_swish])
+
+
+# %% [markdown]
+# **7.2** ★★ *10 minutes, four lines.* Make MixNet-S without mixing: every block keeps only its smallest kernel. Return that network. (The test computes how many parameters the larger kernels cost.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `MixNetConfig` takes `BlockConfig`s as well as strings, and `dataclasses.replace` makes a changed copy of one.
+#
+# </details>
+
+# %%
+def without_mixing() -> MixNet:
+    raise NotImplementedError
+
+
+def test_plain(answer) -> None:
+    plain = answer()
+    assert isinstance(plain, MixNet), "a MixNet is wanted"
+    sizes = {run.kernel_sizes for run in unroll(plain.config)}
+    assert sizes == {(3,)}, f"kernel sizes are {sizes}"
+    large = [c.parameters - 9 * c.output_shape[1] for c in costs if c.kind == "depthwise"]
+    count = sum(p.numel() for p in plain.parameters())
+    assert count == counted["S"] - sum(large), f"{count:,} parameters: more than kernels changed"
+
+
+attempt(without_mixing, test_plain)
+
+
+# %% tags=["solution"]
+def without_mixing_solution() -> MixNet:
+    runs = [decode_block(text) for text in MIXNET_S.blocks]
+    plain = tuple(replace(run, kernel_sizes=run.kernel_sizes[:1]) for run in runs)
+    return MixNet(replace(MIXNET_S, blocks=plain))
+
+
+def once_each() -> MixNet:
+    """lose the repeats: each run becomes one block"""
+    runs = [replace(decode_block(text), kernel_sizes=(3,), repeats=1) for text in MIXNET_S.blocks]
+    return MixNet(replace(MIXNET_S, blocks=tuple(runs)))
+
+
+attempt(without_mixing_solution, test_plain, wrong=[once_each])
+
+
+# %% [markdown]
+# **7.3** ★★ *10 minutes, two lines.* Let the halves meet: return MixNet-S with a projection of one group wherever expansion and projection both have two. Nothing else changes.
+
+# %%
+def meeting() -> MixNet:
+    raise NotImplementedError
+
+
+def test_meeting(answer) -> None:
+    model = answer()
+    assert isinstance(model, MixNet), "a MixNet is wanted"
+    for run, old in zip(unroll(model.config), unroll(MIXNET_S), strict=True):
+        both = old.expand_groups == old.project_groups == 2
+        assert run == (replace(old, project_groups=1) if both else old), f"{old} became {run}"
+    assert wires(without_gates(model.double().eval().blocks[4:7]), 40).all(), "halves still apart"
+
+
+attempt(meeting, test_meeting)
+
+
+# %% tags=["solution"]
+def meeting_solution() -> MixNet:
+    blocks = tuple(text.replace("a1.1_p1.1", "a1.1_p1") for text in MIXNET_S.blocks)
+    return MixNet(replace(MIXNET_S, blocks=blocks))
+
+
+def everywhere() -> MixNet:
+    """take the groups off every projection, also where the expansion has one group"""
+    blocks = tuple(text.replace("p1.1", "p1") for text in MIXNET_S.blocks)
+    return MixNet(replace(MIXNET_S, blocks=blocks))
+
+
+attempt(meeting_solution, test_meeting, wrong=[everywhere])
+
+# %% [markdown]
+# ## Takeaways
+# - A MixNet is a list of strings, a stem and a head. The defaults build the official network.
+# - The search takes 3×3 early and mixes late, mostly widest where the image halves.
+# - The paper's figure leaves things out. The code is what the published numbers came from.
+# - Where expansion and projection have two groups and the mix has two or four sizes, small and large kernels are networks side by side that only gates connect.
+#
+# Previous: [5 · MobileNets](05_mobilenets.ipynb) · Next: [8 · Weights](08_weights.ipynb)

@@ -1,0 +1,1016 @@
+# %% [markdown]
+# # 8 · Weights
+#
+# **How do we know that this is the official network, and not one that looks like it?** By its numbers. In the picture below each dot is one of 1,000 class scores: horizontally as the unmodified official code computed it in TensorFlow, vertically as ours computes it, from the same weights and the same image. As built, every dot is on the line. With one detail changed, of the kind that no shape and no parameter count gives away, they leave it.
+#
+# So this chapter compares first. Then it tells how weights get across: from TensorFlow, from timm, from files.
+#
+# **You will be able to**
+# - show that two networks are the same network, in different frameworks and under different names;
+# - load the official TensorFlow variables, in order or by name;
+# - load timm's weights and files, and send weights back to timm;
+# - call `mixnet_s(weights=…)` and know what padding and epsilon you get.
+#
+# **Know first:** [chapter 7](07_mixnet.ipynb).
+#
+# **Time:** 25 minutes to read. Runs in under 60 seconds on two cores.
+
+# %% [markdown]
+# The repository holds no trained weights. It holds what the official code computed with weights made from a recipe: variable $i$ is drawn by NumPy from seed $1000 + i$, scaled by what it is for. Anyone can make them again; a digest says that they are the same.
+
+# %%
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+
+from mixconv.official import load_official  # told below
+
+data = Path("../tests/data")
+recipe = runpy.run_path(str(data / "recipe.py"))
+truth = np.load(data / "official.npz")
+specification = json.loads((data / "variables.json").read_text())
+
+
+def official_weights(name: str) -> list[np.ndarray]:
+    roles = specification[name]["variables"]
+    arrays = [recipe["value"](i, role, tuple(shape)) for i, (role, shape, _) in enumerate(roles)]
+    assert recipe["digest"](arrays) == specification[name]["weights_sha256"]
+    return arrays
+
+
+# %%
+import torch
+from torch import Tensor, nn
+
+from mixconv.mixnet import MIXNET_M, MIXNET_S, MixNet
+
+
+def official_image(height: int, width: int) -> Tensor:
+    return torch.from_numpy(recipe["make_input"](height, width)).permute(0, 3, 1, 2)
+
+
+scores = {}
+for title, options in {"as built": {}, "epsilon 1e-5": {"norm_eps": 1e-5},
+                       "symmetric padding": {"padding": "symmetric"}}.items():  # fmt: skip
+    network = MixNet(MIXNET_S, **options).eval()
+    load_official(network, official_weights("mixnet-s"))
+    with torch.no_grad():
+        scores[title] = network(official_image(224, 224))[0].numpy()
+official_scores = truth["mixnet-s_224x224|logits"][0]
+[(title, bool(np.allclose(ours, official_scores, atol=1e-5))) for title, ours in scores.items()]
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import show, use_style
+
+use_style()
+figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.1), sharey=True)
+for axis, (title, ours) in zip(axes, scores.items(), strict=True):
+    reach = [official_scores.min(), official_scores.max()]
+    axis.plot(reach, reach, color="#777777", linewidth=0.8)
+    axis.scatter(official_scores, ours, s=4, color="#0072B2" if title == "as built" else "#D55E00")
+    axis.set(title=title, xlabel="class score, official TensorFlow")
+axes[0].set_ylabel("class score, ours")
+show(
+    figure,
+    "official_scores.png",
+    "Three scatter plots of 1,000 class scores of MixNet-S, ours against the official TensorFlow "
+    "code's. As built, all dots lie on the diagonal. With batch-norm epsilon 1e-5, and with "
+    "symmetric padding, they scatter around it.",
+)
+
+# %% [markdown]
+# ## The proof
+#
+# Scores alone could agree by luck on one image. So the repository holds more of what TensorFlow computed: for S and M, at two image sizes, values after the stem, after each block, and at each change of size also before the projection. Of each of these endpoints the mean, the standard deviation, the first 16 and the last 16 values were kept; of the scores, all.
+#
+# Our endpoints, under the official names:
+
+# %%
+def endpoints(model: MixNet, images: Tensor) -> dict[str, Tensor]:
+    found, ends = {}, {str(info["module"]): i for i, info in enumerate(model.feature_info, 1)}
+    x = found["stem"] = model.stem(images)
+    for index, block in enumerate(model.blocks):
+        inside = block.squeeze_excite(block.depthwise(block.expand(x)))
+        x = found[f"block_{index}"] = block(x)
+        if (number := ends.get(f"blocks.{index}")) is not None:
+            found[f"reduction_{number}"] = x
+            found[f"reduction_{number}.expansion_output"] = inside
+    found["logits"] = model(images)
+    return found
+
+
+# %%
+def compare(name: str, model: MixNet, height: int, width: int) -> tuple[int, bool]:
+    images = torch.from_numpy(recipe["make_input"](height, width)).permute(0, 3, 1, 2)
+    key = f"{name}_{height}x{width}|"
+    with torch.no_grad():
+        found = endpoints(model, images)
+    close = [np.allclose(found["logits"], truth[key + "logits"], atol=1e-5, rtol=1e-5)]
+    for i, endpoint in enumerate(truth[key + "names"]):
+        values = found[str(endpoint)].permute(0, 2, 3, 1).flatten().numpy()
+        summary = [values.mean(), values.std(), *values[:16], *values[-16:]]
+        expected = np.concatenate(
+            [truth[key + part][i] for part in ("mean_std", "first16", "last16")]
+        )
+        close.append(np.allclose(summary, expected, atol=1e-5, rtol=1e-5))
+    return len(close), all(close)
+
+
+# %%
+from mixconv.teaching import table
+
+results = {}
+for name, config in (("mixnet-s", MIXNET_S), ("mixnet-m", MIXNET_M)):
+    network = MixNet(config).eval()
+    load_official(network, official_weights(name))
+    for height, width in ((224, 224), (131, 170)):
+        results[name, height, width] = compare(name, network, height, width)
+assert all(equal for _, equal in results.values())
+table(
+    ["network", "size", "endpoints compared", "all within 1e-5"],
+    [[name, f"{h}×{w}", *result] for (name, h, w), result in results.items()],
+)
+
+# %% [markdown]
+# The second size is not square, and odd and even on its way down: there 'SAME' padding must put its extra zero on the right side. And the comparison can fail, as the picture shows; the two details once more, held to the same measure:
+
+# %%
+for mistake in ({"norm_eps": 1e-5}, {"padding": "symmetric"}):
+    wrong = MixNet(MIXNET_S, **mistake).eval()
+    load_official(wrong, official_weights("mixnet-s"))
+    print(mistake, "agrees:", compare("mixnet-s", wrong, 224, 224)[1])
+
+# %% [markdown]
+# ## Across from TensorFlow
+#
+# How did the weights get across? They come in TensorFlow's layout. By hand, for a 3×3 kernel from 16 to 24 channels, and for a depthwise kernel on 16:
+#
+# | | TensorFlow | PyTorch | order of axes |
+# |---|---|---|---|
+# | convolution | (3, 3, 16, 24): rows, columns, in, out | (24, 16, 3, 3): out, in, rows, columns | 3, 2, 0, 1 |
+# | depthwise | (3, 3, 16, 1): rows, columns, channels, multiplier | (16, 1, 3, 3) | 2, 3, 0, 1 |
+# | dense | (1536, 1000): in, out | (1000, 1536): out, in | 1, 0 |
+#
+# A grouped layer is one tensor here and several there. So a *slot* says where one official variable belongs: a tensor or a part of one, its layout, and the TensorFlow names it goes by.
+
+# %%
+#| export official.py
+"""The official TensorFlow variables in a MixNet, by order or by name (chapter 8)."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.blocks import ConvNormActivation, SqueezeExcite
+from mixconv.layer import MixConv2d
+from mixconv.mixnet import MixNet
+
+_AXES = {"conv": (3, 2, 0, 1), "depthwise": (2, 3, 0, 1), "dense": (1, 0), "vector": (0,)}
+
+
+@dataclass
+class _Slot:
+    """Where one official variable goes.
+
+    Attributes:
+        target: our tensor, or the part of it that holds this variable.
+        layout: "conv", "depthwise", "dense" or "vector".
+        scope: TensorFlow's name scope, such as "blocks_3".
+        kind: the Keras layer, such as "conv2d"; "se/conv2d" inside a gate.
+    """
+
+    target: Tensor
+    layout: str
+    scope: str
+    kind: str
+
+
+# %%
+#| export official.py
+def _to_torch(value: Tensor, slot: _Slot) -> Tensor:
+    """An official variable in PyTorch's layout.
+
+    Raises:
+        ValueError: if its shape does not fit the slot.
+    """
+    axes = _AXES[slot.layout]
+    turned = value.permute(axes) if value.dim() == len(axes) else value
+    if slot.layout == "depthwise" and value.dim() == 4:
+        turned = turned.reshape(-1, 1, *turned.shape[2:])
+    if turned.shape != slot.target.shape:
+        wanted = tuple(slot.target.shape)
+        raise ValueError(f"{slot.scope}/{slot.kind}: {tuple(value.shape)} does not fit {wanted}")
+    return turned
+
+
+# %%
+example = _Slot(torch.empty(16, 1, 3, 3), "depthwise", "blocks_0", "depthwise_conv2d")
+tuple(_to_torch(torch.zeros(3, 3, 16, 1), example).shape)
+
+
+# %% [markdown]
+# The slots of a convolution: one kernel for each group, then a bias if there is one. Whether a kernel is depthwise is told by where it stands, not by its shape: a 1×1 with as many groups as channels has the shape of one. Then the slots of a normalisation: scale, shift, running mean, running variance.
+
+# %%
+#| export official.py
+def _conv_slots(conv: nn.Conv2d, scope: str, kind: str = "conv2d") -> Iterator[_Slot]:
+    for kernel in conv.weight.detach().chunk(conv.groups):
+        yield _Slot(kernel, "conv", scope, kind)
+    if conv.bias is not None:
+        yield _Slot(conv.bias.detach(), "vector", scope, kind)
+
+
+def _depthwise_slots(layer: nn.Module, scope: str) -> Iterator[_Slot]:
+    parts = list(layer.convs) if isinstance(layer, MixConv2d) else [layer]
+    for conv in cast("list[nn.Conv2d]", parts):
+        yield _Slot(conv.weight.detach(), "depthwise", scope, "depthwise_conv2d")
+
+
+def _norm_slots(norm: nn.Module, scope: str) -> Iterator[_Slot]:
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = cast("Tensor", getattr(norm, name)).detach()
+        yield _Slot(tensor, "vector", scope, "batch_normalization")
+
+
+# %% [markdown]
+# The slots of the network, in the order in which the official code creates its variables: stem; for each block expand, depthwise, gate, project; head, classifier.
+
+# %%
+#| export official.py
+def _unit_slots(unit: nn.Module, scope: str, depthwise: bool = False) -> Iterator[_Slot]:
+    if isinstance(unit, ConvNormActivation):
+        conv = cast("nn.Conv2d", unit.get_submodule("conv"))
+        yield from _depthwise_slots(conv, scope) if depthwise else _conv_slots(conv, scope)
+        yield from _norm_slots(unit.get_submodule("norm"), scope)
+    elif isinstance(unit, SqueezeExcite):
+        yield from _conv_slots(unit.squeeze, scope, "se/conv2d")
+        yield from _conv_slots(unit.excite, scope, "se/conv2d")
+
+
+def _slots(model: MixNet) -> list[_Slot]:
+    """Every official variable's place, in the official order of creation."""
+    slots = list(_unit_slots(model.stem, "stem"))
+    for index, block in enumerate(model.blocks):
+        for name in ("expand", "depthwise", "squeeze_excite", "project"):
+            unit = block.get_submodule(name)
+            slots += _unit_slots(unit, f"blocks_{index}", depthwise=name == "depthwise")
+    slots += _unit_slots(model.head, "head")
+    if isinstance(model.classifier, nn.Linear):
+        slots.append(_Slot(model.classifier.weight.detach(), "dense", "head", "dense"))
+        slots.append(_Slot(model.classifier.bias.detach(), "vector", "head", "dense"))
+    return slots
+
+
+# %%
+model = MixNet(MIXNET_S).eval()
+variables = specification["mixnet-s"]["variables"]
+print(len(_slots(model)), "slots,", len(variables), "official variables; three of them:")
+pairs = list(zip(variables, _slots(model), strict=True))[5:8]
+table(
+    ["TensorFlow name", "TensorFlow shape", "our shape"],
+    [[name, tuple(shape), tuple(slot.target.shape)] for (_, shape, name), slot in pairs],
+)
+
+
+# %% [markdown]
+# Loading checks everything before it changes anything.
+
+# %%
+#| export official.py
+def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
+    """Load the official TensorFlow variables into a MixNet.
+
+    Args:
+        model: a MixNet of the same configuration, with the official padding and epsilon.
+        variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
+            or by TensorFlow name: `{n: reader.get_tensor(n) for n in
+            reader.get_variable_to_shape_map()}` of a `tf.train.load_checkpoint` reader. Moving
+            averages of the weights are preferred; optimiser slots and counters are passed over.
+
+    Raises:
+        ValueError: if the number of variables, a name or a shape differs; the model is then
+            unchanged.
+
+    Source: order of creation in the official `mixnet_model.py`. Chapter 8.
+    """
+    slots = _slots(model)
+    named = isinstance(variables, Mapping)
+    values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]
+    if len(values) != len(slots):
+        raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
+    turned = [_to_torch(torch.as_tensor(v), slot) for v, slot in zip(values, slots, strict=True)]
+    for slot, value in zip(slots, turned, strict=True):
+        slot.target.copy_(value)
+
+
+# %% [markdown]
+# ## Checkpoints by name
+#
+# A checkpoint knows names, and no order. Names say enough:
+#
+# | TensorFlow name | scope | kind | number |
+# |---|---|---|---|
+# | `mixnet-s/mixnet_model/blocks_4/conv2d_13/kernel` | blocks_4 | conv2d | 13 |
+# | `mixnet-s/mixnet_model/blocks_4/conv2d_14/kernel` | blocks_4 | conv2d | 14 |
+# | `mixnet-s/mixnet_model/blocks_4/se/conv2d_15/bias` | blocks_4 | se/conv2d | 15 |
+# | `mixnet-s/blocks_4/batch_normalization_1/gamma` | blocks_4 | batch_normalization | 1 |
+#
+# Keras numbers the layers of a kind as they are created. So let the variables of each scope and kind stand in line by number, and let each slot take the next one from its line.
+#
+# Training leaves more in a checkpoint: step counters and optimiser slots, which are passed over, and moving averages of the weights, which are preferred, as in the official evaluation.
+
+# %% tags=["plumbing"]
+#| export official.py
+_VARIABLE = re.compile(
+    r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
+    r"(?P<kind>(?:se/)?(?:depthwise_conv2d|conv2d|batch_normalization|dense))(?:_(?P<number>\d+))?/"
+    r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
+)
+_NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
+_AVERAGE = "/ExponentialMovingAverage"
+
+_Lines = dict[tuple[str, str], list[tuple[tuple[int, int], Any]]]
+
+
+def _stand_in_line(variables: Mapping[str, Any]) -> _Lines:
+    """The variables of each scope and kind, in order of creation, with what they sort by."""
+    plain = {name.removesuffix(":0"): value for name, value in variables.items()}
+    averages = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
+    lines: _Lines = {}
+    for name, value in (plain | averages).items():
+        if match := _VARIABLE.search(name):
+            place = (int(match["number"] or 0), _NAMES.index(match["name"]))
+            lines.setdefault((match["scope"], match["kind"]), []).append((place, value))
+    return {key: sorted(line, key=lambda item: item[0]) for key, line in lines.items()}
+
+
+# %%
+shuffled = {name: index for index, (*_, name) in reversed(list(enumerate(variables)))}
+_stand_in_line(shuffled)["blocks_4", "depthwise_conv2d"]
+
+
+# %% [markdown]
+# (Here each variable is replaced by its number in the official order: 76 comes before 77.) Each slot takes the next in its line. Too few or too many is an error that says where.
+
+# %%
+#| export official.py
+def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> list[Any]:
+    """The variables of a checkpoint in the order of the slots.
+
+    Raises:
+        ValueError: naming the scope and kind where variables are missing or left over.
+    """
+    lines = _stand_in_line(variables)
+    ordered = []
+    for slot in slots:
+        line = lines.get((slot.scope, slot.kind))
+        if not line:
+            raise ValueError(f"no variable left for {slot.scope}/{slot.kind}")
+        ordered.append(line.pop(0)[1])
+    surplus = sorted("/".join(key) for key, line in lines.items() if line)
+    if surplus:
+        raise ValueError(f"more variables than the model has in {', '.join(surplus)}")
+    return ordered
+
+
+# %%
+names = [name for *_, name in specification["mixnet-s"]["variables"]]
+checkpoint = dict(zip(names, official_weights("mixnet-s"), strict=True))
+checkpoint = {name: checkpoint[name] for name in sorted(checkpoint)}
+by_name, by_order = MixNet(MIXNET_S), MixNet(MIXNET_S)
+load_official(by_name, checkpoint)
+load_official(by_order, official_weights("mixnet-s"))
+pairs = zip(by_name.state_dict().values(), by_order.state_dict().values(), strict=True)
+all(torch.equal(*pair) for pair in pairs)
+
+# %% [markdown]
+# ## Weights from timm
+#
+# Trained weights are published for timm. Its network is the same; its names are not. The table of names goes both ways: for each of our tensors, the timm tensors whose concatenation it is.
+#
+# timm groups blocks into stages, and a stage ends where the number of channels changes in the block strings (before any width multiplier).
+
+# %%
+#| export weights.py
+"""Weights into a MixNet under our names or timm's, and out to timm (chapter 8)."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from mixconv.mixnet import MixNet, unroll
+
+
+def _block_names(model: MixNet) -> list[str]:
+    """The name of each block in timm: stage and position."""
+    plain = unroll(replace(model.config, width_multiplier=1.0))
+    stages = [list(run) for _, run in groupby(plain, key=lambda block: block.out_channels)]
+    return [f"blocks.{stage}.{i}" for stage, run in enumerate(stages) for i in range(len(run))]
+
+
+# %%
+" ".join(_block_names(model))
+
+# %% [markdown]
+# Inside a block, timm numbers batch normalisations, and a block without expansion has one fewer:
+#
+# | ours | timm | timm, no expansion |
+# |---|---|---|
+# | `expand.conv`, `expand.norm` | `conv_pw`, `bn1` | |
+# | `depthwise.conv`, `depthwise.norm` | `conv_dw`, `bn2` | `conv_dw`, `bn1` |
+# | `squeeze_excite.squeeze`, `.excite` | `se.conv_reduce`, `se.conv_expand` | the same |
+# | `project.conv`, `project.norm` | `conv_pwl`, `bn3` | `conv_pw`, `bn2` |
+
+# %%
+#| export weights.py
+_WIDE = {"expand.conv": "conv_pw", "expand.norm": "bn1", "depthwise.conv": "conv_dw",
+         "depthwise.norm": "bn2", "project.conv": "conv_pwl", "project.norm": "bn3"}  # fmt: skip
+_PLAIN = {"depthwise.conv": "conv_dw", "depthwise.norm": "bn1",
+          "project.conv": "conv_pw", "project.norm": "bn2"}  # fmt: skip
+_GATE = {"squeeze_excite.squeeze": "se.conv_reduce", "squeeze_excite.excite": "se.conv_expand"}
+_ENDS = {"stem.conv": "conv_stem", "stem.norm": "bn1", "head.conv": "conv_head",
+         "head.norm": "bn2", "classifier": "classifier"}  # fmt: skip
+
+
+def _layer_names(model: MixNet) -> dict[str, str]:
+    """The name in timm of each of our layers that holds tensors."""
+    names = dict(_ENDS)
+    for index, (block, prefix) in enumerate(zip(model.blocks, _block_names(model), strict=True)):
+        inner = _PLAIN if isinstance(block.expand, nn.Identity) else _WIDE
+        names |= {f"blocks.{index}.{k}": f"{prefix}.{v}" for k, v in (inner | _GATE).items()}
+    return names
+
+
+# %%
+#| export weights.py
+def _timm_names(model: MixNet) -> dict[str, list[str]]:
+    """For each key of our state dict the timm keys whose concatenation it is."""
+    layers = _layer_names(model)
+    names: dict[str, list[str]] = {}
+    for key in model.state_dict():
+        layer, _, tensor = key.rpartition(".")
+        base, _, part = layer.partition(".convs.")
+        numbers = [part] if part else []
+        if base.endswith(("expand.conv", "project.conv")):
+            groups = cast("nn.Conv2d", model.get_submodule(layer)).groups
+            numbers = [str(group) for group in range(groups)] if groups > 1 else []
+        stems = [f"{layers[base]}.{number}" for number in numbers] or [layers[base]]
+        names[key] = [f"{stem}.{tensor}" for stem in stems]
+    return names
+
+
+# %%
+#| export weights.py
+def _cut(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
+    """A state dict of ours cut into the tensors that other names stand for; they are views."""
+    result: dict[str, Tensor] = {}
+    for key, parts in names.items():
+        tensors = state[key].chunk(len(parts)) if len(parts) > 1 else (state[key],)
+        result |= zip(parts, tensors, strict=True)
+    return result
+
+
+def to_timm(model: MixNet) -> dict[str, Tensor]:
+    """The model's weights under timm's names, for `load_state_dict` of timm's MixNets.
+
+    Source: `EfficientNet` of timm 1.0. Chapter 8.
+    """
+    return {
+        name: tensor.clone()
+        for name, tensor in _cut(model.state_dict(), _timm_names(model)).items()
+    }
+
+
+# %%
+renamed = to_timm(model)
+[name for name in renamed if name.startswith("blocks.1.0.conv")]
+
+# %% [markdown]
+# ## Files, state dicts, hub names
+#
+# Weights come as a file, as a state dict, or as a name on the Hugging Face hub. `checkpoint.py` turns each into tensors by name, and knows nothing of networks. A file is read as data: PyTorch's older habit, to run whatever a pickle asks for, is switched off.
+
+# %%
+#| export checkpoint.py
+"""Tensors by name from a file, a hub name or a state dict, read as data only (chapter 8)."""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
+_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".npz", ".h5")
+
+
+def read_state_dict(weights: Any) -> dict[str, Tensor]:
+    """Tensors by name from a file, a hub name, or a state dict.
+
+    Files are read as data only: nothing in them is executed.
+
+    Raises:
+        ValueError: if the file is damaged or holds something else, or the name is no hub name.
+        FileNotFoundError: if there is no such file.
+        ImportError: naming the extra to install, for `.safetensors` files and hub names.
+    """
+    if isinstance(weights, Mapping):
+        return _unwrap(weights, "the state dict")
+    if not isinstance(weights, str | os.PathLike):
+        raise TypeError(
+            f"weights must be a path, a name or a state dict, got {type(weights).__name__}"
+        )
+    path = Path(weights)
+    if isinstance(weights, str) and not path.exists() and not weights.endswith(_FILE_ENDINGS):
+        path = _download(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {str(path)!r}")
+    return _unwrap(_read_file(path), str(path))
+
+
+# %% tags=["plumbing"]
+#| export checkpoint.py
+def _read_file(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except ModuleNotFoundError:
+        message = "reading .safetensors needs safetensors: pip install 'mixconv[hub]'"
+        raise ImportError(message) from None
+    except Exception as error:  # damaged files fail in many ways; all mean the same
+        raise ValueError(f"{path} holds no readable weights: {error}") from error
+
+
+# %% tags=["plumbing"]
+#| export checkpoint.py
+def _download(name: str) -> Path:
+    match = _HUB_NAME.match(name)
+    if match is None:
+        example = "'timm/tf_mixnet_s.in1k'"
+        raise ValueError(f"weights must be a file or a hub name such as {example}, got {name!r}")
+    try:
+        from huggingface_hub import hf_hub_download
+    except ModuleNotFoundError:
+        message = "hub names need huggingface_hub: pip install 'mixconv[hub]'"
+        raise ImportError(message) from None
+    try:
+        return Path(hf_hub_download(match["repository"], "model.safetensors"))
+    except Exception as error:  # offline, unknown name, no permission
+        message = f"cannot get {match['repository']!r} from the hub or its cache here: {error}"
+        raise ValueError(message) from error
+
+
+# %% tags=["plumbing"]
+#| export checkpoint.py
+def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
+    for key in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
+            data = data[key]
+    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        raise ValueError(f"{where} holds no state dict of tensors")
+    prefix = re.compile(r"^(module\.|_orig_mod\.)+")  # of data-parallel and compiled models
+    return {prefix.sub("", str(key)): value for key, value in data.items()}
+
+
+# %% [markdown]
+# Then the tensors go into the network. `load_weights` recognises timm's names (the old gen-efficientnet names are the same) and our own, compares all names and shapes, and only then changes the model.
+
+# %%
+#| export weights.py
+from mixconv.checkpoint import read_state_dict
+
+
+def load_weights(model: MixNet, weights: Any) -> None:
+    """Load weights into a MixNet; everything is checked before anything changes.
+
+    A classifier of another size is left out, with a warning.
+
+    Args:
+        model: a MixNet of the configuration that the weights belong to. Padding and epsilon are
+            the model's own; `mixnet_s(weights=...)` picks them by the weights' name.
+        weights: a path to `.safetensors` or `.pth`, a hub name, or a state dict, under our names
+            or timm's.
+
+    Raises:
+        ValueError: listing what is missing, unexpected, or of another shape.
+        FileNotFoundError: if there is no such file.
+        ImportError: naming the extra that is needed.
+    """
+    given = read_state_dict(weights)
+    own = model.state_dict()
+    names = _timm_names(model) if "conv_stem.weight" in given else {key: [key] for key in own}
+    expected = _cut(own, names)
+    for name in _other_classifier(given, model.num_classes):
+        given.pop(name, None)
+        expected.pop(name, None)
+    _check_fit(given, expected)
+    with torch.no_grad():
+        for name in given:
+            expected[name].copy_(given[name])
+
+
+# %%
+#| export weights.py
+def _other_classifier(given: Mapping[str, Tensor], num_classes: int) -> tuple[str, ...]:
+    """The classifier's names, if the weights have one for another number of classes."""
+    weight = given.get("classifier.weight")
+    if weight is None or weight.shape[0] == num_classes:
+        return ()
+    if num_classes:
+        warnings.warn(
+            f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
+            "its classifier keeps its own weights",
+            stacklevel=3,
+        )
+    return ("classifier.weight", "classifier.bias")
+
+
+# %%
+#| export weights.py
+def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with what is missing, unexpected, or of another shape."""
+    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in expected if n in given}
+    problems = {
+        "missing": [n for n in expected if n not in given and not n.endswith("_batches_tracked")],
+        "unexpected": [n for n in given if n not in expected],
+        "of another shape": [f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b],
+    }
+    parts = [
+        f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
+        for kind, names in problems.items()
+        if names
+    ]
+    if parts:
+        raise ValueError(f"these weights do not fit; {'; '.join(parts)}")
+
+
+# %% [markdown]
+# Out to timm's names and in again, into a network that started with other weights:
+
+# %%
+from mixconv.teaching import check
+
+load_official(model, official_weights("mixnet-s"))
+again, image = MixNet(MIXNET_S).eval(), official_image(224, 224)
+load_weights(again, to_timm(model))
+with torch.no_grad():
+    check(again(image), model(image), "scores after a round trip through timm's names")
+
+# %% [markdown]
+# What does that prove? Less than it seems. A round trip accepts any table that undoes itself: swap two names in `_WIDE`, and the way out and the way in are wrong in the same way. So `tests/peers/test_timm.py` loads `to_timm` into timm's *own* networks and compares scores, gradients and running statistics, for all three sizes and both families, and the other way round; `tests/peers/test_geffnet.py` does it with gen-efficientnet.
+#
+# What a mismatch says:
+
+# %%
+try:
+    load_weights(MixNet(MIXNET_M), to_timm(model))
+except ValueError as error:
+    print(str(error)[:260], "…")
+
+# %% [markdown]
+# ## The zoo
+#
+# Now the three functions that most people call. They stand above all the rest: a network from chapter 7, weights from this one.
+#
+# One thing is left to decide. timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture at the top.) For weights under timm's names, the file or hub name tells which.
+
+# %%
+#| export zoo.py
+"""`mixnet_s`, `mixnet_m`, `mixnet_l`: the networks by name, with weights (chapter 8)."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from mixconv.checkpoint import read_state_dict
+from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MixNet, MixNetConfig
+from mixconv.network import refuse_in_chans
+from mixconv.weights import load_weights
+
+
+class Convention(NamedTuple):
+    """What weights were trained with and cannot say themselves; arguments of `MixNet`."""
+
+    padding: str
+    norm_eps: float
+    norm_momentum: float
+
+
+OFFICIAL = Convention("same", 1e-3, 0.01)
+PYTORCH = Convention("symmetric", 1e-5, 0.1)
+
+
+# %%
+#| export zoo.py
+def convention_of(weights: Any, state: Mapping[str, Tensor]) -> Convention:
+    """The convention that weights were trained with, by their name.
+
+    Only timm's plain `mixnet_*` follow PyTorch's. Its `tf_mixnet_*` are the official weights.
+    Weights without a name, or under our own names, are taken for official.
+
+    Args:
+        weights: what the caller gave: a path, a hub name, or a state dict.
+        state: the tensors in it.
+
+    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
+    """
+    named = isinstance(weights, str | os.PathLike) and "conv_stem.weight" in state
+    plain = named and Path(weights).name.startswith("mixnet")
+    return PYTORCH if plain else OFFICIAL
+
+
+# %%
+for name in ("timm/tf_mixnet_s.in1k", "timm/mixnet_s.ft_in1k", "mine.pth"):
+    print(name, convention_of(name, renamed))
+
+
+# %% [markdown]
+# What the caller says wins over what the name says.
+
+# %%
+#| export zoo.py
+def _build(config: MixNetConfig, weights: Any, **options: Any) -> MixNet:
+    """A MixNet, with weights if there are any; their convention fills in what is None."""
+    state = None if weights is None else read_state_dict(weights)
+    usual = OFFICIAL if state is None else convention_of(weights, state)
+    for name, value in usual._asdict().items():
+        if options[name] is None:
+            options[name] = value
+    model = MixNet(config, **options)
+    if state is not None:
+        load_weights(model, state)
+    return model
+
+
+# %%
+#| export zoo.py
+@refuse_in_chans
+def mixnet_s(
+    weights: Any = None,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width_multiplier: float = 1.0,
+    drop_rate: float | None = None,
+    drop_path_rate: float = 0.0,
+    padding: str | None = None,
+    norm_eps: float | None = None,
+    norm_momentum: float | None = None,
+) -> MixNet:
+    """MixNet-S, 4.1 million parameters.
+
+    Args:
+        weights: None for untrained; or a path to `.safetensors` or `.pth`, a state dict, or a
+            hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
+        num_classes: outputs; 0 for features.
+        in_channels: channels of the images.
+        width_multiplier: scales channels.
+        drop_rate: dropout before the classifier; None for the network's own.
+        drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
+        padding: "same" or "symmetric"; None for what the weights' name wants, else "same".
+        norm_eps: batch-norm epsilon; None for what the weights' name wants, else 1e-3.
+        norm_momentum: share of a new batch in the running statistics; None for what the
+            weights' name wants, else 0.01.
+
+    Shape:
+        Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
+
+    Raises:
+        TypeError: for weights of no known kind, or timm's `in_chans`, naming `in_channels`.
+        ValueError: naming the argument, or what does not fit in the weights.
+        FileNotFoundError: if there is no such weights file.
+        ImportError: naming the extra that reading the weights needs.
+
+    Source: paper, section 4.2; `mixnet_s` in the official `mixnet_builder.py`. Chapter 8.
+    """
+    return _build(
+        MIXNET_S, weights, num_classes=num_classes, in_channels=in_channels,
+        width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
+        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum,
+    )  # fmt: skip
+
+
+# %% [markdown]
+# The other two have the same signature, written out, so that an editor and Jupyter's Shift-Tab can show it. Only the text about the arguments is shared.
+
+# %% tags=["plumbing"]
+#| export zoo.py
+Builder = TypeVar("Builder", bound=Callable[..., MixNet])
+
+
+def _documented_like(model: Builder) -> Callable[[Builder], Builder]:
+    """Decorator: put what follows the first line of `model`'s docstring after the function's."""
+
+    def decorate(function: Builder) -> Builder:
+        first = str(function.__doc__).split("\n")[0]
+        function.__doc__ = "\n".join([first, *str(model.__doc__).split("\n")[1:]])
+        return function
+
+    return decorate
+
+
+# %% tags=["plumbing"]
+#| export zoo.py
+@refuse_in_chans
+@_documented_like(mixnet_s)
+def mixnet_m(
+    weights: Any = None,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width_multiplier: float = 1.0,
+    drop_rate: float | None = None,
+    drop_path_rate: float = 0.0,
+    padding: str | None = None,
+    norm_eps: float | None = None,
+    norm_momentum: float | None = None,
+) -> MixNet:
+    """MixNet-M, 5.0 million parameters. Arguments are those of `mixnet_s`."""
+    return _build(
+        MIXNET_M, weights, num_classes=num_classes, in_channels=in_channels,
+        width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
+        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum,
+    )  # fmt: skip
+
+
+@refuse_in_chans
+@_documented_like(mixnet_s)
+def mixnet_l(
+    weights: Any = None,
+    *,
+    num_classes: int = 1000,
+    in_channels: int = 3,
+    width_multiplier: float = 1.0,
+    drop_rate: float | None = None,
+    drop_path_rate: float = 0.0,
+    padding: str | None = None,
+    norm_eps: float | None = None,
+    norm_momentum: float | None = None,
+) -> MixNet:
+    """MixNet-L, 7.3 million parameters: M, 1.3 times as wide. Arguments are those of `mixnet_s`."""
+    return _build(
+        MIXNET_L, weights, num_classes=num_classes, in_channels=in_channels,
+        width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
+        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum,
+    )  # fmt: skip
+
+
+# %%
+first, *_, last = (mixnet_l.__doc__ or "").strip().splitlines()
+print(first)
+print(last.strip())
+{name: model(num_classes=10).num_features for name, model in
+ (("S", mixnet_s), ("M", mixnet_m), ("L", mixnet_l))}  # fmt: skip
+
+# %% [markdown]
+# A file under timm's names picks its convention. The same tensors as `mixnet_s.pth` and as `tf_mixnet_s.pth`:
+
+# %%
+import tempfile
+
+with tempfile.TemporaryDirectory() as folder:
+    for name in ("mixnet_s.pth", "tf_mixnet_s.pth"):
+        torch.save(renamed, Path(folder) / name)
+        network = mixnet_s(weights=Path(folder) / name).eval()
+        print(name, "→", type(network.stem.conv).__name__, network.stem.norm)
+
+# %% [markdown]
+# ## Ours, official, timm
+#
+# | | ours | official code | timm `tf_mixnet_*` | timm `mixnet_*` |
+# |---|---|---|---|---|
+# | padding | 'SAME', or symmetric | 'SAME' | 'SAME' | symmetric |
+# | batch-norm epsilon | 1e-3, or any | 1e-3 | 1e-3 | 1e-5 |
+# | agrees with ours | – | scores, and 34 values of each endpoint, for S and M: 1e-5 (above) | scores and gradients, for S, M and L: 1e-5 (`tests/peers`) | the same, with symmetric padding and 1e-5 |
+# | two 1×1 groups | one grouped convolution | two convolutions, concatenated | two convolutions, concatenated | the same |
+# | unequal partitions | in `MixConv2d` and the MobileNets; a MixNet splits equally | no | no | no |
+#
+# ## Exercises
+#
+# **8.1** ★★ *5 minutes, two lines.* TensorFlow's depthwise kernels may give several outputs for each channel: (k, k, channels, multiplier). Return PyTorch's weight, (channels · multiplier, 1, k, k). In both, output z belongs to input channel z // multiplier.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Bring channels and multiplier to the front first, in that order. Then they become one axis.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def depthwise_weight(kernel: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+def test_depthwise(answer) -> None:
+    one = torch.arange(18.0).view(3, 3, 2, 1)
+    expect(answer, one, gives=torch.stack([one[:, :, :1, 0], one[:, :, 1:, 0]]).permute(0, 3, 1, 2),
+           why="one kernel for each channel")  # fmt: skip
+    two = torch.tensor([[[[1.0, 2], [3, 4], [5, 6]]]])  # 1×1, three channels, two outputs each
+    expect(answer, two, gives=torch.tensor([1.0, 2, 3, 4, 5, 6]).view(6, 1, 1, 1),
+           why="outputs 0 and 1 belong to channel 0")  # fmt: skip
+
+
+attempt(depthwise_weight, test_depthwise)
+
+
+# %% tags=["solution"]
+def depthwise_weight_solution(kernel: Tensor) -> Tensor:
+    k, _, channels, multiplier = kernel.shape
+    return kernel.permute(2, 3, 0, 1).reshape(channels * multiplier, 1, k, k)
+
+
+def multiplier_first(kernel: Tensor) -> Tensor:
+    """bring the multiplier before the channels: output z would belong to channel z % channels"""
+    k, _, channels, multiplier = kernel.shape
+    return kernel.permute(3, 2, 0, 1).reshape(channels * multiplier, 1, k, k)
+
+
+def only_reshape(kernel: Tensor) -> Tensor:
+    """reshape without moving axes: the shape is right, the numbers are shuffled"""
+    k, _, channels, multiplier = kernel.shape
+    return kernel.reshape(channels * multiplier, 1, k, k)
+
+
+attempt(depthwise_weight_solution, test_depthwise, wrong=[multiplier_first, only_reshape])
+
+# %% [markdown]
+# **8.2** ★★ *10 minutes, five lines.* Trained networks are often averaged: return the state dict that is half of `a` and half of `b`. What is not a floating-point number (the counters of the batch normalisations) is taken from `b`. Neither `a` nor `b` may change.
+
+# %%
+def average(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    raise NotImplementedError
+
+
+def test_average(answer) -> None:
+    a, b = MixNet(MIXNET_S).state_dict(), MixNet(MIXNET_S).state_dict()
+    b["stem.norm.num_batches_tracked"] += 7
+    before = {name: tensor.clone() for name, tensor in a.items()}
+    mean = answer(a, b)
+    assert isinstance(mean, dict), f"a dictionary of tensors is wanted, got {type(mean).__name__}"
+    load_weights(model := MixNet(MIXNET_S), mean)
+    assert all(torch.equal(a[name], before[name]) for name in a), "a has changed"
+    assert model.stem.norm.num_batches_tracked == 7, "counters are taken from b"
+    half = (a["head.conv.weight"] + b["head.conv.weight"]) / 2
+    assert torch.allclose(model.head.conv.weight, half), "weights are half a, half b"
+
+
+attempt(average, test_average)
+
+
+# %% tags=["solution"]
+def average_solution(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        name: (a[name] + b[name]) / 2 if b[name].is_floating_point() else b[name] for name in b
+    }
+
+
+def in_place(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """write into a: its network changes, too"""
+    for name in a:
+        if a[name].is_floating_point():
+            a[name].add_(b[name]).div_(2)
+        else:
+            a[name].copy_(b[name])
+    return a
+
+
+def everything(a: dict[str, Tensor], b: dict[str, Tensor]) -> dict[str, Tensor]:
+    """average the counters, too"""
+    return {name: (a[name] + b[name]) / 2 for name in b}
+
+
+attempt(average_solution, test_average, wrong=[in_place, everything])
+
+# %% [markdown]
+# ## Takeaways
+# - With the official weights, S and M give the official scores, and every endpoint agrees in all that was kept of it, within 1e-5.
+# - Padding and epsilon change what a network computes and neither its shapes nor its parameters: only numbers show them.
+# - Weights go in from TensorFlow (in order or by name), timm and files, and out to timm. All is checked before anything changes.
+# - A round trip accepts any table that undoes itself; another implementation does not.
+#
+# Previous: [7 · MixNet](07_mixnet.ipynb) · Next: [9 · Any model](09_any_model.ipynb)

@@ -1,0 +1,86 @@
+"""Files, state dicts and hub names as tensors by name, read as data only."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mixconv import MixNet, load_weights
+from mixconv.checkpoint import read_state_dict
+
+from .common import TINY, randomize, same_state, snapshot
+
+
+def tiny(seed: int = 1) -> MixNet:
+    model = MixNet(TINY, num_classes=7)
+    randomize(model, seed)
+    return model
+
+
+class Trap:
+    """Unpickled without care, this would make a folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "foreign.pth")
+    model = tiny()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"foreign\.pth"):
+        load_weights(model, tmp_path / "foreign.pth")
+    assert not (tmp_path / "sprung").exists()
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("keep", [0, 1, 1000, -200])
+def test_damaged_files(keep, tmp_path):
+    whole, part = tmp_path / "whole.pth", tmp_path / "part.pth"
+    torch.save(tiny().state_dict(), whole)
+    part.write_bytes(whole.read_bytes()[:keep])
+    model = tiny(2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"part.pth holds no readable weights"):
+        load_weights(model, part)
+    assert same_state(model, before)
+
+
+@pytest.mark.parametrize("data", [[1, 2], {"state_dict": {"a": 1}}, {"a": {"b": 1}}], ids=str)
+def test_files_of_something_else(data, tmp_path):
+    torch.save(data, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other.pth holds no state dict"):
+        read_state_dict(tmp_path / "other.pth")
+
+
+def test_whole_models_are_refused(tmp_path):
+    torch.save(tiny(), tmp_path / "model.pth")
+    with pytest.raises(ValueError, match=r"model.pth holds no readable weights"):
+        read_state_dict(tmp_path / "model.pth")
+
+
+def test_no_such_file(tmp_path):
+    for name in ("gone.pth", "gone.safetensors", "deep/gone.pt"):
+        with pytest.raises(FileNotFoundError, match="gone"):
+            read_state_dict(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError):
+        read_state_dict(tmp_path)  # a folder
+    with pytest.raises(FileNotFoundError, match="gone"):
+        read_state_dict(tmp_path / "gone")  # a Path is never a hub name
+
+
+@pytest.mark.parametrize("name", ["mixnet_s", "a/b/c", "https://example.org/x", ""])
+def test_names_that_are_no_hub_names(name):
+    with pytest.raises((ValueError, FileNotFoundError), match="weights"):
+        read_state_dict(name)
+
+
+@pytest.mark.parametrize("weights", [3, b"x.pth", [("a", torch.zeros(1))]])
+def test_other_types(weights):
+    with pytest.raises(TypeError, match=type(weights).__name__):
+        read_state_dict(weights)

@@ -1,0 +1,122 @@
+"""`mixnet_s`, `mixnet_m`, `mixnet_l`: arguments, conventions by name, weights."""
+
+import inspect
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mixconv import MIXNET_L, MIXNET_M, MIXNET_S, MixNet, mixnet_l, mixnet_m, mixnet_s, to_timm, zoo
+from mixconv.zoo import OFFICIAL, PYTORCH, convention_of
+
+from .common import TINY, noise, randomize
+
+MAKERS = {"s": mixnet_s, "m": mixnet_m, "l": mixnet_l}
+CONFIGS = {"s": MIXNET_S, "m": MIXNET_M, "l": MIXNET_L}
+each_maker = pytest.mark.parametrize("name", MAKERS)
+
+
+def tiny(**options: Any) -> MixNet:
+    model = MixNet(TINY, num_classes=7, **options)
+    randomize(model)
+    return model
+
+
+# --- what Shift-Tab shows ---------------------------------------------------------------------
+
+
+@each_maker
+def test_every_argument_is_in_the_signature_and_in_the_docstring(name):
+    shown = inspect.signature(MAKERS[name]).parameters
+    wanted = [n for n in inspect.signature(MixNet).parameters if n != "config"]
+    assert list(shown) == ["weights", *wanted]
+    kinds = {parameter.kind for n, parameter in shown.items() if n != "weights"}
+    assert kinds == {inspect.Parameter.KEYWORD_ONLY}
+    text = inspect.getdoc(MAKERS[name]) or ""
+    assert [n for n in shown if f"    {n}: " not in text] == []
+    assert text.startswith(f"MixNet-{name.upper()}, ")
+    assert MAKERS[name].__name__ == f"mixnet_{name}"
+    assert pickle.loads(pickle.dumps(MAKERS[name])) is MAKERS[name]
+
+
+def test_defaults_are_those_of_mixnet():
+    """Where the zoo has None, the official convention fills in what `MixNet` has."""
+    of_zoo, of_mixnet = (inspect.signature(f).parameters for f in (mixnet_s, MixNet))
+    for name, parameter in of_zoo.items():
+        if name != "weights":
+            wanted = of_mixnet[name].default
+            given = parameter.default
+            assert (OFFICIAL._asdict().get(name) if given is None else given) == wanted, name
+
+
+@each_maker
+def test_every_argument_arrives(name):
+    with torch.device("meta"):
+        model: Any = MAKERS[name](
+            num_classes=3, in_channels=5, width_multiplier=0.5, drop_rate=0.1, drop_path_rate=0.4,
+            padding="symmetric", norm_eps=0.5, norm_momentum=0.25,
+        )  # fmt: skip
+    assert model.config.blocks == CONFIGS[name].blocks
+    assert model.config.width_multiplier == CONFIGS[name].width_multiplier * 0.5
+    assert (model.num_classes, model.stem.conv.in_channels, model.drop_rate) == (3, 5, 0.1)
+    last = len(model.blocks) - 1
+    assert model.blocks[last].drop_path.rate == pytest.approx(0.4 * last / (last + 1))
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert {(norm.eps, norm.momentum) for norm in norms} == {(0.5, 0.25)}
+    assert type(model.stem.conv) is nn.Conv2d
+
+
+@each_maker
+def test_timms_in_chans_is_an_error_that_names_ours(name):
+    with pytest.raises(TypeError, match=r"in_channels=1"):
+        MAKERS[name](in_chans=1)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("classes", [None, 2.0])
+def test_a_number_of_classes_is_no_accident(classes):
+    with pytest.raises(TypeError, match="num_classes"):
+        mixnet_s(num_classes=classes)
+
+
+# --- conventions by name ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "convention"),
+    [
+        ("timm/tf_mixnet_s.in1k", OFFICIAL), ("hf-hub:timm/tf_mixnet_l.in1k", OFFICIAL),
+        ("some/where/tf_mixnet_m-4eb8f0d3.pth", OFFICIAL),
+        (Path("tf_mixnet_s.safetensors"), OFFICIAL),
+        ("timm/mixnet_s.ft_in1k", PYTORCH), ("mixnet_xl_ra-aac3c00c.pth", PYTORCH),
+        ("checkpoint.pth", OFFICIAL), ("timm/efficientnet_b0", OFFICIAL), ({}, OFFICIAL),
+    ],
+)  # fmt: skip
+def test_conventions_follow_timms_names(name, convention):
+    assert convention_of(name, {"conv_stem.weight": torch.zeros(1)}) == convention
+    assert convention_of(name, {"stem.conv.weight": torch.zeros(1)}) == OFFICIAL
+
+
+@pytest.mark.parametrize(
+    ("name", "padding"), [("tf_mixnet_s.x.pth", "same"), ("mixnet_s.pth", "symmetric")]
+)
+def test_timm_files_choose_padding_and_epsilon(name, padding, tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "MIXNET_S", TINY)
+    source = tiny(padding=padding, norm_eps=1e-3 if padding == "same" else 1e-5).eval()
+    torch.save(to_timm(source), tmp_path / name)
+    model = mixnet_s(weights=tmp_path / name, num_classes=7).eval()
+    x = noise(2, 3, 34, 34)
+    torch.testing.assert_close(model(x), source(x))
+    forced = mixnet_s(weights=tmp_path / name, num_classes=7, norm_eps=0.5)
+    assert forced.stem.norm.eps == 0.5  # type: ignore[union-attr]
+
+
+def test_our_own_file_named_mixnet_s_keeps_our_padding(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "MIXNET_S", TINY)
+    source = tiny().eval()
+    torch.save(source.state_dict(), tmp_path / "mixnet_s.pth")
+    model = mixnet_s(weights=tmp_path / "mixnet_s.pth", num_classes=7).eval()
+    x = noise(2, 3, 34, 34)
+    torch.testing.assert_close(model(x), source(x))

@@ -1,6 +1,6 @@
-# Generated from notebooks/09_using_it.ipynb by `make book`. Edit the notebook, not this file.
+# Generated from notebooks/18_using_it.ipynb by `make book`. Edit the notebook, not this file.
 
-"""`python -m mixconv`: push an image through a network and print its stages (chapter 9)."""
+"""`mixconv`, or `python -m mixconv`: what a network does, stage by stage (chapter 18)."""
 
 import argparse
 import sys
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.formulation import count_costs
-from mixconv.mixnet import mixnet_l, mixnet_m, mixnet_s, preprocess
+from mixconv.mixnet import preprocess
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
 from mixconv.network import ConvNet
+from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s
 
 __all__ = [
     "StageRow",
@@ -108,7 +109,7 @@ _MOBILENETS = {"mobilenet_v1": mobilenet_v1, "mobilenet_v2": mobilenet_v2}
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m mixconv",
+        prog="mixconv",
         description="Push an image through a network; print shapes and costs stage by stage.",
     )
     add = parser.add_argument
@@ -179,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.model:
             report(name, build(name, options), x, options)
     except (ValueError, ImportError, FileNotFoundError) as error:
-        print(f"python -m mixconv: {error}", file=sys.stderr)
+        print(f"mixconv: {error}", file=sys.stderr)
         return 1
     return 0
 

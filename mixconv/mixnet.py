@@ -1,18 +1,18 @@
-# Generated from notebooks/06_mixnet.ipynb by `make book`. Edit the notebook, not this file.
+# Generated from notebooks/07_mixnet.ipynb by `make book`. Edit the notebook, not this file.
 
-"""MixNet-S, M and L from the official block strings (paper, section 4; chapter 6)."""
+"""MixNet from the official block strings (paper, section 4; chapter 7)."""
 
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from torch import Tensor, nn
 
-from mixconv._checks import check_multiplier, check_positive, check_rate
+from mixconv._checks import check_positive
 from mixconv.blocks import ConvNormActivation, MixConvBlock
-from mixconv.layer import make_conv2d
-from mixconv.network import ConvNet, initialize, round_channels
+from mixconv.layer import make_conv2d, make_pointwise
+from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
 
 __all__ = [
     "MIXNET_L",
@@ -21,12 +21,8 @@ __all__ = [
     "BlockConfig",
     "MixNet",
     "MixNetConfig",
-    "MixNetOptions",
     "decode_block",
     "encode_block",
-    "mixnet_l",
-    "mixnet_m",
-    "mixnet_s",
     "preprocess",
     "unroll",
 ]
@@ -65,73 +61,82 @@ class BlockConfig:
     dilated: bool = False
 
 
-_WORD = re.compile(r"^(r|k|a|p|s|e|i|o|se)(\d[\d.]*)$")
+_COUNT = r"[1-9]\d*"
 
-_FLAGS = {"sw", "noskip", "dilated"}
+_WORDS = {  # the form of each word after its letters, and how to say it
+    "r": (_COUNT, "how many blocks, at least 1, as in r2"),
+    "k": (r"\d*[13579](\.\d*[13579])*", "odd kernel sizes with dots between, as in k3.5"),
+    "a": (r"1(\.1)*", "a 1 for each group of the expansion, as in a1 or a1.1"),
+    "p": (r"1(\.1)*", "a 1 for each group of the projection, as in p1 or p1.1"),
+    "s": (r"([1-9])\1", "the stride twice, for rows and columns, equal and 1 to 9, as in s22"),
+    "e": (_COUNT, "the expansion ratio, a whole number of at least 1, as in e6"),
+    "i": (_COUNT, "the input channels, at least 1, as in i40"),
+    "o": (_COUNT, "the output channels, at least 1, as in o40"),
+    "se": (r"0(\.\d+)?|1(\.0+)?", "the squeeze ratio, 0 to 1, as in se0.25"),
+}
+
+_FLAGS = ("sw", "noskip", "dilated")
 
 
-def _split_words(text: str) -> tuple[dict[str, str], set[str]]:
-    """The numbered words of a block string, and its flags.
+def _split_words(text: str) -> dict[str, str]:
+    """The words of a block string: what follows the letters of each, "" after a flag.
 
     Raises:
-        ValueError: for a word that means nothing, appears twice, or is missing.
+        ValueError: for a word that is unknown, malformed, there twice, or missing.
     """
     words: dict[str, str] = {}
-    flags: set[str] = set()
     for word in text.split("_"):
-        match = _WORD.match(word)
-        name = match[1] if match else word
-        if name in words or name in flags or not (match or word in _FLAGS):
-            raise ValueError(f"block string {text!r}: cannot read {word!r}")
-        if match:
-            words[name] = match[2]
-        else:
-            flags.add(word)
-    missing = [name for name in ("r", "k", "a", "p", "s", "e", "i", "o") if name not in words]
+        name = word if word in _FLAGS else re.split("[^a-z]", word, maxsplit=1)[0]
+        value, problem = word[len(name) :], ""
+        if name in words:
+            problem = f"a second {name}"
+        elif name in _WORDS and not re.fullmatch(_WORDS[name][0], value, re.ASCII):
+            problem = f"{name} is followed by {_WORDS[name][1]}"
+        elif name not in _WORDS and word not in _FLAGS:
+            problem = f"words begin with {', '.join(_WORDS)}; flags are {', '.join(_FLAGS)}"
+        if problem:
+            raise ValueError(f"block string {text!r}: cannot read {word!r}: {problem}")
+        words[name] = value
+    missing = [f"{n} ({_WORDS[n][1]})" for n in _WORDS if n != "se" and n not in words]
     if missing:
-        raise ValueError(f"block string {text!r}: no {', '.join(missing)}")
-    return words, flags
+        raise ValueError(f"block string {text!r} has no {'; no '.join(missing)}")
+    return words
 
 
 def decode_block(text: str) -> BlockConfig:
     """A block configuration from the official notation.
 
     Args:
-        text: such as `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`.
+        text: such as `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`; the order is free.
 
     Raises:
-        ValueError: quoting the string and the part that is wrong.
+        TypeError: for what is no string.
+        ValueError: naming the word that is wrong and what would be right.
 
-    Source: `_decode_block_string` in the official `mixnet_builder.py`.
+    Source: `_decode_block_string` in the official `mixnet_builder.py`. Chapter 7.
     """
-    words, flags = _split_words(text)
-    try:
-        kernels, expand, project = (tuple(map(int, words[n].split("."))) for n in "kap")
-        rows, columns = map(int, words["s"])
-        if rows != columns or {*expand, *project} != {1} or 0 in (rows, int(words["r"])):
-            raise ValueError("strides must be equal, a and p made of 1s, r and s at least 1")
-        return BlockConfig(
-            in_channels=int(words["i"]), out_channels=int(words["o"]), kernel_sizes=kernels,
-            stride=rows, expand_ratio=int(words["e"]), repeats=int(words["r"]),
-            expand_groups=len(expand), project_groups=len(project),
-            squeeze_ratio=float(words.get("se", 0)),
-            activation="swish" if "sw" in flags else "relu",
-            skip="noskip" not in flags, dilated="dilated" in flags,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(f"block string {text!r}: {error}") from None
+    if not isinstance(text, str):
+        raise TypeError(f"a block string is text, such as 'r1_k3_a1_p1_s11_…', got {text!r}")
+    words = _split_words(text)
+    return BlockConfig(
+        in_channels=int(words["i"]), out_channels=int(words["o"]),
+        kernel_sizes=tuple(map(int, words["k"].split("."))),
+        stride=int(words["s"][0]), expand_ratio=int(words["e"]), repeats=int(words["r"]),
+        expand_groups=words["a"].count("1"), project_groups=words["p"].count("1"),
+        squeeze_ratio=float(words.get("se", 0)),
+        activation="swish" if "sw" in words else "relu",
+        skip="noskip" not in words, dilated="dilated" in words,
+    )  # fmt: skip
 
 
 def encode_block(config: BlockConfig) -> str:
     """The official notation of a block configuration; `decode_block` reads it back.
 
     Raises:
-        ValueError: for an activation that the notation has no word for.
+        ValueError: for a configuration that the notation has no words for.
 
-    Source: `_encode_block_string` in the official `mixnet_builder.py`.
+    Source: `_encode_block_string` in the official `mixnet_builder.py`. Chapter 7.
     """
-    if config.activation not in ("relu", "swish"):
-        raise ValueError(f"no notation for activation {config.activation!r}, only relu and swish")
     kernels = ".".join(map(str, config.kernel_sizes))
     expand, project = (".".join("1" * g) for g in (config.expand_groups, config.project_groups))
     words = [
@@ -139,14 +144,14 @@ def encode_block(config: BlockConfig) -> str:
         f"s{config.stride}{config.stride}_e{config.expand_ratio}",
         f"i{config.in_channels}_o{config.out_channels}",
     ]
-    if config.squeeze_ratio:
-        words.append(f"se{config.squeeze_ratio}")
-    flags = {
-        "noskip": not config.skip,
-        "sw": config.activation == "swish",
-        "dilated": config.dilated,
-    }
-    return "_".join(words + [flag for flag, is_set in flags.items() if is_set])
+    words += [f"se{config.squeeze_ratio}"] if config.squeeze_ratio else []
+    words += ["noskip"] if not config.skip else []
+    words += ["sw"] if config.activation == "swish" else []
+    words += ["dilated"] if config.dilated else []
+    same = replace(config, kernel_sizes=tuple(config.kernel_sizes))
+    if decode_block("_".join(words)) != same:
+        raise ValueError(f"the notation has no words for {config}")
+    return "_".join(words)
 
 
 @dataclass(frozen=True)
@@ -215,11 +220,10 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
     """
     if not config.blocks:
         raise ValueError("blocks must name at least one block, got none")
-    check_multiplier("width_multiplier", config.width_multiplier)
     width = partial(round_channels, multiplier=config.width_multiplier)
     blocks, channels = list[BlockConfig](), config.stem_channels
     for entry in config.blocks:
-        run = decode_block(entry) if isinstance(entry, str) else entry
+        run = entry if isinstance(entry, BlockConfig) else decode_block(entry)
         check_positive("repeats", run.repeats)
         if run.in_channels != channels:
             raise ValueError(f"{run} follows a block of {channels} channels")
@@ -235,12 +239,10 @@ def _make_blocks(
     configs: list[BlockConfig], drop_path_rate: float, **options: Any
 ) -> list[MixConvBlock]:
     """The blocks of a network; stochastic depth grows with depth."""
-    check_rate("drop_path_rate", drop_path_rate)
     blocks: list[MixConvBlock] = []
-    for config in configs:
+    for config, rate in zip(configs, drop_path_rates(drop_path_rate, len(configs)), strict=True):
         arguments = asdict(config)
         del arguments["repeats"]  # written out by unroll
-        rate = drop_path_rate * len(blocks) / len(configs)
         blocks.append(MixConvBlock(**arguments, **options, drop_path_rate=rate))
     return blocks
 
@@ -263,11 +265,13 @@ class MixNet(ConvNet):
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
 
     Raises:
+        TypeError: for a number that is no integer, or timm's `in_chans`, naming `in_channels`.
         ValueError: naming the argument or the block string.
 
-    Source: paper, section 4.2; `MixnetModel` in the official `mixnet_model.py`. Chapter 6.
+    Source: paper, section 4.2; `MixnetModel` in the official `mixnet_model.py`. Chapter 7.
     """
 
+    @refuse_in_chans
     def __init__(
         self,
         config: MixNetConfig,
@@ -286,7 +290,7 @@ class MixNet(ConvNet):
         blocks = _make_blocks(unroll(scaled), drop_path_rate, padding=padding, norm_layer=norm)
         width = round_channels(config.stem_channels, scaled.width_multiplier)
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
-        head = make_conv2d(blocks[-1].out_channels, config.head_channels, 1)
+        head = make_pointwise(blocks[-1].out_channels, config.head_channels)
         super().__init__(
             ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
             config.head_channels, num_classes=num_classes,
@@ -296,54 +300,6 @@ class MixNet(ConvNet):
         initialize(self)
 
 
-class MixNetOptions(TypedDict, total=False):
-    """Keyword arguments of `MixNet`, all optional; see there."""
-
-    num_classes: int
-    in_channels: int
-    width_multiplier: float
-    drop_rate: float | None
-    drop_path_rate: float
-    padding: str
-    norm_eps: float
-    norm_momentum: float
-
-
-def _build(config: MixNetConfig, weights: Any, options: MixNetOptions) -> MixNet:
-    if weights is None:
-        return MixNet(config, **options)
-    from mixconv.weights import load_weights, matching_options, read_state_dict  # builds on us
-
-    state = read_state_dict(weights)
-    matched: MixNetOptions = {**matching_options(weights, state), **options}
-    model = MixNet(config, **matched)
-    load_weights(model, state)
-    return model
-
-
-def mixnet_s(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
-    """MixNet-S, 4.1 million parameters.
-
-    Args:
-        weights: None for untrained; or a path to `.safetensors` or `.pth`, a state dict, or a
-            hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
-        options: as in `MixNet`. With a named timm checkpoint, padding and epsilon follow the name.
-
-    Source: `mixnet_s` in the official `mixnet_builder.py`. Chapter 6.
-    """
-    return _build(MIXNET_S, weights, options)
-
-
-def mixnet_m(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
-    """MixNet-M, 5.0 million parameters. Arguments as in `mixnet_s`."""
-    return _build(MIXNET_M, weights, options)
-
-
-def mixnet_l(weights: Any = None, **options: Unpack[MixNetOptions]) -> MixNet:
-    """MixNet-L, 7.3 million parameters: M, 1.3 times as wide. Arguments as in `mixnet_s`."""
-    return _build(MIXNET_L, weights, options)
-
-
 def preprocess(image: Tensor) -> Tensor:
     """Normalise RGB images as MixNet's training did, by ImageNet's mean and standard deviation.
 
@@ -351,8 +307,10 @@ def preprocess(image: Tensor) -> Tensor:
         Input and output `(N, 3, H, W)`; input values 0 to 1.
 
     Raises:
-        ValueError: if there are not three channels.
         TypeError: for integers; divide them by 255 first.
+        ValueError: if there are not three channels.
+
+    Source: ImageNet's statistics as timm and the official code use them. Chapter 7.
     """
     if not image.is_floating_point():
         raise TypeError(f"image must be floating point, 0 to 1, got {image.dtype}")

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from mixconv import mixnet_s
-from mixconv.teaching import show, use_style
+from mixconv.teaching import kernel_color, show, use_style
 
 torch.manual_seed(0)
 model = mixnet_s().eval()
@@ -29,17 +29,19 @@ for step, info in enumerate(model.feature_info):
     side = 224 // info["reduction"]
     height = 0.5 + 0.4 * (4 - step)
     axis.add_patch(plt.Rectangle((step, -height), 0.8, 2 * height, color="#9ecae1"))
-    axis.text(step + 0.4, 0, f"{info['num_chs']}\n{side}×{side}", ha="center", va="center", fontsize=8)
-    axis.annotate("", (step + 0.7, -3.0), (step + 0.7, -height), arrowprops={"arrowstyle": "->"})
+    axis.text(
+        step + 0.4, 0, f"{info['num_chs']}\n{side}×{side}", ha="center", va="center", fontsize=8
+    )
+    axis.annotate("", (step + 0.4, -3.0), (step + 0.4, -height), arrowprops={"arrowstyle": "->"})
 for step, text in ((5, "head\n1536\n7×7"), (6, "mean\n1536"), (7, "classifier\n1000")):
     axis.add_patch(plt.Rectangle((step, -0.5), 0.8, 1.0, color="#c7e9c0"))
     axis.text(step + 0.4, 0, text, ha="center", va="center", fontsize=8)
-for step, text in ((5, "forward_features(x)"), (6, "num_classes=0"), (7, "model(x)")):
-    drop = -1.2 - 0.6 * (7 - step)
+for step, text, drop in ((5, "forward_features(x)", -1.9), (6, "num_classes=0", -1.4),
+                         (7, "model(x)", -0.9)):  # fmt: skip
     axis.annotate("", (step + 0.4, drop), (step + 0.4, -0.5), arrowprops={"arrowstyle": "->"})
-    axis.text(step + 0.4, drop - 0.1, text, ha="center", va="top", family="monospace", fontsize=9)
+    axis.text(step + 0.3, drop - 0.1, text, va="top", family="monospace", fontsize=9)
 axis.text(2.4, -3.1, "features(x)", ha="center", va="top", family="monospace", fontsize=9)
-axis.text(7.4, 0.6, "reset_classifier(10)", ha="center", family="monospace", fontsize=9)
+axis.text(7.8, 0.6, "reset_classifier(10)", ha="right", family="monospace", fontsize=9)
 axis.text(-0.1, 0, "image\n224×224", ha="right", va="center", fontsize=8)
 axis.set(xlim=(-0.9, 8.4), ylim=(-3.6, 2.4), xticks=[], yticks=[])
 axis.spines[:].set_visible(False)
@@ -111,6 +113,37 @@ with torch.no_grad():
     print("features for retrieval:", tuple(backbone(gray).shape))
     for info, maps in zip(backbone.feature_info, backbone.features(gray), strict=True):
         print(info, tuple(maps.shape))
+
+# %% [markdown]
+# What is not on the list of features, a hook can fetch. Watch block 3 of MixNet-S, the first with three kernel sizes. A hook keeps what its depthwise layer gives. The weights are random: **this network is untrained**, so the maps show what random kernels of each size respond to, not what MixNet has learned.
+
+# %%
+seen = {}
+image = preprocess(photograph(224))
+layer = model.blocks[3].depthwise.conv
+hook = layer.register_forward_hook(lambda module, inputs, output: seen.update(maps=output))
+with torch.no_grad():
+    model(image)
+hook.remove()
+print(layer)
+print("feature maps", tuple(seen["maps"].shape))
+
+# %% tags=["drawing"]
+figure, axes = plt.subplots(3, 6, figsize=(7.6, 4.0))
+groups = seen["maps"][0].split(layer.partition)
+for row, (k, group) in zip(axes, zip(layer.kernel_sizes, groups, strict=True), strict=True):
+    strongest = group.flatten(1).std(dim=1).argsort(descending=True)[:6]
+    for axis, channel in zip(row, strongest.sort().values, strict=True):
+        axis.imshow(group[channel], cmap="gray")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    row[0].set_ylabel(f"{k}×{k}", color=kernel_color(k), weight="bold")
+show(
+    figure,
+    "feature_maps.png",
+    "Six feature maps of each kernel size from block 3 of an untrained MixNet-S on the "
+    "photograph, 28×28 pixels each. Head and shoulders can be made out in most of them.",
+)
 
 # %% [markdown]
 # ## Fine-tuning
@@ -228,7 +261,7 @@ folder.cleanup()
 
 # %%
 #| export __main__.py
-"""`mixconv`, `python -m mixconv`: push an image through a network and print its stages (chapter 18)."""
+"""`mixconv`, or `python -m mixconv`: what a network does, stage by stage (chapter 18)."""
 
 import argparse
 import sys
@@ -472,9 +505,12 @@ def two_maps(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def test_maps(answer) -> None:
     with torch.no_grad():
-        eight, sixteen = answer(torch.zeros(1, 1, 64, 96))
-    assert tuple(eight.shape) == (1, 40, 8, 12)
-    assert tuple(sixteen.shape) == (1, 120, 4, 6)
+        maps = answer(torch.zeros(1, 1, 64, 96))
+    assert isinstance(maps, tuple), "two maps are wanted, as a tuple"
+    eight, sixteen = maps
+    shapes = tuple(eight.shape), tuple(sixteen.shape)
+    wanted = (1, 40, 8, 12), (1, 120, 4, 6)
+    assert shapes == wanted, f"maps of shapes {shapes}, wanted {wanted}"
 
 
 attempt(two_maps, test_maps)
@@ -486,7 +522,13 @@ def two_maps_solution(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return eight, sixteen
 
 
-attempt(two_maps_solution, test_maps)
+def one_early(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """count from 0: the first entry has stride 2, so stride 8 is the third"""
+    maps = mixnet_m(in_channels=1).eval().features(pictures)
+    return maps[1], maps[2]
+
+
+attempt(two_maps_solution, test_maps, wrong=[one_early])
 
 
 # %% [markdown]
@@ -498,10 +540,16 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
 
 
 def test_groups(answer) -> None:
-    decayed, free = answer(mixnet_s())
-    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-5, 0)
-    assert all(p.dim() > 1 for p in decayed["params"])
-    assert len(decayed["params"]) + len(free["params"]) == len(list(mixnet_s().parameters()))
+    network = mixnet_s()
+    given = answer(network)
+    assert isinstance(given, list), "a list of two groups is wanted"
+    decayed, free = given
+    assert (decayed["weight_decay"], free["weight_decay"]) == (1e-5, 0), "decay first, then none"
+    one_dimension = sum(p.dim() == 1 for p in decayed["params"])
+    assert one_dimension == 0, f"{one_dimension} of the decayed have one dimension"
+    count = len(decayed["params"]) + len(free["params"])
+    total = len(list(network.parameters()))
+    assert count == total, f"{count} parameters in the groups, the network has {total}"
 
 
 attempt(groups, test_groups)
@@ -514,7 +562,14 @@ def groups_solution(model: nn.Module) -> list[dict[str, object]]:
     return [{"params": decayed, "weight_decay": 1e-5}, {"params": free, "weight_decay": 0.0}]
 
 
-attempt(groups_solution, test_groups)
+def by_name(model: nn.Module) -> list[dict[str, object]]:
+    """go by the name: normalisations have a `weight`, too"""
+    decayed = [p for name, p in model.named_parameters() if name.endswith("weight")]
+    free = [p for name, p in model.named_parameters() if name.endswith("bias")]
+    return [{"params": decayed, "weight_decay": 1e-5}, {"params": free, "weight_decay": 0.0}]
+
+
+attempt(groups_solution, test_groups, wrong=[by_name])
 
 # %% [markdown]
 # ## Takeaways

@@ -1,10 +1,12 @@
 import copy
 import math
 import pickle
+import re
 from dataclasses import replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -29,9 +31,10 @@ from mixconv import (
 from mixconv.blocks import DropPath, SqueezeExcite
 from mixconv.mixnet import unroll
 
-from .common import TINY, VARIABLES, noise, randomize
+from .common import DATA, TINY, VARIABLES, noise, randomize
 
 MAKERS = {"s": mixnet_s, "m": mixnet_m, "l": mixnet_l}
+CONFIGS = {"s": MIXNET_S, "m": MIXNET_M, "l": MIXNET_L}
 OFFICIAL = sorted({str(block) for config in (MIXNET_S, MIXNET_M) for block in config.blocks})
 
 
@@ -53,23 +56,40 @@ def test_parameter_counts(name, count):
     assert sum(p.numel() for p in meta(name).parameters()) == count
     if name != "l":  # the official variables of S and M are at hand
         variables = VARIABLES[f"mixnet-{name}"]["variables"]
-        assert sum(math.prod(shape) for role, shape, _ in variables if "moving" not in role) == count
+        trained = [math.prod(shape) for role, shape, _ in variables if "moving" not in role]
+        assert sum(trained) == count
 
 
-@pytest.mark.parametrize(
-    ("name", "pointwise", "depthwise", "gates"),
-    [("s", 197_881_600, 38_989_104, 766_656), ("m", 271_806_528, 64_758_400, 1_071_744)],
-)
-def test_multiply_adds_of_the_official_graph(name, pointwise, depthwise, gates):
+def official_multiply_adds(name: str) -> dict[str, int]:
+    """From the official side alone: shapes of its kernels, times pixels of its outputs.
+
+    Kernels stand in order of creation. A depthwise kernel and what follows it in its block work
+    on the block's output, what comes before it on the output before, a gate on one pixel.
+    """
+    truth, key = np.load(DATA / "official.npz"), f"{name}_224x224|"
+    sides = dict(zip(truth[key + "names"], truth[key + "shape"][:, 1], strict=True))
+    sums, side = {"pointwise": 0, "depthwise": 0, "gate": 0, "linear": 0}, int(sides["stem"])
+    for _, shape, tf_name in VARIABLES[name]["variables"]:
+        if "kernel" not in tf_name:
+            continue
+        kinds = {"/se/": "gate", "/dense/": "linear", "/depthwise": "depthwise"}
+        kind = next((k for word, k in kinds.items() if word in tf_name), "pointwise")
+        if match := re.search(r"blocks_(\d+)/depthwise", tf_name):
+            side = int(sides[f"block_{match[1]}"])
+        pixels = side**2 if kind in ("pointwise", "depthwise") else 1
+        sums[kind] += math.prod(shape) * pixels
+    return sums
+
+
+@pytest.mark.parametrize("name", ["s", "m"])
+def test_multiply_adds_of_the_official_graph(name):
     costs = count_costs(meta(name), torch.empty(1, 3, 224, 224, device="meta"))
-    sums: dict[str, int] = {}
+    sums = {"pointwise": 0, "depthwise": 0, "gate": 0, "linear": 0}
     for cost in costs:
-        kind = "gate" if "squeeze_excite" in cost.name else cost.kind
-        sums[kind] = sums.get(kind, 0) + cost.multiply_adds
-    assert sums["depthwise"] == depthwise
-    assert sums["gate"] == gates
-    assert sums["pointwise"] + sums["convolution"] == pointwise
-    assert sums["linear"] == 1_536_000
+        kind = "pointwise" if cost.kind == "convolution" else cost.kind
+        sums["gate" if "squeeze_excite" in cost.name else kind] += cost.multiply_adds
+    assert sums == official_multiply_adds(f"mixnet-{name}")
+    assert sum(sums.values()) == {"s": 239_173_360, "m": 339_172_672}[name]
 
 
 def test_torch_counts_alike(small):
@@ -208,22 +228,22 @@ def test_blocks_are_what_their_strings_say(config):
 @pytest.mark.parametrize("name", MAKERS)
 def test_halves_that_never_meet(name):
     """Gate aside, one half of blocks 4 to 6 does not reach the other; with it, it does."""
-    model = MAKERS[name]().double().eval()
-    rows = copy.deepcopy(model.blocks[4:7])
-    channels = rows[0].out_channels
-    x = noise(1, int(channels), 9, 9, dtype=torch.float64).requires_grad_()  # type: ignore[arg-type]
-    half = int(channels) // 2  # type: ignore[arg-type]
+    model: Any = MAKERS[name]().double().eval()
+    rows = nn.Sequential(*model.blocks[4:7])
+    channels = unroll(CONFIGS[name])[4].in_channels
+    x = noise(1, channels, 9, 9, dtype=torch.float64).requires_grad_()
 
-    def crossing() -> list[bool]:
-        outputs = rows(x).split(half, dim=1)
-        grads = [torch.autograd.grad(output.square().sum(), x)[0] for output in outputs]
-        assert all(g[:, s].any() for g, s in zip(grads, (slice(half), slice(half, None)), strict=True))
-        return [bool(grads[0][:, half:].any()), bool(grads[1][:, :half].any())]
+    def reached(half: int) -> list[bool]:
+        """Whether each half of the input reaches one half of the output."""
+        output = rows(x).split(channels // 2, dim=1)[half]
+        (gradient,) = torch.autograd.grad(output.square().sum(), x)
+        return [bool(part.any()) for part in gradient.split(channels // 2, dim=1)]
 
-    assert crossing() == [True, True]
+    assert reached(0) == reached(1) == [True, True]
     for block in rows:
         block.squeeze_excite = nn.Identity()
-    assert crossing() == [False, False]
+    assert reached(0) == [True, False]
+    assert reached(1) == [False, True]
 
 
 # --- block strings ----------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from mixconv import MixNet, MixNetConfig, load_weights, mixnet_s, to_timm
 
 from .common import TINY, noise, randomize, same_state, snapshot
 
+
 def tiny(seed: int = 1, **options: Any) -> MixNet:
     model = MixNet(TINY, **({"num_classes": 7} | options))
     randomize(model, seed)

@@ -50,8 +50,7 @@ def _read_file(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
-        message = "reading .safetensors needs safetensors: pip install 'mixconv[hub]'"
-        raise ImportError(message) from None
+        raise ImportError(".safetensors needs safetensors: pip install 'mixconv[hub]'") from None
     except Exception as error:  # damaged files fail in many ways; all mean the same
         raise ValueError(f"{path} holds no readable weights: {error}") from error
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mixconv._checks import check_positive
+from mixconv._checks import check_multiplier, check_positive
 from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d, make_pointwise
 from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
@@ -73,9 +73,8 @@ _WORDS = {  # the form of each word after its letters, and how to say it
     "i": (_COUNT, "the input channels, at least 1, as in i40"),
     "o": (_COUNT, "the output channels, at least 1, as in o40"),
     "se": (r"0(\.\d+)?|1(\.0+)?", "the squeeze ratio, 0 to 1, as in se0.25"),
+    **dict.fromkeys(("sw", "noskip", "dilated"), ("", "nothing")),
 }
-
-_FLAGS = ("sw", "noskip", "dilated")
 
 
 def _split_words(text: str) -> dict[str, str]:
@@ -86,18 +85,15 @@ def _split_words(text: str) -> dict[str, str]:
     """
     words: dict[str, str] = {}
     for word in text.split("_"):
-        name = word if word in _FLAGS else re.split("[^a-z]", word, maxsplit=1)[0]
-        value, problem = word[len(name) :], ""
-        if name in words:
-            problem = f"a second {name}"
-        elif name in _WORDS and not re.fullmatch(_WORDS[name][0], value, re.ASCII):
-            problem = f"{name} is followed by {_WORDS[name][1]}"
-        elif name not in _WORDS and word not in _FLAGS:
-            problem = f"words begin with {', '.join(_WORDS)}; flags are {', '.join(_FLAGS)}"
-        if problem:
-            raise ValueError(f"block string {text!r}: cannot read {word!r}: {problem}")
-        words[name] = value
-    missing = [f"{n} ({_WORDS[n][1]})" for n in _WORDS if n != "se" and n not in words]
+        start = f"block string {text!r}: cannot read {word!r}: "
+        name = re.split("[^a-z]", word, maxsplit=1)[0]
+        if name not in _WORDS:
+            raise ValueError(f"{start}words begin with {', '.join(_WORDS)}")
+        form, meaning = _WORDS[name]
+        if name in words or not re.fullmatch(form, word[len(name) :], re.ASCII):
+            raise ValueError(f"{start}{name} stands once, followed by {meaning}")
+        words[name] = word[len(name) :]
+    missing = [f"{name} ({_WORDS[name][1]})" for name in "rkapseio" if name not in words]
     if missing:
         raise ValueError(f"block string {text!r} has no {'; no '.join(missing)}")
     return words
@@ -218,8 +214,8 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
         ValueError: if there are no blocks, or a run does not begin with the channels that the
             one before it gave.
     """
-    if not config.blocks:
-        raise ValueError("blocks must name at least one block, got none")
+    check_positive("the number of blocks", len(config.blocks))
+    check_multiplier("width_multiplier", config.width_multiplier)
     width = partial(round_channels, multiplier=config.width_multiplier)
     blocks, channels = list[BlockConfig](), config.stem_channels
     for entry in config.blocks:

@@ -238,6 +238,8 @@ def _unit_slots(unit: nn.Module, scope: str, depthwise: bool = False) -> Iterato
         yield from _conv_slots(unit.excite, scope, "se/conv2d")
 
 
+# %%
+#| export official.py
 def _slots(model: MixNet) -> list[_Slot]:
     """Every official variable's place, in the official order of creation."""
     slots = list(_unit_slots(model.stem, "stem"))
@@ -357,8 +359,7 @@ def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> 
 
 
 # %%
-names = [name for *_, name in specification["mixnet-s"]["variables"]]
-checkpoint = dict(zip(names, official_weights("mixnet-s"), strict=True))
+checkpoint = dict(zip([name for *_, name in variables], official_weights("mixnet-s"), strict=True))
 by_name = MixNet(MIXNET_S).eval()
 load_official(by_name, {name: checkpoint[name] for name in sorted(checkpoint)})
 compare("mixnet-s", by_name, 224, 224)
@@ -523,8 +524,7 @@ def _read_file(path: Path) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
-        message = "reading .safetensors needs safetensors: pip install 'mixconv[hub]'"
-        raise ImportError(message) from None
+        raise ImportError(".safetensors needs safetensors: pip install 'mixconv[hub]'") from None
     except Exception as error:  # damaged files fail in many ways; all mean the same
         raise ValueError(f"{path} holds no readable weights: {error}") from error
 

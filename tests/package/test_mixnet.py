@@ -29,6 +29,7 @@ from mixconv import (
     preprocess,
 )
 from mixconv.blocks import DropPath, SqueezeExcite
+from mixconv.counting import paper_flops
 from mixconv.mixnet import unroll
 
 from .common import DATA, TINY, VARIABLES, noise, randomize
@@ -90,6 +91,17 @@ def test_multiply_adds_of_the_official_graph(name):
         sums["gate" if "squeeze_excite" in cost.name else kind] += cost.multiply_adds
     assert sums == official_multiply_adds(f"mixnet-{name}")
     assert sum(sums.values()) == {"s": 239_173_360, "m": 339_172_672}[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "decays", "rule", "printed"),
+    [("s", 1000, 2, 256.46, 256), ("m", 1000, 2, 360.00, 360), ("m", 10, 2, 352.39, 352),
+     ("l", 1000, 0, 565.08, 565)],
+)  # fmt: skip
+def test_what_the_paper_prints_as_flops(name, classes, decays, rule, printed):
+    flops = paper_flops(meta(name, num_classes=classes), decays) / 1e6
+    assert round(flops, 2) == rule
+    assert abs(flops - printed) < 0.5
 
 
 def test_torch_counts_alike(small):
@@ -283,10 +295,10 @@ GOOD = "r1_k3_a1_p1_s11_e1_i16_o16"
     ("text", "word", "right"),
     [
         ("", "''", "words begin with r, k"), (GOOD + "_zz", "'zz'", "words begin with r, k"),
-        (GOOD + "_q3", "'q3'", "flags are sw, noskip"), (GOOD + "_3", "'3'", "words begin"),
+        (GOOD + "_q3", "'q3'", "sw, noskip, dilated"), (GOOD + "_3", "'3'", "words begin"),
         (GOOD + "_", "''", "words begin"), (GOOD.upper(), "'R1'", "words begin"),
-        (GOOD + "_r2", "'r2'", "a second r"), (GOOD + "_sw_sw", "'sw'", "a second sw"),
-        (GOOD + "_sw1", "'sw1'", "flags are sw"), (GOOD + " ", "'o16 '", "output channels"),
+        (GOOD + "_r2", "'r2'", "r stands once"), (GOOD + "_sw_sw", "'sw'", "sw stands once"),
+        (GOOD + "_sw1", "'sw1'", "followed by nothing"), (GOOD + " ", "'o16 '", "output channels"),
         (GOOD.replace("k3", "k3..5"), "'k3..5'", "odd kernel sizes"),
         (GOOD.replace("k3", "k3.x"), "'k3.x'", "odd kernel sizes"),
         (GOOD.replace("k3", "k"), "'k'", "odd kernel sizes"),
@@ -355,8 +367,9 @@ def test_lists_are_written_as_tuples_are():
         ({"blocks": (BlockConfig(16, 16, (4,)),)}, "kernel_sizes.*4"),
         ({"blocks": (BlockConfig(16, 16, squeeze_ratio=2),)}, "squeeze_ratio.*2"),
         ({"blocks": (BlockConfig(16, 16, repeats=0),)}, "repeats.*0"),
-        ({"width_multiplier": 0}, "multiplier.*0"),
-        ({"width_multiplier": -1.0}, "multiplier.*-1"),
+        ({"blocks": ()}, "number of blocks.*0"),
+        ({"width_multiplier": 0}, "width_multiplier.*0"),
+        ({"width_multiplier": -1.0}, "width_multiplier.*-1"),
         ({"drop_rate": 1.0}, "drop_rate.*1"),
     ],
 )

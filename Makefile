@@ -19,10 +19,10 @@ NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
 PARALLEL := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-lab book check bench clean
+.PHONY: help lab test test-lab test-range book check bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # The stamp says which folder and Python the environment was made for. Without it, or in another
 # folder (an environment does not survive a move), or if PYTHON names another, a new one is made.
@@ -66,6 +66,12 @@ test-lab: $(INSTALLED) ## every notebook in a real JupyterLab; needs Chromium, t
 	@$(RUN) -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable ".[lab]"
 	$(RUN) -m pytest -rs tests/lab
+
+# Pairs of torch and Python: the oldest and the newest that are claimed.
+RANGE ?= 2.6.0@python3.11 2.14.1@python3.13
+
+test-range: $(INSTALLED) ## the package's tests with other torches and Pythons; downloads gigabytes
+	$(RUN) -m tools.range $(RANGE)
 
 book: $(INSTALLED) ## notebooks or their text edited: run them, remake package, pages, figures
 	$(RUN) -m tools.book $(CHAPTERS)

@@ -1,15 +1,227 @@
 # %% [markdown]
 # # 11 · Why it is slow
 #
-# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why?
+# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why? In the picture below every dot is one of its depthwise layers, the black line is the fastest that the machine can go, and the hollow dots are how PyTorch's usual way does.
 #
 # **You will be able to**
-# - tell from a layer's multiply-adds and bytes how fast it can be, and draw the roofline;
-# - fold a batch norm and merge kernels, on paper and in code.
+# - tell from a layer's multiply-adds and bytes how fast it can be;
+# - say where split, convolve, concatenate loses its time;
+# - merge kernels and fold a batch norm, on paper and in code.
 #
-# **Know first:** [chapter 3](03_layer.ipynb) and [chapter 4](04_blocks.ipynb).
+# **Know first:** [chapter 3](03_layer.ipynb) and [chapter 4](04_blocks.ipynb). [Chapter 7](07_mixnet.ipynb) for the networks.
 #
-# **Time:** 25 minutes to read. Runs in under 20 seconds on two cores.
+# **Time:** 30 minutes to read. Runs in under 20 seconds on two cores.
+
+# %% tags=["drawing"]
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from mixconv.teaching import attempt, check, check_rewrite, kernel_color, show, table, use_style
+
+use_style()
+bench = json.loads(Path("../figures/bench.json").read_text())
+machine = bench["machine"]
+peak, copying = machine["multiply_adds_per_second"], machine["copy_bytes_per_second"]
+layers = [layer for layer in bench["layers"] if "fused" in layer["seconds"]]
+figure, axis = plt.subplots(figsize=(7.2, 4.2))
+intensity = np.geomspace(0.3, 40, 100)
+axis.plot(intensity, np.minimum(peak, copying * intensity) / 1e9, color="black")
+for row in (row for row in layers if row["batch"] == 8):
+    x, color = row["multiply_adds"] / row["bytes"], kernel_color(max(row["kernel_sizes"]))
+    before, after = (row["multiply_adds"] / row["seconds"][f] / 1e9 for f in ("timm", "fused"))
+    axis.plot([x, x], [before, after], color=color, alpha=0.35, linewidth=1)
+    axis.plot(x, before, "o", color="white", markeredgecolor=color, markersize=5)
+    axis.plot(x, after, "o", color=color, markersize=5)
+for k in (3, 5, 7, 9, 11):
+    axis.plot([], [], "o", color=kernel_color(k), label=f"up to {k}×{k}")
+axis.plot([], [], "o", color="white", markeredgecolor="black", label="split (timm)")
+axis.plot([], [], "o", color="black", label="one operation")
+axis.legend(loc="lower right", fontsize=8)
+axis.set(xscale="log", yscale="log", xlabel="multiply-adds per byte",
+         ylabel="billion multiply-adds per second")  # fmt: skip
+axis.annotate("bandwidth", (0.5, copying * 0.62 / 1e9), rotation=32, fontsize=9)
+axis.annotate("peak", (25, peak * 1.1 / 1e9), fontsize=9)
+show(
+    figure,
+    "roofline.png",
+    "Speed against multiply-adds per byte for MixNet's depthwise layers at batch 8, under the "
+    "machine's roof. A line joins the two dots of each layer: hollow for split, convolve, "
+    "concatenate, full for one operation.",
+)
+
+
+# %% [markdown]
+# Hollow: split, convolve, concatenate, as chapter 3's layer and timm do it. Full: the one operation that this part of the book builds. How far they are apart on this machine:
+
+# %%
+def of_the_roof(row, form):
+    """The speed of a layer, as a part of what the roof allows."""
+    roof = min(peak, copying * row["multiply_adds"] / row["bytes"])
+    return row["multiply_adds"] / row["seconds"][form] / roof
+
+
+at_batch_8 = [row for row in layers if row["batch"] == 8]
+for name, form in (("split (timm)", "timm"), ("one operation", "fused")):
+    parts = [100 * of_the_roof(row, form) for row in at_batch_8]
+    print(f"{name}: {np.median(parts):.0f}% of the roof in the middle of {len(parts)} layers")
+print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['system']}")
+
+# %% [markdown]
+# Every time in this part of the book comes from one file, `figures/bench.json`. `make bench` writes it. No cell measures anything, so a slow day cannot change the book.
+#
+# ## Bytes, by hand
+#
+# One layer of MixNet-M: 14×14 pixels, 360 channels, kernels 3, 5, 7, 9 on 90 channels each, one image.
+#
+# **Multiply-adds.** Every output takes k² of them: 14 · 14 · 90 · (9 + 25 + 49 + 81) = 2,892,960.
+#
+# **Bytes.** Read the input once, write the output once, four bytes per number: 2 · 14 · 14 · 360 · 4 = 564,480.
+#
+# **Intensity.** 2,892,960 / 564,480 = 5.1 multiply-adds for each byte.
+#
+# For one channel at stride 1 it is k² / 8, whatever the size of the image:
+#
+# | kernel | 3×3 | 5×5 | 7×7 | 9×9 | 11×11 |
+# |---|---:|---:|---:|---:|---:|
+# | multiply-adds per byte | 1.1 | 3.1 | 6.1 | 10.1 | 15.1 |
+#
+# A machine has such a number too: the multiply-adds that it does in the time in which it moves one byte. A layer with less than that waits for memory, and its multiply-adds are free.
+
+# %%
+layer_work, layer_bytes = 14 * 14 * 90 * (9 + 25 + 49 + 81), 2 * 14 * 14 * 360 * 4
+assert (layer_work, layer_bytes) == (2_892_960, 564_480)
+assert [round(k * k / 8 + 0.001, 1) for k in (3, 5, 7, 9, 11)] == [1.1, 3.1, 6.1, 10.1, 15.1]
+print(f"this layer: {layer_work / layer_bytes:.1f} multiply-adds for each byte")
+print(f"this machine: {peak / copying:.0f}")
+
+# %% [markdown]
+# So time is at least the larger of work / peak and bytes / bandwidth. As a speed, against intensity:
+#
+# $$
+# \mathrm{speed} \le \min\left(\mathrm{peak},\ \mathrm{bandwidth} \times \mathrm{intensity}\right)
+# $$
+#
+# That is a slope and a flat part: the roof in the picture. The bandwidth is that of a copy between two large arrays. A small array stays in the cache, and its dot may lie above the slope.
+#
+# ## Why split, convolve, concatenate is slow
+#
+# Follow the bytes of one layer with g groups.
+#
+# - **Copies.** The convolutions read C channels and write C channels. Then the concatenation reads those and writes them again. Twice the traffic, for nothing.
+# - **Calls.** g convolutions and one concatenation, each some microseconds to start. A small layer is over in ten.
+# - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A vector of 16 numbers does not fit a row of 14 or 7 pixels, and every shift by one pixel is misaligned. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps.
+# - **Cache.** Between two calls, what was in the cache may be gone.
+#
+# The first two can be counted without a clock. PyTorch shows a *mode* every operation that runs; this one adds up what each reads and writes:
+
+# %%
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Traffic(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.calls, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.is_view:  # split only gives names to parts
+            return result
+        given = [*args[0]] if isinstance(args[0], list) else args[:1]  # not the weights
+        self.calls += 1
+        self.bytes += sum(4 * tensor.numel() for tensor in (*given, result))
+        return result
+
+
+# %%
+from mixconv import MixConv2d
+
+torch.manual_seed(0)
+layer = MixConv2d(360, (3, 5, 7, 9)).eval().requires_grad_(False)
+x = torch.randn(1, 360, 14, 14)
+with Traffic() as traffic:
+    split = layer(x)
+assert traffic.bytes == 2 * layer_bytes
+print(f"split: {traffic.calls} calls, {traffic.bytes / layer_bytes:.0f} times the bytes needed")
+
+# %% [markdown]
+# ## Merging, as algebra
+#
+# Call $w$ a kernel and $E w$ the same kernel with zeros around it. Adding zeros adds nothing:
+#
+# $$
+# \sum_{i,j \in \mathrm{large}} (E w)_{i,j} \  x_{t+i,\ u+j} = \sum_{i,j \in \mathrm{small}} w_{i,j} \  x_{t+i,\ u+j}
+# $$
+#
+# So g convolutions are one, with kernels of the largest size: chapter 3's `merge_depthwise`. It saves calls and the concatenation, and pays with multiplications by zero.
+
+# %%
+from mixconv.layer import merge_depthwise
+
+merged = merge_depthwise(list(layer.convs))
+with Traffic() as traffic:
+    together = merged(x)
+check(together, split, "merged and split")
+print(f"merged: {traffic.calls} call, {traffic.bytes / layer_bytes:.0f} times the bytes needed")
+print(f"multiply-adds: {81 * 4 / (9 + 25 + 49 + 81):.1f} times those of the split form")
+
+# %% [markdown]
+# What that is worth is on file. Time of a form over the time to copy as many bytes as the layer must move (geometric means over MixNet's layers with two or more groups; 1 would be perfect for a layer that waits for memory):
+
+# %% tags=["drawing"]
+from statistics import geometric_mean
+
+WAYS = {
+    "split (timm)": "timm",
+    "split, channels last": "timm_channels_last",
+    "merged, channels last": "merged",
+    "one operation": "fused",
+}
+mixed = [row for row in layers if len(row["channels"]) > 1]
+batches = sorted({row["batch"] for row in mixed})
+
+
+def copies(form: str, batch: int) -> float:
+    times = (row["seconds"] for row in mixed if row["batch"] == batch)
+    return geometric_mean(seconds[form] / seconds["copy"] for seconds in times)
+
+
+figure, axis = plt.subplots(figsize=(7, 2.9))
+for index, batch in enumerate(batches):
+    values = [copies(form, batch) for form in WAYS.values()]
+    places = np.arange(len(WAYS)) + 0.26 * (index - 1)
+    shade = ("#BBBBBB", "#777777", "#333333")[index]
+    bars = axis.barh(places, values, 0.24, color=shade, label=f"batch {batch}")
+    axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=2, fontsize=8)
+axis.set_yticks(np.arange(len(WAYS)), list(WAYS))
+axis.invert_yaxis()
+axis.set(xscale="log", xlabel="time, in copies of the same bytes")
+axis.legend(fontsize=8)
+show(
+    figure,
+    "times_in_copies.png",
+    "Bars: the time of a mixed layer in copies of the bytes that it must move, for split, split "
+    "with channels last, merged, and one operation, at three batch sizes.",
+)
+
+# %% [markdown]
+# Merging is the part of the gain that needs no compiler. What is left between the last two rows is the subject of the next chapters.
+#
+# ## Folding a batch norm
+#
+# A batch norm is one more pass over memory. In evaluation it is a line for each channel: it knows its mean $\mu$ and variance $v$, and computes $\gamma (y - \mu) / \sqrt{v + \epsilon} + \beta$. Collect:
+#
+# $$
+# \mathrm{scale} = \frac{\gamma}{\sqrt{v + \epsilon}}, \qquad \mathrm{shift} = \beta - \mu \cdot \mathrm{scale}
+# $$
+#
+# A convolution before it is linear. So scale its weights, and let the shift be its bias.
+#
+# **By hand.** Let a channel have weights (2, −4), bias 1, and μ = 3, v + ε = 4, γ = 6, β = 5. Then scale = 6 / 2 = 3 and shift = 5 − 3 · 3 = −4. Folded: weights (6, −12), bias 3 · 1 − 4 = −1. Try the input (1, 1): convolution 2 − 4 + 1 = −1, batch norm 6 · (−1 − 3) / 2 + 5 = −7. Folded: 6 − 12 − 1 = −7.
 
 # %%
 #| export fast/folding.py
@@ -47,6 +259,39 @@ def fold_line(conv: nn.Conv2d, scale: Tensor, shift: Tensor) -> None:
 
 
 # %%
+conv, norm = nn.Conv2d(2, 1, 1), nn.BatchNorm2d(1, eps=0).eval()
+with torch.no_grad():
+    conv.weight.copy_(torch.tensor([2.0, -4.0]).view(1, 2, 1, 1))
+    for value, number in ((conv.bias, 1), (norm.weight, 6), (norm.bias, 5)):
+        value.fill_(number)
+    norm.running_mean.fill_(3), norm.running_var.fill_(4)
+    by_norm = norm(conv(torch.ones(1, 2, 1, 1)))
+    fold_line(conv, *norm_as_line(norm))
+    folded = conv(torch.ones(1, 2, 1, 1))
+assert by_norm.item() == folded.item() == -7
+conv.weight.flatten().tolist(), conv.bias.tolist()
+
+# %% [markdown]
+# And with numbers that are not chosen, forward and the gradient of the input:
+
+# %%
+conv, norm = nn.Conv2d(6, 8, 3, padding=1, bias=False).double(), nn.BatchNorm2d(8).double()
+with torch.no_grad():
+    for tensor in (*norm.parameters(), norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 2)
+norm.eval()
+before = nn.Conv2d(6, 8, 3, padding=1, bias=False).double()
+before.load_state_dict(conv.state_dict())
+fold_line(conv, *norm_as_line(norm))
+check_rewrite(
+    lambda x: norm(before(x)), conv, torch.randn(2, 6, 5, 5).double(), what="norm and folded norm"
+)
+
+
+# %% [markdown]
+# Where the norm was stands an identity. A folded model cannot be trained: the norm's statistics are gone. It says so:
+
+# %% tags=["plumbing"]
 #| export fast/folding.py
 def refuse_training(mode: bool) -> None:
     """Raise if a module that was fused for inference is put in training mode.
@@ -75,25 +320,28 @@ class FoldedNorm(nn.Identity):
 
 
 # %%
+try:
+    nn.Sequential(conv, FoldedNorm()).train()
+except RuntimeError as error:
+    print(error)
+
+# %% [markdown]
+# ## Merging 1×1 convolutions
+#
+# timm writes MixNet's 1×1 layers of two groups as two convolutions between split and concatenation. They are equal in size, so they are *one* convolution with `groups=2`, without zeros and without loss. (This book's own blocks have it so from the start.)
+
+# %%
 #| export fast/folding.py
 from collections.abc import Sequence
-
-from torch.nn.utils import parametrize
 
 
 def merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
     """Equal 1×1 convolutions side by side as one grouped convolution; None if they are not that."""
     first = convs[0]
-    kinds = {
-        (type(c), c.in_channels, c.out_channels, c.kernel_size, c.stride, c.groups,
-         c.bias is None, c.padding in (0, (0, 0)))
-        for c in convs
-    }  # fmt: skip
-    equal = kinds == {
-        (nn.Conv2d, first.in_channels, first.out_channels, (1, 1), (1, 1), 1,
-         first.bias is None, True)
-    }  # fmt: skip
-    if not equal or first.in_channels == 1:  # a depthwise layer is not for this
+    sizes = {(c.in_channels, c.out_channels, c.bias is None) for c in convs}
+    plain = all(type(c) is nn.Conv2d and c.padding in (0, (0, 0)) for c in convs)
+    single = all(c.kernel_size == c.stride == (1, 1) and c.groups == 1 for c in convs)
+    if len(sizes) > 1 or not plain or not single or first.in_channels == 1:  # 1: depthwise
         return None
     n, like = len(convs), first.weight
     merged = nn.Conv2d(
@@ -108,7 +356,22 @@ def merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
 
 
 # %%
+pair = [nn.Conv2d(10, 6, 1, bias=False).double() for _ in range(2)]
+check_rewrite(
+    lambda x: torch.cat([conv(part) for conv, part in zip(pair, x.chunk(2, 1), strict=True)], 1),
+    merge_pointwise(pair),
+    torch.randn(2, 20, 4, 4).double(),
+    what="two 1×1 convolutions and one",
+)
+merge_pointwise([*pair, nn.Conv2d(10, 5, 1)])  # not equal in size: None
+
+# %% [markdown]
+# All this algebra holds for what a *class* computes. A module may do more than its class says: a hook, a `forward` of its own, a parametrised weight. Then its parts must stay as they are. So before anything is rewritten, ask:
+
+# %%
 #| export fast/folding.py
+from torch.nn.utils import parametrize
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -120,9 +383,357 @@ def has_hooks(module: nn.Module) -> bool:
     hooks = any(getattr(module, name, None) for name in _HOOKS)
     return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)
 
+
+# %%
+plain, hooked, changed = (nn.Conv2d(4, 4, 1) for _ in range(3))
+hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
+changed.forward = lambda x: x
+[has_hooks(module) for module in (plain, hooked, changed)]
+
+# %% [markdown]
+# What folding and merging bring to whole networks, without any compiler (chapter 16 applies them for you; times from the file, in milliseconds):
+
+# %%
+rows = [row for row in bench["networks"] if "timm, eager" in row["seconds"]]
+table(
+    ["network", "images", "timm", "folded and merged", "times as fast"],
+    [
+        [
+            row["network"],
+            row["batch"],
+            *(f"{1e3 * t:.1f}" for t in times),
+            f"{times[0] / times[1]:.1f}",
+        ]
+        for row in rows
+        for times in [[row["seconds"][name] for name in ("timm, eager", "fused, merged")]]
+    ],
+)
+
+# %% [markdown]
+# ## The layer as one task
+#
+# Merging cannot do everything. It multiplies by zeros, and at stride 2 with 'SAME' padding it cannot hold a 1×1 kernel at all (chapter 3). So the rest of this part writes the layer as one piece of work. What is its task? This section says it, and the next chapters do it.
+#
+# To say it takes six things, and no weights:
+
+# %%
+#| export fast/spec.py
+"""A mixed layer, its bias and activation as one task; `split_form` is its meaning (chapter 11)."""
+
+from typing import NamedTuple
+
+from mixconv.layer import same_padding
+
+ACTIVATIONS = ("none", "relu", "silu", "relu6")
+
+
+class MixSpec(NamedTuple):
+    """A mixed layer, its bias and activation: an entry for each group, and what the groups share.
+
+    Attributes:
+        channels: of each group.
+        kernel_sizes: odd, one a group.
+        stride: of rows and columns.
+        dilations: one a group.
+        padding: "symmetric" or "same".
+        activation: "none", "relu", "silu" or "relu6".
+    """
+
+    channels: tuple[int, ...]
+    kernel_sizes: tuple[int, ...]
+    stride: int
+    dilations: tuple[int, ...]
+    padding: str
+    activation: str
+
+
+# %% [markdown]
+# **Padding** is worked out for each group: symmetric, or TensorFlow's rule, which needs the size of the image. `reach` is how far a kernel spans: with dilation 2, three taps span five pixels.
+
+# %%
+#| export fast/spec.py
+class Pad(NamedTuple):
+    """Zeros around one group's input, in pixels; `reach` is what its kernel spans."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+    reach: int
+
+
+def pads(spec: MixSpec, height: int, width: int) -> list[Pad]:
+    """The zeros that each group needs on an image of this size."""
+    result = []
+    for k, dilation in zip(spec.kernel_sizes, spec.dilations, strict=True):
+        half = dilation * (k // 2)
+        rows = columns = (half, half)
+        if spec.padding == "same":
+            rows = same_padding(height, k, spec.stride, dilation)
+            columns = same_padding(width, k, spec.stride, dilation)
+        result.append(Pad(*rows, *columns, 2 * half + 1))
+    return result
+
+
+def output_size(size: int, stride: int) -> int:
+    """Rows or columns of the output: the same for both paddings and every odd kernel."""
+    return (size + stride - 1) // stride
+
+
+# %%
+same = MixSpec((1, 1, 1), (1, 3, 3), 2, (1, 1, 2), "same", "none")
+for pad in pads(same, height=6, width=7):
+    print(pad)
+
+# %% [markdown]
+# Six rows at stride 2: three outputs. The 1×1 kernel looks at rows 0, 2, 4 and needs no zero. The 3×3 kernel needs one, and it goes below. The third kernel is dilated, and spans five.
+#
+# **Weights.** A kernel wants to read its weights in the order in which it uses them. On channels-last images the innermost loop runs over channels. So the weights lie as (row, column, channel), group after group, in one flat tensor.
+#
+# By hand: a group of two channels with 3×3 kernels numbered 0 to 8 and 9 to 17, and a group of one channel with a 1×1 kernel, 99. First the two upper left weights, 0 and 9. Then their right neighbours, 1 and 10. So on to 8 and 17. Then the second group: 99.
+
+# %%
+#| export fast/spec.py
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pack_weights(weights: Sequence[Tensor]) -> Tensor:
+    """One flat tensor from the groups' kernels; gradients flow through.
+
+    Shape:
+        weights `(c, 1, k, k)` each, output one axis: `(k, k, c)` of each group in turn.
+    """
+    return torch.cat([weight.squeeze(1).permute(1, 2, 0).reshape(-1) for weight in weights])
+
+
+def unpack_weights(weight: Tensor, spec: MixSpec) -> list[Tensor]:
+    """The groups' kernels from `pack_weights`'s flat tensor.
+
+    Shape:
+        weight as `pack_weights` gives it, outputs `(c, 1, k, k)`.
+    """
+    shapes = list(zip(spec.kernel_sizes, spec.kernel_sizes, spec.channels, strict=True))
+    parts = torch.split(weight, [a * b * c for a, b, c in shapes])
+    return [
+        part.view(shape).permute(2, 0, 1).unsqueeze(1)
+        for part, shape in zip(parts, shapes, strict=True)
+    ]
+
+
+# %%
+packed = pack_weights([torch.arange(18.0).view(2, 1, 3, 3), torch.full((1, 1, 1, 1), 99.0)])
+assert packed[:4].tolist() == [0, 9, 1, 10]
+assert packed[-3:].tolist() == [8, 17, 99]
+packed
+
+
+# %% [markdown]
+# Packing is plain PyTorch. Gradients flow through it, and a layer that trains may keep its kernels apart and pack them in every forward.
+#
+# **Meaning.** Unpack, pad, one convolution for each group, concatenate, bias, activation. That is slow, as we saw, and it is the definition: all that follows is compared with it.
+
+# %%
+#| export fast/spec.py
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply an activation by its name in `ACTIVATIONS`, or "sigmoid"."""
+    functions: dict[str, Callable[[Tensor], Tensor]] = {
+        "relu": F.relu, "silu": F.silu, "relu6": F.relu6, "sigmoid": torch.sigmoid,
+    }  # fmt: skip
+    return functions[activation](x) if activation != "none" else x
+
+
+def split_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
+    """The task as a convolution for each group, concatenated: the reference.
+
+    Shape:
+        Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`.
+    """
+    outputs = []
+    kernels, around = unpack_weights(weight, spec), pads(spec, x.shape[2], x.shape[3])
+    groups = zip(x.split(spec.channels, 1), kernels, around, spec.dilations, strict=True)
+    for part, kernel, pad, dilation in groups:
+        padded = F.pad(part, (pad.left, pad.right, pad.top, pad.bottom))
+        count = kernel.shape[0]
+        outputs.append(F.conv2d(padded, kernel, None, spec.stride, 0, dilation, count))
+    y = torch.cat(outputs, 1)
+    return activate(y if bias is None else y + bias.view(-1, 1, 1), spec.activation)
+
+
+# %% [markdown]
+# Two channels of 3×3 pixels by hand. Channel 0 counts from 0 to 8 under a 3×3 kernel of ones: 36 at the centre, 0 + 1 + 3 + 4 = 8 in the corner. Channel 1 is all ones under a 1×1 kernel of weight 10, with bias −12 and ReLU: −2, so 0.
+
+# %%
+spec = MixSpec((1, 1), (3, 1), 1, (1, 1), "symmetric", "relu")
+image = torch.stack([torch.arange(9.0).view(3, 3), torch.ones(3, 3)])[None]
+weight = pack_weights([torch.ones(1, 1, 3, 3), torch.full((1, 1, 1, 1), 10.0)])
+y = split_form(image, weight, torch.tensor([0.0, -12.0]), spec)
+assert (y[0, 0, 1, 1], y[0, 0, 0, 0], y[0, 1].max()) == (36, 8, 0)
+y[0, 0]
+
+# %% [markdown]
+# And it is the layer of chapter 3, forward and gradient, in single and double precision:
+
+# %%
+from torch.func import functional_call
+
+layer = MixConv2d(40, (1, 3, 5, 7), stride=2, padding="same", bias=True)
+spec = MixSpec((10, 10, 10, 10), (1, 3, 5, 7), 2, (1, 1, 1, 1), "same", "none")
+names = [name for name, _ in layer.named_parameters()]  # a weight and a bias for each group
+tensors = [torch.randn(2, 40, 14, 15), *(p.detach() for p in layer.parameters())]
+for dtype in (torch.float32, torch.float64):
+    check_rewrite(
+        lambda x, *p: functional_call(layer, dict(zip(names, p, strict=True)), x),
+        lambda x, *p: split_form(x, pack_weights(p[0::2]), torch.cat(p[1::2]), spec),
+        *(tensor.to(dtype) for tensor in tensors),
+        what=f"layer and split form, {dtype}",
+    )
+
+# %% [markdown]
+# **Sense.** Numbers and addresses will go to C++, which believes everything. So what makes no sense is refused before that, in words. The answer is remembered: a layer asks the same thing in every forward.
+
+# %% tags=["plumbing"]
+#| export fast/spec.py
+import functools
+
+from mixconv.layer import PADDINGS
+
+
+@functools.lru_cache(maxsize=1024)
+def check_spec(spec: MixSpec) -> tuple[int, int]:
+    """How many channels and packed weights the operation has.
+
+    Raises:
+        ValueError: naming the entries that are wrong.
+    """
+    channels, sizes, stride, dilations, padding, activation = spec
+    if not len(channels) == len(sizes) == len(dilations) > 0:
+        raise ValueError("channels, kernel_sizes and dilations need an entry for each group")
+    if min(channels) < 1 or any(k < 1 or k % 2 == 0 for k in sizes):
+        raise ValueError(f"groups need channels and odd kernels, got {channels} and {sizes}")
+    if stride < 1 or min(dilations) < 1:
+        raise ValueError(f"stride and dilations must be positive, got {stride} and {dilations}")
+    if padding not in PADDINGS or activation not in ACTIVATIONS:
+        raise ValueError(
+            f"padding must be one of {PADDINGS} and activation one of {ACTIVATIONS}, "
+            f"got {padding!r} and {activation!r}"
+        )
+    return sum(channels), sum(c * k * k for c, k in zip(channels, sizes, strict=True))
+
+
+# %%
+for change in ({"kernel_sizes": (3, 4)}, {"channels": (1,)}, {"stride": 0}, {"padding": "valid"}):
+    try:
+        check_spec(spec._replace(**change))
+    except ValueError as error:
+        print(error)
+check_spec(spec)  # channels, and numbers in the packed tensor
+
+
+# %% [markdown]
+# ## Exercises
+#
+# **11.1** How many multiply-adds per byte has a depthwise layer with a k×k kernel at stride 2? Count float32 numbers read and written, for large images.
+
+# %%
+def intensity_at_stride_2(k: int) -> float:
+    raise NotImplementedError
+
+
+def test_intensity(answer) -> None:
+    size, channels = 224, 64
+    outputs = channels * (size // 2) ** 2
+    moved = 4 * (channels * size**2 + outputs)
+    for k in (3, 5):
+        assert abs(answer(k) - outputs * k * k / moved) < 1e-9
+
+
+attempt(intensity_at_stride_2, test_intensity)
+
+
+# %% tags=["solution"]
+def intensity_at_stride_2_solution(k: int) -> float:
+    # For each output: k² multiply-adds, four numbers read, one written.
+    return k * k / (4 * 5)
+
+
+attempt(intensity_at_stride_2_solution, test_intensity)
+
+
+# %% [markdown]
+# **11.2** A batch norm may also come *before* a 1×1 convolution. Fold its scale and shift (one number for each input channel) into weight `(out, in, 1, 1)` and bias. Why would this fail for a 3×3 convolution with padding?
+
+# %%
+def fold_before(
+    weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    raise NotImplementedError
+
+
+def test_fold(answer) -> None:
+    weight, bias = torch.randn(6, 4, 1, 1).double(), torch.randn(6).double()
+    scale, shift = torch.randn(2, 4).double()
+    x = torch.randn(2, 4, 3, 3).double()
+    line = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    folded = F.conv2d(x, *answer(weight, bias, scale, shift))
+    torch.testing.assert_close(folded, F.conv2d(line, weight, bias))
+
+
+attempt(fold_before, test_fold)
+
+
+# %% tags=["solution"]
+def fold_before_solution(
+    weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    # With padding, the zeros come after the shift: at the border it must not be added.
+    return weight * scale.view(1, -1, 1, 1), bias + weight[:, :, 0, 0] @ shift
+
+
+attempt(fold_before_solution, test_fold)
+
+
+# %% [markdown]
+# **11.3** Where in the packed tensor lies the weight of channel `c` of group `group`, at row `i` and column `j` of its kernel? Count from 0.
+
+# %%
+def place(
+    channels: tuple[int, ...], kernel_sizes: tuple[int, ...], group: int, c: int, i: int, j: int
+) -> int:
+    raise NotImplementedError
+
+
+def test_place(answer) -> None:
+    channels, sizes = (2, 3, 1), (3, 5, 1)
+    for group in range(3):
+        kernels = [torch.zeros(n, 1, k, k) for n, k in zip(channels, sizes, strict=True)]
+        c, k = channels[group] - 1, sizes[group]
+        kernels[group][c, 0, k // 2, k - 1] = 1
+        at = pack_weights(kernels).nonzero().item()
+        assert answer(channels, sizes, group, c, k // 2, k - 1) == at
+
+
+attempt(place, test_place)
+
+
+# %% tags=["solution"]
+def place_solution(
+    channels: tuple[int, ...], kernel_sizes: tuple[int, ...], group: int, c: int, i: int, j: int
+) -> int:
+    before = sum(n * k * k for n, k in zip(channels[:group], kernel_sizes[:group], strict=True))
+    return before + (i * kernel_sizes[group] + j) * channels[group] + c
+
+
+attempt(place_solution, test_place)
+
 # %% [markdown]
 # ## Takeaways
-# - Depthwise layers have few multiply-adds *and* few multiply-adds per byte.
-# - Merging and folding are algebra: same outputs, fewer passes over memory.
+# - Depthwise layers have few multiply-adds *and* few multiply-adds per byte. Time goes where the bytes go.
+# - Split, convolve, concatenate moves everything twice, in many small calls.
+# - Merging and folding are algebra: same outputs, fewer passes over memory, no compiler.
+# - What is left is one task: `MixSpec` says it, `split_form` is its meaning.
 #
 # Previous: [9 · Any model](09_any_model.ipynb) · Next: [12 · The operation](12_operation.ipynb)

@@ -1,167 +1,70 @@
 # %% [markdown]
 # # 12 · The operation
 #
-# What should one fast MixConv layer compute, and who else must know of it? This chapter says so before any kernel is written.
+# A fast kernel for MixConv will be written in the next two chapters. What must it compute, what may it refuse, and how does PyTorch (gradients, `vmap`, autocast, the compiler, the profiler) come to know of it? The picture shows the way of a call.
 #
 # **You will be able to**
 # - say what the operation computes, and pack its weights by hand;
-# - register an operation with PyTorch: shapes, gradient, `vmap`, autocast;
-# - ask why a fast form was not taken.
+# - write a form of it that says why it declines a call;
+# - register an operation with PyTorch: shapes, gradient, `vmap`, autocast.
 #
-# **Know first:** [chapter 3](03_layer.ipynb).
+# **Know first:** [chapter 3](03_layer.ipynb). Why all this is done is in [chapter 11](11_why_slow.ipynb).
 #
-# **Time:** 30 minutes to read. Runs in under 30 seconds on two cores.
+# **Time:** 35 minutes to read. Runs in under 60 seconds on two cores.
 
-# %%
-#| export fast/operation.py
-"""MixConv as one operation: what it computes, and who may compute it (chapter 12).
+# %% tags=["drawing"]
+import logging
 
-`split_form` is the meaning. `FORMS` holds the faster ways, which later chapters add. PyTorch knows
-the operation as `mixconv::mixed_depthwise2d`.
-"""
+import matplotlib.pyplot as plt
 
-from typing import NamedTuple
+from mixconv.teaching import show, use_style
 
-from mixconv.layer import PADDINGS, same_padding
+logging.getLogger("mixconv").setLevel(logging.ERROR)  # a later chapter may compile something
+use_style()
+figure, axis = plt.subplots(figsize=(7.6, 3.3))
+GREY = "#e4e4e4"
+BOXES = [
+    (0, 2.0, 1.9, "mixed_depthwise2d\n(x, weight, bias, …)", GREY),
+    (2.9, 3.2, 2.6, "PyTorch's dispatcher:\ngradient, vmap, autocast,\nprofiler …", "#F3D9E8"),
+    (6.5, 2.0, 1.9, "first form with\nno reason to decline", GREY),
+    (9.4, 3.2, 1.9, "a fast form", "#CCE3F0"),
+    (9.4, 0.8, 1.9, "split_form:\nalways can", "#D5EFE6"),
+]
+for x, y, width, text, color in BOXES:
+    axis.add_patch(plt.Rectangle((x, y - 0.55), width, 1.1, facecolor=color, edgecolor="#555555"))
+    axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=8)
+ARROWS = [
+    ((1.9, 2.2), (2.9, 3.0), "somebody\nwatches", (2.25, 2.95)),
+    ((5.5, 3.0), (6.5, 2.3), "", (0, 0)),
+    ((1.9, 1.8), (6.5, 1.8), "nobody watches: straight on", (4.2, 1.62)),
+    ((8.4, 2.3), (9.4, 3.0), "it takes the call", (8.55, 2.95)),
+    ((8.4, 1.7), (9.4, 1.0), "all decline", (8.65, 1.12)),
+]
+for start, end, label, at in ARROWS:
+    axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#333333"})
+    axis.text(*at, label, ha="center", va="center", fontsize=8)
+axis.set(xlim=(-0.1, 11.4), ylim=(0.1, 3.9))
+axis.axis("off")
+show(
+    figure,
+    "way_of_a_call.png",
+    "Boxes and arrows. A call goes through PyTorch's dispatcher if somebody watches, else straight "
+    "on; then the first form that has no reason to decline computes, and if all decline the split "
+    "form does.",
+)
 
-ACTIVATIONS = ("none", "relu", "silu", "relu6")
-
-
-class MixSpec(NamedTuple):
-    """What the operation computes: an entry for each group, and what the groups share.
-
-    Attributes:
-        channels: of each group.
-        kernel_sizes: odd, one a group.
-        stride: of rows and columns.
-        dilations: one a group.
-        padding: "symmetric" or "same".
-        activation: "none", "relu", "silu" or "relu6".
-    """
-
-    channels: tuple[int, ...]
-    kernel_sizes: tuple[int, ...]
-    stride: int
-    dilations: tuple[int, ...]
-    padding: str
-    activation: str
-
-
-# %%
-#| export fast/operation.py
-class Pad(NamedTuple):
-    """Zeros around one group's input, in pixels; `reach` is what its kernel spans."""
-
-    top: int
-    bottom: int
-    left: int
-    right: int
-    reach: int
-
-
-def pads(spec: MixSpec, height: int, width: int) -> list[Pad]:
-    """The zeros that each group of the operation needs on an image of this size."""
-    result = []
-    for k, dilation in zip(spec.kernel_sizes, spec.dilations, strict=True):
-        half = dilation * (k // 2)
-        rows = columns = (half, half)
-        if spec.padding == "same":
-            rows = same_padding(height, k, spec.stride, dilation)
-            columns = same_padding(width, k, spec.stride, dilation)
-        result.append(Pad(*rows, *columns, 2 * half + 1))
-    return result
-
-
-def output_size(size: int, stride: int) -> int:
-    """Rows or columns of the output: the same for both paddings and every odd kernel."""
-    return (size + stride - 1) // stride
-
-
-# %%
-#| export fast/operation.py
-from collections.abc import Callable, Sequence
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-
-def pack_weights(weights: Sequence[Tensor]) -> Tensor:
-    """One flat tensor from the groups' kernels; gradients flow through.
-
-    Shape:
-        weights `(c, 1, k, k)` each, output one axis: `(k, k, c)` of each group in turn.
-    """
-    return torch.cat([weight.squeeze(1).permute(1, 2, 0).reshape(-1) for weight in weights])
-
-
-def unpack_weights(weight: Tensor, spec: MixSpec) -> list[Tensor]:
-    """The groups' kernels from `pack_weights`'s flat tensor.
-
-    Shape:
-        weight as `pack_weights` gives it, outputs `(c, 1, k, k)`.
-    """
-    shapes = list(zip(spec.kernel_sizes, spec.kernel_sizes, spec.channels, strict=True))
-    parts = torch.split(weight, [a * b * c for a, b, c in shapes])
-    return [
-        part.view(shape).permute(2, 0, 1).unsqueeze(1)
-        for part, shape in zip(parts, shapes, strict=True)
-    ]
-
-
-# %%
-#| export fast/operation.py
-def activate(x: Tensor, activation: str) -> Tensor:
-    """Apply an activation by its name in `ACTIVATIONS`, or "sigmoid"."""
-    functions: dict[str, Callable[[Tensor], Tensor]] = {
-        "relu": F.relu, "silu": F.silu, "relu6": F.relu6, "sigmoid": torch.sigmoid,
-    }  # fmt: skip
-    return functions[activation](x) if activation != "none" else x
-
-
-def split_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
-    """The operation as a convolution for each group, concatenated: the reference.
-
-    Shape:
-        Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`.
-    """
-    outputs = []
-    kernels, around = unpack_weights(weight, spec), pads(spec, x.shape[2], x.shape[3])
-    groups = zip(x.split(spec.channels, 1), kernels, around, spec.dilations, strict=True)
-    for part, kernel, pad, dilation in groups:
-        padded = F.pad(part, (pad.left, pad.right, pad.top, pad.bottom))
-        count = kernel.shape[0]
-        outputs.append(F.conv2d(padded, kernel, None, spec.stride, 0, dilation, count))
-    y = torch.cat(outputs, 1)
-    return activate(y if bias is None else y + bias.view(-1, 1, 1), spec.activation)
-
-
-# %%
-#| export fast/operation.py
-import functools
-
-
-@functools.lru_cache(maxsize=1024)
-def check_spec(spec: MixSpec) -> tuple[int, int]:
-    """How many channels and packed weights the operation has.
-
-    Raises:
-        ValueError: naming the entries that are wrong.
-    """
-    channels, sizes, stride, dilations, padding, activation = spec
-    if not len(channels) == len(sizes) == len(dilations) > 0:
-        raise ValueError("channels, kernel_sizes and dilations need an entry for each group")
-    if min(channels) < 1 or any(k < 1 or k % 2 == 0 for k in sizes):
-        raise ValueError(f"groups need channels and odd kernels, got {channels} and {sizes}")
-    if stride < 1 or min(dilations) < 1:
-        raise ValueError(f"stride and dilations must be positive, got {stride} and {dilations}")
-    if padding not in PADDINGS or activation not in ACTIVATIONS:
-        raise ValueError(
-            f"padding must be one of {PADDINGS} and activation one of {ACTIVATIONS}, "
-            f"got {padding!r} and {activation!r}"
-        )
-    return sum(channels), sum(c * k * k for c, k in zip(channels, sizes, strict=True))
-
+# %% [markdown]
+# Three promises are in this picture, and the chapter keeps them one by one.
+#
+# 1. The operation has *one* meaning: chapter 11's `split_form` of a `MixSpec`, with packed weights. It is slow and always works. All else is compared with it.
+# 2. A fast form may decline, and says why. It never guesses.
+# 3. A shortcut is taken only when nobody would notice.
+#
+# ## Forms, and why they decline
+#
+# The kernel of chapter 14 will want 32-bit floats on a CPU, and a compiler. Triton's kernel will want a GPU. Each is a **form** of the operation: `declines` lists its reasons, and if there are none, `prepare` plans the work once and returns the function that runs.
+#
+# A form decides by everything about a call except the numbers in it. So its decision can be remembered:
 
 # %%
 #| export fast/forms.py
@@ -215,6 +118,9 @@ class Form(Protocol):
         """What computes such calls, planned once: a function of the operation's tensors."""
 
 
+# %% [markdown]
+# `Forms` holds the forms of one operation. It asks one after another. If all decline, the fallback computes.
+
 # %%
 #| export fast/forms.py
 class Forms:
@@ -236,7 +142,7 @@ class Forms:
         self.fallback = fallback
         self.check = check
         self.forms: dict[str, list[Form]] = {}
-        self.choose = functools.lru_cache(maxsize=1024)(self._choose)
+        self.choose = functools.lru_cache(maxsize=1024)(self._choose)  # the only memory of plans
 
     def add(self, device: str, form: Form) -> None:
         """Let a form compute on a device; one of the same name is replaced."""
@@ -260,9 +166,22 @@ class Forms:
         return self.fallback(call)
 
 
+# %% [markdown]
+# What goes into it for this operation: the split form as the fallback, its output in channels-last memory order as every form's must be, and a check of the sizes.
+
 # %%
 #| export fast/operation.py
+"""MixConv as one operation: how it is called, and which form computes it (chapter 12).
+
+`FORMS` holds the faster ways to compute chapter 11's `split_form`; later chapters add them. PyTorch
+knows the operation as `mixconv::mixed_depthwise2d`.
+"""
+
+import torch
+from torch import Tensor
+
 from mixconv.fast.forms import Call, Forms, Runner, must_dispatch, needs_steps
+from mixconv.fast.spec import MixSpec, check_spec, split_form
 
 
 def _prepare_split(call: Call) -> Runner:
@@ -291,8 +210,56 @@ def check_call(call: Call) -> None:
 
 FORMS = Forms("mixed_depthwise2d", _prepare_split, check_call)
 
+# %% [markdown]
+# `FORMS` is empty in this chapter; chapters 14 and 17 add to it, on import. To see it at work, here is a form in ten lines. Where all groups have the same kernel, one convolution will do, without split and concatenation:
 
 # %%
+from mixconv.fast.spec import pack_weights, unpack_weights
+
+
+class OneConvolution:
+    name = "one convolution"
+
+    def declines(self, call: Call) -> list[str]:
+        sizes = sorted(set(call.spec.kernel_sizes))
+        reasons = [f"kernel sizes {sizes}: one is possible"] if len(sizes) > 1 else []
+        return reasons + (["dilation"] if max(call.spec.dilations) > 1 else [])
+
+    def prepare(self, call: Call) -> Runner:
+        one = {"channels": (call.sizes[1],), "kernel_sizes": call.spec.kernel_sizes[:1]}
+        whole = call.spec._replace(**one, dilations=(1,))
+
+        def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            kernels = torch.cat(unpack_weights(weight, call.spec))
+            return split_form(x, pack_weights([kernels]), bias, whole)
+
+        return run
+
+
+# %% [markdown]
+# Reasons serve everybody. `choose` only asks whether there are any. A person asks which: *why did my layer not take the fast way?* Whichever way is taken, it gives what `split_form` gives:
+
+# %%
+from mixconv.teaching import check_rewrite
+
+shop = Forms("for this page", _prepare_split, check_call)
+shop.add("cpu", OneConvolution())
+equal = MixSpec((2, 3), (3, 3), 1, (1, 1), "symmetric", "none")
+for case in (equal, equal._replace(kernel_sizes=(3, 5), dilations=(2, 1))):
+    x, weight = torch.randn(2, 5, 8, 8), torch.randn(check_spec(case)[1])
+    call = Call(case, x.shape, x.dtype, "cpu", False, 1, (weight.shape,))
+    print(shop.reasons(call))
+    check_rewrite(
+        lambda x, w, case=case: split_form(x, w, None, case),
+        lambda x, w, call=call: shop.choose(call)(x, w, None),
+        x, weight, what=f"kernels {case.kernel_sizes}",
+    )  # fmt: skip
+
+
+# %% [markdown]
+# A call is described by its tensors. That is also where tensors that do not belong together are refused:
+
+# %% tags=["plumbing"]
 #| export fast/operation.py
 def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Call:
     """The call that these tensors make.
@@ -318,8 +285,28 @@ def _disagreement(name: str, tensor: Tensor, x: Tensor) -> str:
 
 
 # %%
+spec, x = MixSpec((1, 1), (3, 1), 1, (1, 1), "same", "relu"), torch.randn(1, 2, 4, 4)
+for weight in (torch.ones(10).double(), torch.ones(11)):
+    try:
+        check_call(describe_call(x, weight, None, spec))
+    except ValueError as error:
+        print(error)
+
+# %% [markdown]
+# ## Who must see a call
+#
+# A call from Python into C++ by pointer takes about a microsecond, and nobody sees it. PyTorch's own way through its dispatcher takes several times as long, and a small layer is over in ten. So take the short way when nobody watches. Somebody watches if
+#
+# - a gradient is wanted, or a function transform (`vmap`, `torch.func.grad`) is at work;
+# - a compiler or exporter traces, or a mode or the profiler records;
+# - autocast rules over dtypes;
+# - a tensor is not what it looks like. A wrapper (a quantised or distributed tensor, say) has no memory of its own: its address is 0. A view may be *still to be negated*: PyTorch keeps `−x` of a complex number's part as the old numbers and a mark.
+
+# %%
 #| export fast/forms.py
 from torch import nn
+
+_CLASSES = frozenset({Tensor, nn.Parameter})
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -332,9 +319,8 @@ def is_plain(tensor: Tensor) -> bool:
     return known and (tensor.data_ptr() != 0 or tensor.numel() == 0)
 
 
-_CLASSES = frozenset({Tensor, nn.Parameter})
-
-
+# %%
+#| export fast/forms.py
 def must_dispatch(*tensors: Tensor | None) -> bool:
     """Whether a call must go through PyTorch's dispatcher, so that others see or change it.
 
@@ -345,8 +331,7 @@ def must_dispatch(*tensors: Tensor | None) -> bool:
         return True
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        wanted = gradients and tensor is not None and tensor.requires_grad
-        if wanted or (tensor is not None and not is_plain(tensor)):
+        if tensor is not None and ((gradients and tensor.requires_grad) or not is_plain(tensor)):
             return True
     return False
 
@@ -363,6 +348,26 @@ def _is_watched() -> bool:
     )
 
 
+# %%
+from contextlib import nullcontext
+
+ordinary, weight = torch.ones(3), torch.ones(3, requires_grad=True)
+negated = torch.complex(ordinary, ordinary).conj().imag
+for name, context in {
+    "nobody watches": nullcontext(),
+    "no gradient wanted": torch.no_grad(),
+    "autocast": torch.autocast("cpu", dtype=torch.bfloat16),
+    "forward mode": torch.autograd.forward_ad.dual_level(),
+}.items():
+    with context:
+        print(f"{name}:", *(must_dispatch(tensor) for tensor in (ordinary, weight, negated)))
+
+
+# %% [markdown]
+# Two kinds of derivative are not offered to registered operations by PyTorch: forward mode, and `torch.func`'s `grad` and its kin. For them the steps of `split_form` are taken, whose formulas PyTorch knows.
+
+# %%
+#| export fast/forms.py
 def needs_steps() -> bool:
     """Whether a derivative is taken that PyTorch does not offer to registered operations.
 
@@ -375,6 +380,9 @@ def needs_steps() -> bool:
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     return forward_mode or any(layer.key() != vmap for layer in layers)
 
+
+# %% [markdown]
+# So there are three ways. What fused modules call is this:
 
 # %%
 #| export fast/operation.py
@@ -401,8 +409,14 @@ def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
     return cast("Tensor", operation(x, weight, bias, *as_arguments(spec)))
 
 
+# %% [markdown]
+# And what a person calls:
+
 # %%
 #| export fast/operation.py
+from collections.abc import Sequence
+
+
 def mixed_depthwise2d(
     x: Tensor,
     weight: Tensor,
@@ -442,30 +456,27 @@ def mixed_depthwise2d(
     return run_operation(x, weight, bias, spec)
 
 
+# %% [markdown]
+# (`torch.ops.mixconv.mixed_depthwise2d` does not exist yet for whoever reads only this far. It comes now.)
+#
+# ## Registered with PyTorch
+#
+# A registered operation has a name, a schema and an implementation. PyTorch then treats it as one of its own: the profiler names it, an exporter writes it as one node. The schema is written out, so that all versions of PyTorch read it alike.
+
 # %%
 #| export fast/rules.py
 """How PyTorch knows the operation: its shapes, gradient, `vmap` and autocast (chapter 12)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mixconv.fast.forms import is_plain
-from mixconv.fast.operation import (
-    FORMS,
-    MixSpec,
-    Pad,
-    as_arguments,
-    check_call,
-    describe_call,
-    output_size,
-    pack_weights,
-    pads,
-    unpack_weights,
-)
+from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call
+from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unpack_weights
 
 
 @torch.library.custom_op(
@@ -488,15 +499,50 @@ def _as_spec(entries: Sequence[Any]) -> MixSpec:
 
 
 # %%
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mixconv.teaching import check
+
+
+class Names(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        print(function)
+        return function(*args, **(kwargs or {}))
+
+
+torch.manual_seed(0)
+spec = MixSpec((4, 3), (3, 5), 2, (1, 1), "same", "silu")
+tensors = torch.randn(2, 7, 6, 5), torch.randn(4 * 9 + 3 * 25), torch.randn(7)
+operation = torch.ops.mixconv.mixed_depthwise2d
+with Names():
+    y = run_operation(*tensors, spec)
+check(y, split_form(*tensors, spec), "dispatched")
+
+
+# %% [markdown]
+# **Shapes.** A tracer has no numbers. It asks what the output would look like:
+
+# %%
 #| export fast/rules.py
 @_operation.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
     spec = _as_spec(entries)
     check_call(describe_call(x, weight, bias, spec))
     rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
     size = (*x.shape[:2], rows, columns)
-    return x.new_empty(size).to(memory_format=torch.channels_last)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
+
+# %%
+ghosts = [tensor.to("meta") for tensor in tensors]
+y = operation(*ghosts, *as_arguments(spec))
+y.device, tuple(y.shape), y.is_contiguous(memory_format=torch.channels_last)
+
+
+# %% [markdown]
+# **Gradient, by hand first.** Let a 1×1 kernel of weight 10 meet the input 3 with bias −12. The sum is 18. With ReLU the output is 18, and a change of the sum passes. So the gradient is 10 for the input, 3 for the weight, 1 for the bias. With bias −40 the sum is −10, ReLU cuts it off, and all three gradients are 0.
+#
+# The sums themselves are not kept from the forward. They are computed again, by the operation without its activation: a second of work against a tensor of memory. PyTorch has the derivatives of its activations; they are used, so that NaN and infinity behave alike.
 
 # %%
 #| export fast/rules.py
@@ -510,15 +556,17 @@ def _before_activation(grad: Tensor, inputs: Sequence[Tensor | None], spec: MixS
     if spec.activation == "none":
         return grad
     plain = as_arguments(spec._replace(activation="none"))
-    sums = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
-    aten: Any = torch.ops.aten
-    gradients: dict[str, Callable[[], Tensor]] = {
-        "relu": lambda: aten.threshold_backward(grad, sums, 0),
-        "silu": lambda: aten.silu_backward(grad, sums),
-        "relu6": lambda: aten.hardtanh_backward(grad, sums, 0, 6),
-    }
-    return gradients[spec.activation]()
+    sums: Tensor = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
+    if spec.activation == "relu":
+        return cast("Tensor", torch.ops.aten.threshold_backward(grad, sums, 0))
+    if spec.activation == "relu6":
+        return cast("Tensor", torch.ops.aten.hardtanh_backward(grad, sums, 0, 6))
+    gate = torch.sigmoid(sums)  # SiLU, written out: PyTorch's own has no second derivative
+    return grad * gate * (1 + sums * (1 - gate))
 
+
+# %% [markdown]
+# Then each group as a convolution of its own. PyTorch has that gradient as one operation, too. The zeros around the image are cut off from the gradient of the input. What nobody asked for is not computed.
 
 # %%
 #| export fast/rules.py
@@ -537,16 +585,15 @@ def _group_gradients(
     return x_grad, kernel_grad
 
 
+# %%
+#| export fast/rules.py
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     inputs, spec, wanted = ctx.saved_tensors, ctx.spec, ctx.needs_input_grad
     grad = _before_activation(grad, inputs, spec)
     x, weight = inputs[0].split(spec.channels, 1), unpack_weights(inputs[1], spec)
     around = pads(spec, *inputs[0].shape[2:])
     groups = zip(x, grad.split(spec.channels, 1), weight, around, spec.dilations, strict=True)
-    pairs = [
-        _group_gradients(part, g, w, pad, spec.stride, d, wanted[:2])
-        for part, g, w, pad, d in groups
-    ]
+    pairs = [_group_gradients(*group[:4], spec.stride, group[4], wanted[:2]) for group in groups]
     x_grads, weight_grads = zip(*pairs, strict=True)
     return (
         torch.cat(x_grads, 1) if wanted[0] else None,
@@ -558,6 +605,32 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _operation.register_autograd(_backward, setup_context=_remember)
 
+# %%
+for bias in (-12.0, -40.0):
+    leaves = [torch.tensor([v], requires_grad=True) for v in (3.0, 10.0, bias)]
+    x, w, b = leaves
+    y = mixed_depthwise2d(
+        x.view(1, 1, 1, 1), w, b, channels=(1,), kernel_sizes=(1,), activation="relu"
+    )
+    print(f"output {y.item():.0f}, gradients", [g.item() for g in torch.autograd.grad(y, leaves)])
+
+# %% [markdown]
+# As by hand. With every activation, on random numbers, in double and single precision. (In single precision, whatever form this machine has runs the forward. The gradient is this chapter's in any case.)
+
+# %%
+for activation in ("none", "relu", "silu", "relu6"):
+    case = spec._replace(activation=activation, dilations=(2, 1))
+    for dtype in (torch.float64, torch.float32):
+        check_rewrite(
+            lambda *t, case=case: split_form(*t, case),
+            lambda *t, case=case: run_operation(*t, case),
+            *(tensor.to(dtype) for tensor in tensors),
+            what=f"{activation}, {dtype}",
+        )
+
+
+# %% [markdown]
+# **`vmap`.** A function of one example, mapped over many. For this operation that is again one operation: put the copies side by side *as groups*. Three copies of an operation with groups (4, 3) are one operation with groups (4, 3, 4, 3, 4, 3), and its packed weights are the three packed tensors one after another. That holds whether the images differ, the weights, or both.
 
 # %%
 #| export fast/rules.py
@@ -585,6 +658,16 @@ def _vmap(
 if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
     _operation.register_vmap(_vmap)
 
+# %%
+x, weight, bias = tensors
+images, weights = torch.randn(3, *x.shape), torch.randn(3, *weight.shape)
+mapped = torch.vmap(lambda x, w: run_operation(x, w, bias, spec))(images, weights)
+wanted = [split_form(x, w, bias, spec) for x, w in zip(images, weights, strict=True)]
+check(mapped, torch.stack(wanted), "vmap over images and weights")
+
+
+# %% [markdown]
+# **Autocast.** Under `torch.autocast` the layer before hands over bfloat16, and the weights are float32. Without a rule, that is an error: the tensors differ. The rule: on a CPU all becomes float32, since that is what the kernel computes; on a GPU, the type that autocast was asked for. Double precision stays, as everywhere in PyTorch.
 
 # %%
 #| export fast/rules.py
@@ -610,6 +693,49 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _operation._lib.impl("mixed_depthwise2d", _under_autocast(_device), _key)
 
 # %%
+with torch.autocast("cpu", dtype=torch.bfloat16):
+    y = run_operation(x.bfloat16(), weight, bias, spec)
+check(y, split_form(x.bfloat16().float(), weight, bias, spec), f"autocast, {y.dtype}")
+
+# %% [markdown]
+# **Multiply-adds.** PyTorch's counter of floating point operations looks names up in a table. Without an entry it would count nothing, and say nothing. (A multiply-add counts as two.)
+
+# %%
+#| export fast/rules.py
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+
+def _count_flops(x: Sequence[int], weight: Any, bias: Any, *entries: Any, **_: Any) -> int:
+    spec = _as_spec(entries)
+    outputs = x[0] * output_size(x[2], spec.stride) * output_size(x[3], spec.stride)
+    return (
+        2 * outputs * sum(c * k * k for c, k in zip(spec.channels, spec.kernel_sizes, strict=True))
+    )
+
+
+flop_registry[torch.ops.mixconv.mixed_depthwise2d] = shape_wrapper(_count_flops)
+
+# %%
+from torch.utils.flop_counter import FlopCounterMode
+
+with FlopCounterMode(display=False) as counter:
+    run_operation(*tensors, spec)
+assert counter.get_total_flops() == 2 * 2 * 3 * 3 * (4 * 9 + 3 * 25)
+counter.get_total_flops()
+
+# %% [markdown]
+# PyTorch has a checker of its own for registered operations: schema, shapes, gradient, and tracing with unknown sizes.
+
+# %%
+inputs = [tensor.clone().requires_grad_() for tensor in tensors]
+torch.library.opcheck(operation.default, (*inputs, *as_arguments(spec)))
+
+# %% [markdown]
+# ## A layer that is the operation
+#
+# `describe_mix` reads the convolutions of a mixed layer and says what operation they are, or `None`: a kernel that is not square, padding that the operation does not know, a class that may compute something else. Then they stay as they are.
+
+# %%
 #| export fast/fused_layer.py
 """A mixed layer, its bias and the activation behind it as one operation (chapter 12)."""
 
@@ -620,7 +746,8 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.operation import MixSpec, pack_weights, run_operation
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.surgery import find_padding
 
 
@@ -641,6 +768,23 @@ def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpe
     sizes, dilations = tuple(k for k, *_ in squares), tuple(square[2] for square in squares)
     return MixSpec(channels, sizes, strides.pop(), dilations, paddings.pop(), activation)
 
+
+# %% [markdown]
+# One case is worth a look, since an earlier version of this package gave it up. At stride 2 with 'SAME' padding, a 1×1 kernel looks at pixels 0, 2, 4 of six and a 3×3 kernel is centred on 1, 3, 5 (chapter 3's figure). *One* convolution has one padding, so the merged layer cannot do it. The operation pads each group by itself, so it can:
+
+# %%
+from mixconv.layer import MixConv2d, merge_depthwise
+
+layer = MixConv2d(20, (1, 3, 5, 7), stride=2, padding="same").eval()
+try:
+    merge_depthwise(list(layer.convs))
+except ValueError as error:
+    print("merged:", error)
+describe_mix(list(layer.convs))
+
+
+# %% [markdown]
+# The module keeps the packed weights, and nothing to train:
 
 # %%
 #| export fast/fused_layer.py
@@ -687,9 +831,85 @@ class FusedMixConv2d(nn.Module):
         """What `repr` shows between the brackets."""
         return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())
 
+
+# %%
+fused = FusedMixConv2d(list(layer.convs), describe_mix(list(layer.convs)))
+with torch.no_grad():
+    for size in ((6, 6), (7, 6)):
+        x = torch.randn(2, 20, *size)
+        check(fused(x), layer(x), f"layer and fused layer on {size[0]}×{size[1]} pixels")
+
+# %% [markdown]
+# ## Exercises
+#
+# **12.1** A kernel was compiled for kernel sizes 3, 5 and 7 in float32. Write its `declines`: a reason that names each other kernel size (once, ascending), and a reason that names the dtype.
+
+# %%
+from mixconv.teaching import attempt
+
+
+def declines(call: Call) -> list[str]:
+    raise NotImplementedError
+
+
+def test_declines(answer) -> None:
+    def ask(sizes, dtype):
+        spec = MixSpec((1,) * len(sizes), sizes, 1, (1,) * len(sizes), "same", "none")
+        return answer(Call(spec, (1, len(sizes), 8, 8), dtype, "cpu", False, 1))
+
+    assert ask((3, 7), torch.float32) == []
+    (reason,) = ask((11, 9, 11, 3), torch.float32)
+    assert reason.index("9") < reason.index("11") == reason.rindex("11")
+    assert len(ask((1,), torch.bfloat16)) == 2
+    assert any("bfloat16" in reason for reason in ask((1,), torch.bfloat16))
+
+
+attempt(declines, test_declines)
+
+
+# %% tags=["solution"]
+def declines_solution(call: Call) -> list[str]:
+    reasons = [] if call.dtype == torch.float32 else [f"dtype {call.dtype}, not float32"]
+    if others := sorted(set(call.spec.kernel_sizes) - {3, 5, 7}):
+        reasons.append(f"kernel sizes {', '.join(map(str, others))} were not compiled")
+    return reasons
+
+
+attempt(declines_solution, test_declines)
+
+
+# %% [markdown]
+# **12.2** `torch.vmap` maps an operation over n sets of weights. Describe the one operation that computes it.
+
+# %%
+def mapped_spec(spec: MixSpec, n: int) -> MixSpec:
+    raise NotImplementedError
+
+
+def test_mapped(answer) -> None:
+    spec = MixSpec((4, 3), (3, 5), 2, (1, 2), "same", "silu")
+    weights = torch.randn(3, check_spec(spec)[1])
+    x = torch.randn(1, 7, 5, 5)
+    one = split_form(x.repeat(1, 3, 1, 1), weights.flatten(), None, answer(spec, 3))
+    torch.testing.assert_close(one, torch.cat([split_form(x, w, None, spec) for w in weights], 1))
+
+
+attempt(mapped_spec, test_mapped)
+
+
+# %% tags=["solution"]
+def mapped_spec_solution(spec: MixSpec, n: int) -> MixSpec:
+    groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
+    return spec._replace(**groups)
+
+
+attempt(mapped_spec_solution, test_mapped)
+
 # %% [markdown]
 # ## Takeaways
-# - The operation has one meaning, `split_form`; every form is compared with it.
-# - A form declines with reasons, and then the split form computes.
+# - The operation has one meaning, `split_form`. Every form is compared with it.
+# - A form declines with reasons; when all decline, the split form computes. Nothing is guessed.
+# - The short way is for plain tensors that nobody watches. All else goes through PyTorch's dispatcher.
+# - Gradient, `vmap`, autocast and shapes are rules of the operation. No kernel needs to know of them.
 #
 # Previous: [11 · Why it is slow](11_why_slow.ipynb) · Next: [13 · A kernel in steps](13_kernel_in_steps.ipynb)

@@ -74,16 +74,10 @@ class FoldedNorm(nn.Identity):
 def merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
     """Equal 1×1 convolutions side by side as one grouped convolution; None if they are not that."""
     first = convs[0]
-    kinds = {
-        (type(c), c.in_channels, c.out_channels, c.kernel_size, c.stride, c.groups,
-         c.bias is None, c.padding in (0, (0, 0)))
-        for c in convs
-    }  # fmt: skip
-    equal = kinds == {
-        (nn.Conv2d, first.in_channels, first.out_channels, (1, 1), (1, 1), 1,
-         first.bias is None, True)
-    }  # fmt: skip
-    if not equal or first.in_channels == 1:  # a depthwise layer is not for this
+    sizes = {(c.in_channels, c.out_channels, c.bias is None) for c in convs}
+    plain = all(type(c) is nn.Conv2d and c.padding in (0, (0, 0)) for c in convs)
+    single = all(c.kernel_size == c.stride == (1, 1) and c.groups == 1 for c in convs)
+    if len(sizes) > 1 or not plain or not single or first.in_channels == 1:  # 1: depthwise
         return None
     n, like = len(convs), first.weight
     merged = nn.Conv2d(

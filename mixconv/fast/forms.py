@@ -71,7 +71,7 @@ class Forms:
         self.fallback = fallback
         self.check = check
         self.forms: dict[str, list[Form]] = {}
-        self.choose = functools.lru_cache(maxsize=1024)(self._choose)
+        self.choose = functools.lru_cache(maxsize=1024)(self._choose)  # the only memory of plans
 
     def add(self, device: str, form: Form) -> None:
         """Let a form compute on a device; one of the same name is replaced."""
@@ -95,6 +95,9 @@ class Forms:
         return self.fallback(call)
 
 
+_CLASSES = frozenset({Tensor, nn.Parameter})
+
+
 def is_plain(tensor: Tensor) -> bool:
     """Whether a tensor's numbers lie in the CPU's memory, as they are.
 
@@ -103,9 +106,6 @@ def is_plain(tensor: Tensor) -> bool:
     """
     known = type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
     return known and (tensor.data_ptr() != 0 or tensor.numel() == 0)
-
-
-_CLASSES = frozenset({Tensor, nn.Parameter})
 
 
 def must_dispatch(*tensors: Tensor | None) -> bool:
@@ -118,8 +118,7 @@ def must_dispatch(*tensors: Tensor | None) -> bool:
         return True
     gradients = torch.is_grad_enabled()
     for tensor in tensors:
-        wanted = gradients and tensor is not None and tensor.requires_grad
-        if wanted or (tensor is not None and not is_plain(tensor)):
+        if tensor is not None and ((gradients and tensor.requires_grad) or not is_plain(tensor)):
             return True
     return False
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.operation import MixSpec, pack_weights, run_operation
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.surgery import find_padding
 
 __all__ = ["FusedMixConv2d", "describe_mix"]

@@ -3,25 +3,16 @@
 """How PyTorch knows the operation: its shapes, gradient, `vmap` and autocast (chapter 12)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from mixconv.fast.forms import is_plain
-from mixconv.fast.operation import (
-    FORMS,
-    MixSpec,
-    Pad,
-    as_arguments,
-    check_call,
-    describe_call,
-    output_size,
-    pack_weights,
-    pads,
-    unpack_weights,
-)
+from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call
+from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unpack_weights
 
 
 @torch.library.custom_op(
@@ -44,12 +35,12 @@ def _as_spec(entries: Sequence[Any]) -> MixSpec:
 
 
 @_operation.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
     spec = _as_spec(entries)
     check_call(describe_call(x, weight, bias, spec))
     rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
     size = (*x.shape[:2], rows, columns)
-    return x.new_empty(size).to(memory_format=torch.channels_last)
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -62,14 +53,13 @@ def _before_activation(grad: Tensor, inputs: Sequence[Tensor | None], spec: MixS
     if spec.activation == "none":
         return grad
     plain = as_arguments(spec._replace(activation="none"))
-    sums = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
-    aten: Any = torch.ops.aten
-    gradients: dict[str, Callable[[], Tensor]] = {
-        "relu": lambda: aten.threshold_backward(grad, sums, 0),
-        "silu": lambda: aten.silu_backward(grad, sums),
-        "relu6": lambda: aten.hardtanh_backward(grad, sums, 0, 6),
-    }
-    return gradients[spec.activation]()
+    sums: Tensor = torch.ops.mixconv.mixed_depthwise2d(*inputs, *plain)
+    if spec.activation == "relu":
+        return cast("Tensor", torch.ops.aten.threshold_backward(grad, sums, 0))
+    if spec.activation == "relu6":
+        return cast("Tensor", torch.ops.aten.hardtanh_backward(grad, sums, 0, 6))
+    gate = torch.sigmoid(sums)  # SiLU, written out: PyTorch's own has no second derivative
+    return grad * gate * (1 + sums * (1 - gate))
 
 
 def _group_gradients(
@@ -93,10 +83,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = inputs[0].split(spec.channels, 1), unpack_weights(inputs[1], spec)
     around = pads(spec, *inputs[0].shape[2:])
     groups = zip(x, grad.split(spec.channels, 1), weight, around, spec.dilations, strict=True)
-    pairs = [
-        _group_gradients(part, g, w, pad, spec.stride, d, wanted[:2])
-        for part, g, w, pad, d in groups
-    ]
+    pairs = [_group_gradients(*group[:4], spec.stride, group[4], wanted[:2]) for group in groups]
     x_grads, weight_grads = zip(*pairs, strict=True)
     return (
         torch.cat(x_grads, 1) if wanted[0] else None,
@@ -154,3 +141,14 @@ def _under_autocast(device: str) -> Callable[..., Tensor]:
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _operation._lib.impl("mixed_depthwise2d", _under_autocast(_device), _key)
+
+
+def _count_flops(x: Sequence[int], weight: Any, bias: Any, *entries: Any, **_: Any) -> int:
+    spec = _as_spec(entries)
+    outputs = x[0] * output_size(x[2], spec.stride) * output_size(x[3], spec.stride)
+    return (
+        2 * outputs * sum(c * k * k for c, k in zip(spec.channels, spec.kernel_sizes, strict=True))
+    )
+
+
+flop_registry[torch.ops.mixconv.mixed_depthwise2d] = shape_wrapper(_count_flops)

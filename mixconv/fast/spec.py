@@ -1,6 +1,6 @@
 # Generated from notebooks/11_why_slow.ipynb by `make book`. Edit the notebook, not this file.
 
-"""A mixed layer with its bias and activation as one task: `split_form` is its meaning (chapter 11)."""
+"""A mixed layer, its bias and activation as one task; `split_form` is its meaning (chapter 11)."""
 
 import functools
 from collections.abc import Callable, Sequence

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11 · Why it is slow
 #
-# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why? In the picture below every dot is one of its depthwise layers, the black line is the fastest that the machine can go, and the hollow dots are how PyTorch's usual way does.
+# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why? In the picture below every dot is one of its depthwise layers, the black line is how fast the machine could compute it from memory, and the hollow dots are how fast PyTorch's usual way is.
 #
 # **You will be able to**
 # - tell from a layer's multiply-adds and bytes how fast it can be;
@@ -24,11 +24,10 @@ from mixconv.teaching import attempt, check, check_rewrite, kernel_color, show, 
 use_style()
 bench = json.loads(Path("../figures/bench.json").read_text())
 machine = bench["machine"]
-peak, copying = machine["multiply_adds_per_second"], machine["copy_bytes_per_second"]
+peak, copying = (machine[f"{what}_per_second"] for what in ("multiply_adds", "copy_bytes"))
 layers = [layer for layer in bench["layers"] if "fused" in layer["seconds"]]
 figure, axis = plt.subplots(figsize=(7.2, 4.2))
-intensity = np.geomspace(0.3, 40, 100)
-axis.plot(intensity, np.minimum(peak, copying * intensity) / 1e9, color="black")
+axis.plot([0.3, peak / copying, 40], [0.3 * copying / 1e9, peak / 1e9, peak / 1e9], "k")
 for row in (row for row in layers if row["batch"] == 8):
     x, color = row["multiply_adds"] / row["bytes"], kernel_color(max(row["kernel_sizes"]))
     before, after = (row["multiply_adds"] / row["seconds"][f] / 1e9 for f in ("timm", "fused"))
@@ -37,13 +36,15 @@ for row in (row for row in layers if row["batch"] == 8):
     axis.plot(x, after, "o", color=color, markersize=5)
 for k in (3, 5, 7, 9, 11):
     axis.plot([], [], "o", color=kernel_color(k), label=f"up to {k}×{k}")
-axis.plot([], [], "o", color="white", markeredgecolor="black", label="split (timm)")
-axis.plot([], [], "o", color="black", label="one operation")
+for fill, label in (("white", "split (timm)"), ("black", "one operation")):
+    axis.plot([], [], "o", color=fill, markeredgecolor="black", label=label)
 axis.legend(loc="lower right", fontsize=8)
-axis.set(xscale="log", yscale="log", xlabel="multiply-adds per byte",
-         ylabel="billion multiply-adds per second")  # fmt: skip
-axis.annotate("bandwidth", (0.5, copying * 0.62 / 1e9), rotation=32, fontsize=9)
+axis.loglog()
+axis.set(xlabel="multiply-adds per byte", ylabel="billion multiply-adds per second")
+axis.set_xticks([0.5, 1, 2, 5, 10, 20], [0.5, 1, 2, 5, 10, 20])
+axis.set_yticks([2, 5, 10, 20, 50, 100, 200], [2, 5, 10, 20, 50, 100, 200])
 axis.annotate("peak", (25, peak * 1.1 / 1e9), fontsize=9)
+axis.annotate("bandwidth", (0.5, copying * 0.62 / 1e9), rotation=32, fontsize=9)
 show(
     figure,
     "roofline.png",
@@ -104,14 +105,14 @@ print(f"this machine: {peak / copying:.0f}")
 # \mathrm{speed} \le \min\left(\mathrm{peak},\ \mathrm{bandwidth} \times \mathrm{intensity}\right)
 # $$
 #
-# That is a slope and a flat part: the roof in the picture. The bandwidth is that of a copy between two large arrays. A small array stays in the cache, and its dot may lie above the slope.
+# That is a slope and a flat part: the roof in the picture. The bandwidth is that of a copy between two large arrays. A small array stays in the cache, so its dot may lie above the slope.
 #
 # ## Why split, convolve, concatenate is slow
 #
 # Follow the bytes of one layer with g groups.
 #
 # - **Copies.** The convolutions read C channels and write C channels. Then the concatenation reads those and writes them again. Twice the traffic, for nothing.
-# - **Calls.** g convolutions and one concatenation, each some microseconds to start. A small layer is over in ten.
+# - **Calls.** g convolutions and one concatenation, each with a start of its own. In a small layer the starts take longer than the work.
 # - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A vector of 16 numbers does not fit a row of 14 or 7 pixels, and every shift by one pixel is misaligned. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps.
 # - **Cache.** Between two calls, what was in the cache may be gone.
 #
@@ -199,7 +200,9 @@ for index, batch in enumerate(batches):
     axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=2, fontsize=8)
 axis.set_yticks(np.arange(len(WAYS)), list(WAYS))
 axis.invert_yaxis()
-axis.set(xscale="log", xlabel="time, in copies of the same bytes")
+axis.set(xscale="log", xlim=(1, None), xlabel="time, in copies of the same bytes")
+axis.set_xticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
+axis.minorticks_off()
 axis.legend(fontsize=8)
 show(
     figure,

@@ -34,11 +34,7 @@ def _prepare_split(call: Call) -> Runner:
 
 
 def check_call(call: Call) -> None:
-    """Raise unless the sizes of the tensors fit the operation.
-
-    Raises:
-        ValueError: naming the tensor, its size and what it must be.
-    """
+    """Raise a ValueError unless the sizes of the tensors fit the operation."""
     count, packed = check_spec(call.spec)
     if len(call.sizes) != 4 or call.sizes[1] != count:
         raise ValueError(f"x must be (N, {count}, H, W), got {tuple(call.sizes)}")
@@ -58,21 +54,17 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
     Raises:
         ValueError: if they differ in dtype or device. (Sizes are the business of `check_call`.)
     """
-    if weight.dtype != x.dtype or weight.device != x.device:
-        raise ValueError(_disagreement("weight", weight, x))
-    if bias is not None and (bias.dtype != x.dtype or bias.device != x.device):
-        raise ValueError(_disagreement("bias", bias, x))
+    given = (weight,) if bias is None else (weight, bias)
+    for tensor in given:
+        if tensor.dtype != x.dtype or tensor.device != x.device:
+            raise ValueError(
+                f"weight and bias must have the dtype and device of x, {x.dtype} on {x.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
     parameters = (weight.shape,) if bias is None else (weight.shape, bias.shape)
     device = "cpu" if x.is_cpu else x.device.type  # the first is faster to ask
     threads = torch.get_num_threads()
     return Call(spec, x.shape, x.dtype, device, bias is not None, threads, parameters)
-
-
-def _disagreement(name: str, tensor: Tensor, x: Tensor) -> str:
-    return (
-        f"{name} must have the dtype and device of x, {x.dtype} on {x.device}, "
-        f"got {tensor.dtype} on {tensor.device}"
-    )
 
 
 def as_arguments(spec: MixSpec) -> list[Any]:
@@ -81,11 +73,7 @@ def as_arguments(spec: MixSpec) -> list[Any]:
 
 
 def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
-    """The operation by the shortest way that everybody who watches allows.
-
-    Raises:
-        ValueError: for tensors that do not fit together.
-    """
+    """The operation by the shortest way that everybody who watches allows."""
     if not must_dispatch(x, weight, bias):
         return FORMS.choose(describe_call(x, weight, bias, spec))(x, weight, bias)
     if needs_steps():
@@ -96,17 +84,10 @@ def run_operation(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
 
 
 def mixed_depthwise2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    channels: Sequence[int],
-    kernel_sizes: Sequence[int],
-    stride: int = 1,
-    dilations: Sequence[int] | None = None,
-    padding: str = "symmetric",
-    activation: str = "none",
-) -> Tensor:
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, channels: Sequence[int],
+    kernel_sizes: Sequence[int], stride: int = 1, dilations: Sequence[int] | None = None,
+    padding: str = "symmetric", activation: str = "none",
+) -> Tensor:  # fmt: skip
     """Mixed depthwise convolution, bias and activation in one operation.
 
     Args:

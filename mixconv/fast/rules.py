@@ -43,6 +43,15 @@ def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tens
     return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _count_flops(x: list[int], weight: list[int], bias: Any, *entries: Any, **_: Any) -> int:
+    spec = _as_spec(entries)
+    outputs = x[0] * output_size(x[2], spec.stride) * output_size(x[3], spec.stride)
+    return 2 * outputs * weight[0]  # a weight meets every output pixel of its channel once
+
+
+flop_registry[torch.ops.mixconv.mixed_depthwise2d] = shape_wrapper(_count_flops)
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
     ctx.spec = _as_spec(inputs[3:])
@@ -109,11 +118,8 @@ def _vmap(
             tensors.append(whole.movedim(0, at).flatten(at, at + 1))
         else:
             tensors.append(None)
-    many = spec._replace(
-        channels=spec.channels * n, kernel_sizes=spec.kernel_sizes * n,
-        dilations=spec.dilations * n,
-    )  # fmt: skip
-    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *as_arguments(many))
+    groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
+    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *as_arguments(spec._replace(**groups)))
     return y.unflatten(1, (n, -1)), 1
 
 
@@ -141,14 +147,3 @@ def _under_autocast(device: str) -> Callable[..., Tensor]:
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _operation._lib.impl("mixed_depthwise2d", _under_autocast(_device), _key)
-
-
-def _count_flops(x: Sequence[int], weight: Any, bias: Any, *entries: Any, **_: Any) -> int:
-    spec = _as_spec(entries)
-    outputs = x[0] * output_size(x[2], spec.stride) * output_size(x[3], spec.stride)
-    return (
-        2 * outputs * sum(c * k * k for c, k in zip(spec.channels, spec.kernel_sizes, strict=True))
-    )
-
-
-flop_registry[torch.ops.mixconv.mixed_depthwise2d] = shape_wrapper(_count_flops)

@@ -306,7 +306,7 @@ def preprocess(image: Tensor) -> Tensor:
         TypeError: for integers; divide them by 255 first.
         ValueError: if there are not three channels.
 
-    Source: ImageNet's statistics as timm and the official code use them. Chapter 7.
+    Source: ImageNet's usual statistics. Chapter 7.
     """
     if not image.is_floating_point():
         raise TypeError(f"image must be floating point, 0 to 1, got {image.dtype}")

@@ -91,7 +91,7 @@ def test_a_number_of_classes_is_no_accident(classes):
         ("some/where/tf_mixnet_m-4eb8f0d3.pth", OFFICIAL),
         (Path("tf_mixnet_s.safetensors"), OFFICIAL),
         ("timm/mixnet_s.ft_in1k", PYTORCH), ("mixnet_xl_ra-aac3c00c.pth", PYTORCH),
-        ("checkpoint.pth", OFFICIAL), ("timm/efficientnet_b0", OFFICIAL), ({}, OFFICIAL),
+        ("checkpoint.pth", None), ("timm/efficientnet_b0", None), ({}, None),
     ],
 )  # fmt: skip
 def test_conventions_follow_timms_names(name, convention):
@@ -120,3 +120,24 @@ def test_our_own_file_named_mixnet_s_keeps_our_padding(tmp_path, monkeypatch):
     model = mixnet_s(weights=tmp_path / "mixnet_s.pth", num_classes=7).eval()
     x = noise(2, 3, 34, 34)
     torch.testing.assert_close(model(x), source(x))
+
+
+@pytest.mark.parametrize("given", [{}, {"padding": "same"}, {"norm_eps": 1e-3}])
+def test_timm_weights_without_a_name_do_not_pass_in_silence(given, monkeypatch):
+    """Either convention loads; the wrong one computes something else."""
+    monkeypatch.setattr(zoo, "MIXNET_S", TINY)
+    with pytest.warns(UserWarning, match="padding='symmetric', norm_eps=1e-5") as caught:
+        model = mixnet_s(weights=to_timm(tiny()), num_classes=7, **given).eval()
+    assert [warning.filename for warning in caught] == [__file__]
+    x = noise(2, 3, 34, 34)
+    torch.testing.assert_close(model(x), tiny().eval()(x))
+
+
+@pytest.mark.filterwarnings("error")
+def test_what_is_said_or_known_does_not_warn(tmp_path, monkeypatch):
+    monkeypatch.setattr(zoo, "MIXNET_S", TINY)
+    torch.save(to_timm(tiny()), tmp_path / "tf_mixnet_s.pth")
+    mixnet_s(weights=tmp_path / "tf_mixnet_s.pth", num_classes=7)
+    mixnet_s(weights=to_timm(tiny()), num_classes=7, padding="symmetric", norm_eps=1e-5)
+    mixnet_s(weights=tiny().state_dict(), num_classes=7)
+    mixnet_s(num_classes=7)

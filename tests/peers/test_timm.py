@@ -135,7 +135,7 @@ def test_weights_that_lack_the_classifier_are_not_taken_in_silence(gone: list[st
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         with pytest.raises((ValueError, UserWarning), match="classifier"):
-            mixnet_s(weights=state)
+            build("tf_mixnet_s", state)
 
 
 def test_the_same_number_of_classes_does_not_warn() -> None:
@@ -200,10 +200,11 @@ def test_arguments_win_over_the_name(tmp_path: Path) -> None:
         assert not torch.allclose(mixnet_s(weights=path).eval()(x), model(x), atol=1e-3)
 
 
-def test_without_a_name_the_official_options_hold() -> None:
+def test_without_a_name_the_official_options_hold_and_a_warning_says_so() -> None:
     x = images(1, 3, 64, 64)
     with torch.no_grad():
-        model = mixnet_s(weights=state_of("tf_mixnet_s")).eval()
+        with pytest.warns(UserWarning, match="without timm's file name"):
+            model = mixnet_s(weights=state_of("tf_mixnet_s")).eval()
         assert_near(model(x), peer("tf_mixnet_s")(x))
 
 
@@ -300,11 +301,11 @@ def test_the_extra_that_the_messages_name_exists() -> None:
 
 def test_another_network_is_refused_with_a_list() -> None:
     with pytest.raises(ValueError, match=r"missing: .*unexpected: ") as caught:
-        mixnet_s(weights=state_of("mixnet_m"))
+        build("mixnet_s", state_of("mixnet_m"))
     assert "blocks" in str(caught.value)
     state = state_of("tf_mixnet_s")
     state["extra.weight"] = state.pop("blocks.3.0.conv_dw.1.weight")
     with pytest.raises(ValueError, match="do not fit") as caught:
-        mixnet_s(weights=state)
+        build("tf_mixnet_s", state)
     assert "missing: blocks.3.0.conv_dw.1.weight" in str(caught.value)
     assert "unexpected: extra.weight" in str(caught.value)

@@ -3,6 +3,7 @@
 """`mixconv`, or `python -m mixconv`: what a network does, stage by stage (chapter 18)."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -179,10 +180,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         x = read_image(options.image, *size) if options.image else torch.zeros(1, 3, *size)
         for name in options.model:
             report(name, build(name, options), x, options)
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:  # `mixconv | head` has seen enough; nothing is left to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, ImportError, FileNotFoundError) as error:
         print(f"mixconv: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return 1
 
 
 if __name__ == "__main__" and __package__:  # run as a command, not in the notebook

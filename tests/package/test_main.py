@@ -36,6 +36,18 @@ def test_the_installed_script_runs():
     assert run(script, *SHORT) == run(sys.executable, "-m", "mixconv", *SHORT)
 
 
+def test_a_pipe_that_is_closed_early_is_no_error():
+    command = [sys.executable, "-m", "mixconv", *SHORT]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
+
+
 def test_stages_and_their_sums(capsys):
     assert main(["--model", "mixnet_s", "--size", "224"]) == 0
     lines = capsys.readouterr().out.splitlines()

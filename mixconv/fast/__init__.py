@@ -4,4 +4,6 @@ Part II of the book, chapters 11 to 17, one module or two a chapter. Nothing in 
 this folder imports it, except the package's front door.
 """
 
-from mixconv.fast import rules as rules  # PyTorch learns of the operation with the first import
+from mixconv.fast import block_kernel as block_kernel  # forms and rules: known with the import
+from mixconv.fast import kernel as kernel
+from mixconv.fast import rules as rules

@@ -99,7 +99,7 @@ assert outputs == expected.flatten().tolist()
 
 from typing import NamedTuple
 
-from mixconv.fast.operation import MixSpec, pads
+from mixconv.fast.spec import MixSpec, pads
 
 
 class Strip(NamedTuple):
@@ -565,7 +565,7 @@ def count_lanes(library: Any) -> int:
 # %%
 #| export fast/kernel.py
 
-from mixconv.fast.operation import ACTIVATIONS, output_size
+from mixconv.fast.spec import ACTIVATIONS, output_size
 
 
 def round_up(value: int, to: int) -> int:
@@ -742,7 +742,8 @@ if hasattr(os, "register_at_fork"):  # plans for several threads do not suit a c
 # Which calls does it take? A layer of 20 channels, some changes of it, and a row of thirty million pixels, which is described without being made:
 
 # %%
-from mixconv.fast.operation import check_spec, describe_call
+from mixconv.fast.operation import describe_call
+from mixconv.fast.spec import check_spec
 
 plain = MixSpec((12, 8), (3, 5), 1, (1, 1), "symmetric", "none")
 same = plain._replace(kernel_sizes=(1, 3), stride=2, padding="same")
@@ -768,7 +769,8 @@ for name, spec in (cases | {"a long row": plain}).items():
 # %% tags=["drawing"]
 import random
 
-from mixconv.fast.operation import run_operation, split_form
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import split_form
 
 
 def random_case(seed: int):
@@ -895,7 +897,7 @@ def count_strips_solution(channels: tuple[int, ...]) -> int:
 
 
 def each_alone(channels):
-    """cut each group for itself, as if it began at a multiple of 16"""
+    """Cut each group for itself, as if it began at a multiple of 16"""
     return sum(-(-c // 16) for c in channels)
 
 
@@ -924,7 +926,7 @@ def fetched_rows_solution(rows: int, k: int, stride: int) -> int:
 
 
 def without_a_ring(rows, k, stride):
-    """fetch every window anew"""
+    """Fetch every window anew"""
     return rows * k
 
 

@@ -67,7 +67,7 @@ import ast
 import functools
 from typing import Any, NamedTuple
 
-from mixconv.fast.operation import MixSpec
+from mixconv.fast.spec import MixSpec
 
 
 class PointwiseSpec(NamedTuple):
@@ -191,7 +191,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mixconv.fast.operation import activate, run_operation
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import activate
 
 
 def block_form(
@@ -223,7 +224,7 @@ def block_form(
 # %%
 #| export fast/fused_block.py
 
-from mixconv.fast.operation import ACTIVATIONS, check_spec
+from mixconv.fast.spec import ACTIVATIONS, check_spec
 
 POINT_ACTIVATIONS = (*ACTIVATIONS, "sigmoid")  # in the order of the kernel's enum
 
@@ -321,7 +322,7 @@ BLOCK_FORMS = Forms("inverted_residual", _prepare_block_form, check_block_call)
 from typing import cast
 
 from mixconv.fast.forms import is_plain, must_dispatch
-from mixconv.fast.operation import output_size
+from mixconv.fast.spec import output_size
 
 
 @torch.library.custom_op(
@@ -767,7 +768,7 @@ from mixconv.fast.forms import Call
 from mixconv.fast.fused_block import POINT_ACTIVATIONS, PointwiseSpec
 from mixconv.fast.kernel import MOST_NUMBERS, count_parts, plan_layer, ring_size, round_up
 from mixconv.fast.native import kernel_threads
-from mixconv.fast.operation import output_size
+from mixconv.fast.spec import output_size
 
 
 def gate_size(spec: BlockSpec) -> int:

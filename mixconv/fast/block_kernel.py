@@ -30,7 +30,7 @@ from mixconv.fast.kernel import (
     why_not,
 )
 from mixconv.fast.native import kernel_threads, load_library, why_no_library
-from mixconv.fast.operation import output_size
+from mixconv.fast.spec import output_size
 
 __all__ = [
     "SOURCES",

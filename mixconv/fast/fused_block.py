@@ -14,14 +14,8 @@ from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
 from mixconv.fast.forms import Call, Forms, Runner, is_plain, must_dispatch
-from mixconv.fast.operation import (
-    ACTIVATIONS,
-    MixSpec,
-    activate,
-    check_spec,
-    output_size,
-    run_operation,
-)
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import ACTIVATIONS, MixSpec, activate, check_spec, output_size
 
 __all__ = [
     "BLOCK_FORMS",

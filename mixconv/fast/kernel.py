@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mixconv.fast.forms import Call, Runner
 from mixconv.fast.native import kernel_threads, load_library, why_no_library
-from mixconv.fast.operation import ACTIVATIONS, FORMS, MixSpec, output_size, pads
+from mixconv.fast.operation import FORMS
+from mixconv.fast.spec import ACTIVATIONS, MixSpec, output_size, pads
 
 __all__ = [
     "BAND_BYTES",

@@ -16,7 +16,8 @@ from mixconv.fast.fused_block import (
     pack_pointwise,
 )
 from mixconv.fast.kernel import KERNEL_SIZES, load_kernel
-from mixconv.fast.operation import ACTIVATIONS, MixSpec, mixed_depthwise2d, pack_weights
+from mixconv.fast.operation import mixed_depthwise2d
+from mixconv.fast.spec import ACTIVATIONS, MixSpec, pack_weights
 from tests.package.common import noise
 
 needs_kernel = pytest.mark.skipif(load_kernel() is None, reason="no C++ compiler")

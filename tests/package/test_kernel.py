@@ -17,16 +17,8 @@ from mixconv import MixConv2d
 from mixconv.fast import kernel
 from mixconv.fast.forms import Call
 from mixconv.fast.kernel import Strip, cut_strips, plan_layer, scratch
-from mixconv.fast.operation import (
-    ACTIVATIONS,
-    FORMS,
-    MixSpec,
-    check_spec,
-    describe_call,
-    mixed_depthwise2d,
-    pack_weights,
-    split_form,
-)
+from mixconv.fast.operation import FORMS, describe_call, mixed_depthwise2d
+from mixconv.fast.spec import ACTIVATIONS, MixSpec, check_spec, pack_weights, split_form
 from tests.package.cases import Layer, needs_kernel
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,465 @@
+# %% [markdown]
+# # 16 · A model, read
+#
+# A layer is known, and so is its faster form. May it be put in? That depends on who else reads its output, and in the end on numbers. The dots are rewrites of one small layer, right and wrong: how far is the result from the original's?
+#
+# **You will be able to**
+# - check a rewrite so that it does not matter whether the rewriting is right, and say what such a check cannot see;
+# - trace a model without running it, and find its layers with the norms and activations that only they feed;
+# - say of any layer in any model what keeps it from being fused.
+#
+# **Know first:** [chapter 11](11_why_slow.ipynb) and [chapter 12](12_operation.ipynb); the page before this one, [A model, in pieces](16_model_pieces.ipynb).
+#
+# **Time:** 20 minutes to read. Runs in under 30 seconds on two cores.
+
+# %% tags=["drawing"]
+import copy
+
+import matplotlib.pyplot as plt
+import torch
+from torch import nn
+
+from mixconv import MixConv2d
+from mixconv.fast.rewrite import fuse_chain
+from mixconv.teaching import show, use_style
+
+
+def change(position: int, new) -> nn.Sequential:
+    """The row with another module at one position."""
+    changed = copy.deepcopy(row)
+    changed[position] = new(changed[position])
+    return changed
+
+
+def other_eps(norm):
+    norm.eps = 1e-3
+    return norm
+
+
+torch.manual_seed(0)
+row = nn.Sequential(MixConv2d(24, (3, 5), 2), nn.BatchNorm2d(24), nn.ReLU()).eval()
+row[1].running_mean.normal_(), row[1].running_var.uniform_(0.05, 2)
+shifted = MixConv2d(24, (3, 5), 2, padding="same")
+shifted.load_state_dict(row[0].state_dict())
+rewrites = {
+    "as one operation": nn.Sequential(*fuse_chain(list(row), "kernel")),
+    "as one convolution": nn.Sequential(*fuse_chain(list(row), "merged")),
+    "ReLU6 for ReLU": change(2, lambda _: nn.ReLU6()),
+    "epsilon 1e-3 for 1e-5": change(1, other_eps),
+    "norm forgotten": change(1, lambda _: nn.Identity()),
+    "windows one pixel off": change(0, lambda _: shifted),
+    "SiLU for ReLU": change(2, lambda _: nn.SiLU()),
+}
+
+# %% tags=["drawing"]
+use_style()
+x = torch.randn(2, 24, 16, 16)
+figure, axis = plt.subplots(figsize=(7.4, 2.9))
+with torch.no_grad():
+    wanted = row(x)
+    for place, (name, other) in enumerate(rewrites.items()):
+        worst = float((other.eval()(x) - wanted).abs().max() / wanted.abs().max())
+        color = "#009E73" if place < 2 else "#D55E00"
+        axis.plot(max(worst, 1e-9), -place, "o", color=color)
+axis.axvline(1e-3, color="black", linewidth=0.9, linestyle="--")
+axis.text(1.2e-3, -5.9, "tolerance", fontsize=9)
+axis.set_yticks(range(0, -len(rewrites), -1), list(rewrites))
+axis.set(xscale="log", xlim=(5e-10, 5), xlabel="largest difference, over the largest value")
+axis.set_xticks([1e-9, 1e-6, 1e-3, 1], ["0", "1e-6", "1e-3", "1"])
+show(
+    figure,
+    "right_and_wrong_rewrites.png",
+    "Differences of seven rewrites from the original, on a logarithmic axis. The two right ones "
+    "are below a millionth, four wrong ones above a hundredth; the tolerance lies between. ReLU6 "
+    "for ReLU shows no difference at all.",
+)
+
+# %% [markdown]
+# Right and wrong are four orders of magnitude apart, and the tolerance has room on both sides. One wrong rewrite is not seen: random numbers of this size never reach 6. So a trial does not replace the rules of the page before. It catches what they forgot.
+
+# %% [markdown]
+# ## One check for every rewrite
+#
+# Rules have gaps, and a gap here means a network that is quietly wrong. So nothing is believed. Whatever is rewritten is run once, beside its original, on a random image:
+#
+# - both on the CPU and in float32 (a GPU's or half-precision model is copied for it);
+# - on *twins*: copies of all but the parameters, without hooks, so that nobody's counters and lists are touched;
+# - with *different* random seeds: a piece that draws random numbers does not compute the same as itself;
+# - and the image is compared as well: a piece may change it in place.
+#
+# The tolerance is 1/1000 of the largest value. Sums in another order differ by a few millionths, a forgotten norm or a shifted window by a tenth or more: there is room on both sides. Weights of half precision were rounded after folding, which allows 16 of their units in the last place.
+
+# %%
+#| export fast/trial.py
+"""One numeric check for every rewrite (chapter 16)."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Of the largest value. Sums in another order differ by some 1e-6, a wrong rewrite by 0.1 or more.
+TOLERANCE = 1e-3
+
+
+class CannotTryError(Exception):
+    """The original gives nothing to compare with."""
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A copy to try things on: it shares the parameters, and has no hooks."""
+    shared: dict[int, Any] = {id(parameter): parameter for parameter in module.parameters()}
+    copied = copy.deepcopy(module, shared)
+    for part in copied.modules():
+        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
+            getattr(part, f"_{kind}_hooks").clear()
+    return copied
+
+
+# %%
+#| export fast/trial.py
+def make_image(channels: int, height: int, width: int, batch: int = 1) -> Tensor:
+    """A random image, the same every time."""
+    size, generator = (batch, channels, height, width), torch.Generator("cpu").manual_seed(0)
+    return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def _on_cpu(module: nn.Module) -> tuple[nn.Module, float]:
+    """A twin that computes on the CPU in float32, and the tolerance that its weights allow."""
+    tensors = [*module.parameters(), *module.buffers()]
+    dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if dtypes - {torch.float32} or any(not tensor.is_cpu for tensor in tensors):
+        module = copy.deepcopy(module).cpu().float()
+    return twin(module), max([TOLERANCE, *(16 * torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+# %%
+#| export fast/trial.py
+from torch.utils._pytree import tree_leaves
+
+
+def _run(module: nn.Module, image: Tensor, seed: int) -> list[Tensor]:
+    """All tensors that come out, and the image as it is afterwards."""
+    image = image.clone()
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        torch.manual_seed(seed)
+        found = [*tree_leaves(module(image)), image]
+    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+def _compare(wanted: list[Tensor], found: list[Tensor], tolerance: float) -> str:
+    if [tensor.shape for tensor in wanted] != [tensor.shape for tensor in found]:
+        return "tried, and gave other shapes"
+    pairs = [pair for pair in zip(wanted, found, strict=True) if pair[0].numel()]
+    for one, other in pairs:
+        largest, worst = float(one.abs().max()), float((one.double() - other).abs().max())
+        if not worst <= tolerance * largest:  # NaN is not
+            return f"tried, and not the same: off by up to {worst:.2g}, values up to {largest:.2g}"
+    return ""
+
+
+# %% [markdown]
+# If the original itself fails on the image, or gives NaN, nothing can be said. For a piece that means: left alone.
+
+# %%
+#| export fast/trial.py
+@torch.no_grad()
+def difference(before: nn.Module, after: nn.Module, image: Tensor, *, random: bool = False) -> str:
+    """What keeps `after` from standing in for `before`, as text; empty if they compute the same.
+
+    Args:
+        before: the original. Copies are run, on the CPU in float32, without hooks.
+        after: the rewritten one.
+        image: given to both.
+        random: give both the same random numbers, if they draw any.
+
+    Raises:
+        CannotTryError: if the original fails, or its values are not finite.
+    """
+    original, tolerance = _on_cpu(before)
+    try:
+        wanted = _run(original, image, 0)
+    except Exception as error:  # anything may go wrong in a stranger's forward
+        raise CannotTryError(f"it does not run on a random image: {error}") from error
+    if not all(tensor.isfinite().all() for tensor in wanted):
+        raise CannotTryError("it gives NaN or infinity on a random image")
+    try:
+        found = _run(_on_cpu(after)[0], image, 0 if random else 1)
+    except Exception as error:
+        return f"tried, and failed: {error}"
+    return _compare(wanted, found, tolerance)
+
+
+# %% [markdown]
+# Four ways to be found out:
+
+# %%
+image = make_image(3, 4, 4)
+print(difference(nn.ReLU(), nn.Hardtanh(0, 1), image))
+print(difference(nn.ReLU(), nn.ReLU(inplace=True), image))
+print(difference(nn.Dropout(), nn.Dropout(), image))  # in training mode
+try:
+    difference(nn.Threshold(0, float("nan")), nn.ReLU(), image)
+except CannotTryError as error:
+    print(error)
+
+# %% [markdown]
+# ## What follows what
+#
+# Outside of known blocks the question is who feeds whom. `torch.fx` runs a model's `forward` once with a stand-in for the tensor and writes down each call. Our tracer looks into blocks, but not into layers, nor into what has hooks: that keeps its own borders.
+#
+# While it traces, `torch.fx` changes `nn.Module` itself, for the whole process. Another thread that serves requests at that moment would have its calls written down, too. So ours passes them through.
+
+# %%
+#| export fast/chains.py
+"""What follows what in a model, and whether it may be changed (chapter 16)."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch.fx
+from torch import nn
+
+from mixconv.fast.describe import NORMS, describe_layer, is_one_of
+
+
+class _Tracer(torch.fx.Tracer):
+    """Looks into blocks, not into layers; meanwhile other threads call their modules as ever."""
+
+    def __init__(self, hooked: set[str]) -> None:
+        super().__init__()
+        self.hooked, self.thread = hooked, threading.get_ident()
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if is_one_of(m, NORMS) or _is_layer(m) or not m._modules:
+            return True
+        return module_qualified_name in self.hooked or super().is_leaf_module(m, "")
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return type(module) in describe_layer.registry
+
+
+# %% [markdown]
+# Not every model can be traced: one that looks at the numbers cannot. That is no fault; its parts are then fused one by one.
+
+# %%
+#| export fast/chains.py
+class CannotTraceError(Exception):
+    """The model's forward does something that torch.fx cannot follow."""
+
+
+def _trace(model: nn.Module, hooked: set[str]) -> torch.fx.Graph:
+    if _is_layer(model):  # is called, and not looked into
+        graph = torch.fx.Graph()
+        graph.create_node("call_module", "", (graph.placeholder("x"),))
+        return graph
+    try:
+        if "forward" in vars(model):
+            raise ValueError("it has a forward of its own")
+        return _Tracer(hooked).trace(model)
+    except Exception as error:  # anything may go wrong in a stranger's forward
+        raise CannotTraceError(str(error)) from error
+
+
+# %% [markdown]
+# A trace runs the model's Python, which may count its calls or keep tensors in a list. So a twin is traced.
+
+# %%
+#| export fast/chains.py
+from collections.abc import Iterator
+
+from torch.utils._pytree import tree_leaves
+
+
+def _held(model: nn.Module) -> Iterator[Any]:
+    """All that modules hold outside their lists of parts, in lists and dictionaries too."""
+    for module in model.modules():
+        others = {key: value for key, value in vars(module).items() if key != "_modules"}
+        yield from tree_leaves(others)
+
+
+# %% [markdown]
+# Now the rules "alone" and "untouched". A layer may not be changed if it is called twice, if somebody reads its weight directly (`F.conv2d(x, self.conv.weight)`), if it has two names or also lies in a plain list, or if it has hooks.
+
+# %%
+#| export fast/chains.py
+from collections import Counter
+
+
+def _find_twice_held(model: nn.Module) -> set[nn.Module]:
+    """Modules that one change in one place would not change everywhere."""
+    names = Counter(part for _, part in model.named_modules(remove_duplicate=False))
+    twice = {part for part, count in names.items() if count > 1}
+    twice.update(held for held in _held(model) if isinstance(held, nn.Module))
+    return {part for module in twice for part in module.modules()}
+
+
+# %%
+#| export fast/chains.py
+def _find_obstacles(
+    model: nn.Module, graph: torch.fx.Graph, hooked: set[str]
+) -> dict[nn.Module, str]:
+    """Why modules of a traced model may not be changed."""
+    parts = dict(model.named_modules())
+    called = [parts[str(node.target)] for node in graph.nodes if node.op == "call_module"]
+    calls = Counter(part for module in called for part in module.modules())
+    reads = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+    tensors = {id(tensor) for name, tensor in model.named_parameters() if name in reads}
+    found = dict.fromkeys(_find_twice_held(model), "is reached in more than one way")
+    for name, part in parts.items():
+        if calls[part] > 1 or any(id(p) in tensors for p in part._parameters.values()):
+            found[part] = "is used more than once"
+        if name in hooked:
+            found[part] = "has hooks, or a forward or weight of its own"
+    return found
+
+
+# %% [markdown]
+# And the chains. Each begins with a layer and goes on while the output has one reader, and that reader is a norm (once) or an activation (last). Tensors that the model keeps in an attribute have a reader that no graph shows.
+
+# %%
+#| export fast/chains.py
+from torch.fx import Node, Proxy
+
+from mixconv.fast.folding import has_hooks
+from mixconv.fast.trial import twin
+
+
+class Chains:
+    """The layers of a model, each with the norm and the activation that only it feeds.
+
+    Args:
+        model: is traced, not run.
+
+    Attributes:
+        found: names, a list for each layer.
+        left: why a layer or norm is in none of them, by name.
+        closed: names of modules that were not looked into.
+
+    Raises:
+        CannotTraceError: with torch.fx's words.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.found: list[list[str]] = []
+        self.left: dict[str, str] = {}
+        self.closed: list[str] = []
+        hooked = {name for name, part in model.named_modules() if has_hooks(part)}
+        copied = twin(model)
+        graph = _trace(copied, hooked)
+        self._layers = dict(copied.named_modules())
+        self._obstacles = _find_obstacles(copied, graph, hooked)
+        self._kept = {held.node for held in _held(copied) if isinstance(held, Proxy)}
+        for node in graph.nodes:
+            if node.op == "call_module" and _is_layer(self._layer(node)):
+                self.found += filter(None, [self._follow(node)])
+            elif node.op == "call_module" and self._layer(node)._modules:
+                self.closed.append(str(node.target))
+
+
+# %%
+#| export fast/chains.py
+class Chains(Chains):
+    def _layer(self, node: Node) -> nn.Module:
+        return self._layers[str(node.target)]
+
+    def _obstacle(self, node: Node) -> str:
+        parts = self._layer(node).modules()
+        return next((self._obstacles[part] for part in parts if part in self._obstacles), "")
+
+
+# %%
+#| export fast/chains.py
+from mixconv.fast.describe import activation_name, is_idle, steps
+from mixconv.fast.operation import ACTIVATIONS
+
+
+class Chains(Chains):
+    def _follow(self, node: Node) -> list[str]:
+        """The chain that begins with a layer; empty if the layer may not be changed."""
+        chain: list[str] = []
+        while not (reason := self._obstacle(node)):
+            if not is_idle(self._layer(node)):
+                chain.append(str(node.target))
+            if len(node.users) != 1 or node in self._kept:
+                return chain
+            before, node = node, next(iter(node.users))
+            if not self._continues(chain, before, node):
+                return chain
+        if not chain or is_one_of(self._layer(node), NORMS):
+            self.left[str(node.target)] = reason
+        return chain
+
+
+# %%
+#| export fast/chains.py
+class Chains(Chains):
+    def _continues(self, chain: list[str], before: Node, node: Node) -> bool:
+        """Whether a node takes part: a norm first, then an activation, nothing between."""
+        if node.op != "call_module" or node.args != (before,) or node.kwargs:
+            return False
+        step, last = self._layer(node), self._layers[chain[-1]]
+        if is_idle(step) or (is_one_of(step, NORMS) and len(chain) == 1):
+            return True
+        ended = activation_name(last) or list(steps([last])) != [last]
+        return activation_name(step) in ACTIVATIONS[1:] and not ended
+
+
+# %% [markdown]
+# The model of the page before, in its four cases:
+
+# %%
+from mixconv.teaching import table
+
+
+class Doubling(MixConv2d):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Adding(nn.Sequential):
+    def forward(self, x):
+        y = self[0](x)
+        return self[3](y + self[2](self[1](y)))
+
+
+layers = [MixConv2d(8, (3, 5)), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1)]
+hooked = copy.deepcopy(nn.Sequential(*layers))
+hooked[1].register_forward_hook(print)
+cases = {
+    "alone": nn.Sequential(*layers),
+    "read twice": Adding(*layers),
+    "a hook": hooked,
+    "a class of its own": nn.Sequential(Doubling(8, (3, 5)), *layers[1:]),
+}
+
+# %%
+rows = []
+for name, case in cases.items():
+    chains = Chains(case.eval())
+    left = [f"{place}: {reason}" for place, reason in chains.left.items()]
+    rows.append([name, chains.found, "; ".join(left)])
+table(["case", "chains", "left"], rows)
+
+# %% [markdown]
+# With the hook on the norm, the layer is a chain of its own. A `Doubling` is looked into, as blocks are, and one finds two convolutions in it that are known: those may be made faster by themselves, and the doubling stays.
+#
+# ## Takeaways
+# - Every rewrite is tried beside its original. That catches what the rules forgot; it does not replace them.
+# - What is folded must feed nothing else, be called from one place, and have no hooks.
+# - `torch.fx` shows who reads what, without a number computed. What it cannot show: values that a model keeps, or reads while nobody traces.
+#
+# Previous: [16 · A model, in pieces](16_model_pieces.ipynb) · Next: [16 · A model, rewritten](16_model_rewritten.ipynb)

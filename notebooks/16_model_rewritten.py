@@ -1,0 +1,737 @@
+# %% [markdown]
+# # 16 · A model, rewritten
+#
+# Norms folded, layers merged, blocks as one operation: how much of it arrives in a whole network, and how can one be sure that the network still computes the same? The bars are one image through MixNet-S.
+#
+# **You will be able to**
+# - make a network faster with one line, and read from the report what was done;
+# - change a model piece by piece so that every step can be undone;
+# - say where the time goes that is left.
+#
+# **Know first:** [chapter 11](11_why_slow.ipynb), [chapter 12](12_operation.ipynb) and [chapter 15](15_block_in_one_pass.ipynb); the two pages before this one, [in pieces](16_model_pieces.ipynb) and [read](16_model_read.ipynb).
+#
+# **Time:** 30 minutes to read. Runs in under 90 seconds on two cores.
+
+# %% tags=["drawing"]
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import show, use_style
+
+use_style()
+bench = json.loads(Path("../figures/bench.json").read_text())
+seconds = next(
+    row["seconds"] for row in bench["networks"] if (row["network"], row["batch"]) == ("MixNet-S", 1)
+)
+bars = {
+    "timm, eager": "timm, as it is",
+    "split": "this book's, as it is",
+    "fused, merged": "folded and merged",
+    "fused, layers": "layers as one operation",
+    "fused": "blocks as one operation",
+    "timm, fused": "timm's, given to fuse_for_inference",
+    "timm, ONNX Runtime": "timm's, in ONNX Runtime",
+    "ours, ONNX Runtime": "folded and merged, in ONNX Runtime",
+}
+names = [name for name in bars if name in seconds]
+times = [1e3 * seconds[name] for name in names]
+colors = ["#0072B2" if "fused" in name else "#aaaaaa" for name in names]
+figure, axis = plt.subplots(figsize=(7.4, 3.2))
+axis.barh(range(len(names)), times, color=colors)
+axis.set_yticks(range(len(names)), [bars[name] for name in names])
+axis.invert_yaxis()
+axis.bar_label(axis.containers[0], fmt="%.1f", padding=3, fontsize=9)
+axis.set(xlabel="milliseconds, MixNet-S, one image", xlim=(0, 1.1 * max(times)))
+show(
+    figure,
+    "network_speeds.png",
+    "Bars of milliseconds for one image through MixNet-S: timm's and this book's network as they "
+    "are, after each step of rewriting, and their exports in ONNX Runtime.",
+)
+
+# %% [markdown]
+# ## The report
+#
+# What was done is worth little if nobody can see it. "It is as slow as before" must have an answer other than reading this chapter. So the fused model carries a report: a line for each piece, fused or left, and if left, why.
+
+# %%
+#| export fast/fuse.py
+"""Models rewritten for inference: `fuse_for_inference` and its report (chapter 16)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Piece(NamedTuple):
+    """What became of one layer, norm or block.
+
+    Attributes:
+        name: in the model; empty for the model itself.
+        before: the classes that were there.
+        after: the class that is there now; empty if nothing was changed.
+        reason: why nothing was changed.
+    """
+
+    name: str
+    before: str
+    after: str = ""
+    reason: str = ""
+
+
+_HINT = (
+    "nothing was fused. Layers and blocks of your own are known once describe_layer and "
+    "describe_block have a rule for them (mixconv.fast.describe)"
+)
+
+
+# %%
+#| export fast/fuse.py
+@dataclass(frozen=True)
+class FusionReport:
+    """What `fuse_for_inference` did; `str` gives a line for each piece.
+
+    Attributes:
+        pieces: layers and blocks that were fused, and what was left.
+        notes: what holds for more than one of them.
+    """
+
+    pieces: list[Piece]
+    notes: list[str]
+
+    @property
+    def fused(self) -> list[Piece]:
+        """What was changed."""
+        return [piece for piece in self.pieces if piece.after]
+
+    @property
+    def left(self) -> list[Piece]:
+        """What was not, for the reason given."""
+        return [piece for piece in self.pieces if not piece.after]
+
+    def __str__(self) -> str:
+        blocks = sum(piece.after == "FusedBlock" for piece in self.pieces)
+        layers = len(self.fused) - blocks
+        lines = [f"{blocks} blocks and {layers} layers fused, {len(self.left)} left", *self.notes]
+        lines += [] if self.fused else [_HINT]
+        for name, before, after, reason in self.pieces:
+            end = f"-> {after}" if after else f"left: {reason}"
+            lines.append(f"{name or '(the model)'}: {before} {end}")
+        return "\n".join(lines)
+
+
+# %% [markdown]
+# ## Piece by piece, and back
+#
+# `_Rewriter` holds the copy, and remembers each module that it takes out. Since the new ones are new and the old ones were not changed, putting back is putting back.
+
+# %%
+#| export fast/fuse.py
+from torch import nn
+
+
+class _Rewriter:
+    """Changes a model piece by piece, and can put back what it took out."""
+
+    def __init__(self, model: nn.Module, backend: str) -> None:
+        self.root, self.backend = nn.Sequential(model), backend
+        self.pieces: dict[str, Piece] = {}
+        self.notes: list[str] = []
+        self.taken: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def note(self, text: str) -> None:
+        """Say something once."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+# %%
+#| export fast/fuse.py
+class _Rewriter(_Rewriter):
+    def put(self, name: str, new: nn.Module) -> None:
+        """Put a module in the place of another, under all its names."""
+        old = self.root.get_submodule(name)
+        for key, value in vars(old).items():  # that others may read, such as the stride
+            plain = isinstance(value, int | float | str | tuple)
+            if plain and not key.startswith("_") and not hasattr(new, key):
+                setattr(new, key, value)
+        for module in list(self.root.modules()):
+            for key in [key for key, child in module._modules.items() if child is old]:
+                self.taken.append((module, key, old))
+                module._modules[key] = new
+
+    def put_back(self, mark: int, known: dict[str, Piece], reason: str) -> None:
+        """Undo all but the first `mark` changes; what is not among the known pieces is left."""
+        while len(self.taken) > mark:
+            module, key, old = self.taken.pop()
+            module._modules[key] = old
+        for name, piece in self.pieces.items():
+            if piece.after and known.get(name) is not piece:
+                self.pieces[name] = piece._replace(after="", reason=reason)
+
+
+# %% [markdown]
+# One piece: make the new one, try it, put it in place. Whatever goes wrong on the way is a reason to leave the piece, and is reported.
+
+# %%
+#| export fast/fuse.py
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mixconv.fast.trial import difference
+
+
+def _say(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def _check(before: nn.Module, after: nn.Module, image: Tensor) -> None:
+    if reason := difference(before, after, image):
+        raise ValueError(reason)
+
+
+class _Rewriter(_Rewriter):
+    def record(self, piece: Piece, rewrite: Callable[[], dict[str, nn.Module]]) -> None:
+        """Put what a function makes in place of a piece; or say why not, if it raises."""
+        try:
+            new = rewrite()
+        except Exception as error:  # anything may go wrong in a stranger's forward
+            self.pieces[piece.name] = piece._replace(reason=_say(error))
+            return
+        for name, module in new.items():
+            self.put(name, module)
+        if new:
+            self.pieces[piece.name] = piece._replace(after=type(new[piece.name]).__name__)
+
+
+# %% [markdown]
+# A chain is tried on an image a little larger than its kernels reach: small, so that the whole check of a network takes less than a second.
+
+# %%
+#| export fast/fuse.py
+import functools
+
+from mixconv.fast.describe import ask, describe_layer
+from mixconv.fast.rewrite import fuse_chain
+from mixconv.fast.trial import make_image
+
+
+class _Rewriter(_Rewriter):
+    def fuse_chain(self, names: list[str]) -> None:
+        """A layer, norm and activation."""
+        old = [self.root.get_submodule(name) for name in names]
+        classes = " + ".join(type(module).__name__ for module in old)
+        rewrite = functools.partial(self._rewrite_chain, names, old)
+        self.record(Piece(names[0], classes), rewrite)
+
+    def _rewrite_chain(self, names: list[str], old: list[nn.Module]) -> dict[str, nn.Module]:
+        new = fuse_chain(old, self.backend)
+        if len(old) == 1 and type(new[0]) is type(old[0]):
+            return {}  # no gain
+        convs: list[nn.Conv2d] = ask(describe_layer, old[0])
+        sizes = [pair for c in convs for pair in zip(c.dilation, c.kernel_size, strict=True)]
+        reach = max(dilation * (k - 1) for dilation, k in sizes)
+        image = make_image(sum(c.in_channels for c in convs), reach + 5, reach + 4)
+        _check(nn.Sequential(*old), nn.Sequential(*new), image)
+        return dict(zip(names, new, strict=True))
+
+
+# %% [markdown]
+# Blocks, if a form takes them. The kernel for blocks computes in float32 on a CPU; elsewhere their layers are fused one by one.
+
+# %%
+#| export fast/fuse.py
+import torch
+
+from mixconv.fast.describe import describe_block
+from mixconv.fast.fused_block import BLOCK_FORMS
+from mixconv.fast.rewrite import fuse_block, why_no_form
+
+
+class _Rewriter(_Rewriter):
+    def fuse_blocks(self, name: str) -> None:
+        """All blocks of known classes."""
+        for inner, block in list(self.root.get_submodule(name).named_modules()):
+            if type(block) in describe_block.registry:
+                at = _join(name, inner)
+                rewrite = functools.partial(self._rewrite_block, at, block)
+                self.record(Piece(at, type(block).__name__), rewrite)
+
+    def _rewrite_block(self, name: str, block: nn.Module) -> dict[str, nn.Module]:
+        fused = fuse_block(block)
+        like, spec = next(fused.buffers()), fused.spec
+        channels = spec.expand.inputs if spec.expand else sum(spec.mix.channels)
+        why = "" if self.backend == "kernel" else why_no_form(BLOCK_FORMS, spec, channels, like)
+        if like.dtype != torch.float32 or not like.is_cpu:
+            why = "as a whole they are computed in float32 on a CPU only"
+        if why:
+            self.note(f"some blocks were fused layer by layer: {why}")
+            return {}
+        _check(block, fused, make_image(channels, 12, 11, batch=2))
+        return {name: fused}
+
+
+# %% [markdown]
+# ## The whole, and its parts
+#
+# Even when every piece computes the same, the whole may not: a forward can look at the type of its input and do something that no trace shows, or read a weight in a place where no trace went. So the whole is tried, too. If it is not the same, everything goes back, and the model's parts are fused one by one, each tried as a whole in turn. The same is done where a forward cannot be traced at all.
+
+# %%
+#| export fast/fuse.py
+from mixconv.fast.chains import CannotTraceError, Chains
+from mixconv.fast.trial import twin
+
+
+def _join(name: str, inner: str) -> str:
+    return f"{name}.{inner}" if inner else name
+
+
+def _label(name: str) -> str:
+    return name[2:] or "the model"
+
+
+class _Rewriter(_Rewriter):
+    def fuse(self, name: str) -> None:
+        """Fuse what lies under a name; keep it if the whole of it still computes the same."""
+        before = twin(self.root.get_submodule(name))
+        mark, known = len(self.taken), dict(self.pieces)
+        for attempt in (self.fuse_whole, self.fuse_children):
+            attempt(name)
+            if len(self.taken) == mark or not (reason := self.try_whole(before, name)):
+                return
+            self.put_back(mark, known, reason)
+
+    def fuse_children(self, name: str) -> None:
+        """Each part by itself."""
+        for child, module in list(self.root.get_submodule(name).named_children()):
+            if module._modules or type(module) in describe_layer.registry:
+                self.fuse(_join(name, child))
+
+
+# %%
+#| export fast/fuse.py
+class _Rewriter(_Rewriter):
+    def fuse_whole(self, name: str) -> None:
+        """Whole blocks, then the layers that are left."""
+        if self.backend != "merged":
+            self.fuse_blocks(name)
+        try:
+            chains = Chains(self.root.get_submodule(name))
+        except CannotTraceError as error:
+            self.note(f"{_label(name)} is fused part by part: it cannot be traced ({_say(error)})")
+            return self.fuse_children(name)
+        for chain in chains.found:
+            self.fuse_chain([_join(name, at) for at in chain])
+        for at, reason in chains.left.items():
+            place = _join(name, at)
+            kind = type(self.root.get_submodule(place)).__name__
+            self.pieces[place] = Piece(place, kind, "", reason)
+        for at in chains.closed:
+            self.fuse(_join(name, at))
+
+
+# %% [markdown]
+# Which image fits a stranger's model? The channels of its first layer, at 64×64 or 224×224 pixels, are a good guess. Where the original does not run on either, the report says that only the pieces were tried.
+
+# %%
+#| export fast/fuse.py
+from mixconv.fast.trial import CannotTryError
+
+
+class _Rewriter(_Rewriter):
+    def try_whole(self, before: nn.Module, name: str) -> str:
+        """Why the changes under a name cannot stay; empty if they can, or nothing tells."""
+        counts = [getattr(module, "in_channels", None) for module in before.modules()]
+        channels = next((count for count in counts if isinstance(count, int)), 3)
+        for size in (64, 224):
+            try:
+                after, image = self.root.get_submodule(name), make_image(channels, size, size)
+                reason = difference(before, after, image, random=True)
+                return reason and f"{_label(name)}, as a whole, was {reason}"
+            except CannotTryError as error:
+                why = _say(error)
+        if name == "0":
+            self.note(f"each piece was tried, but not the model as a whole: {why}")
+        return ""
+
+
+# %% [markdown]
+# At the end the weights are laid out for channels_last. That changes no number, but a `view` of a map can fail with it, so it is tried, too.
+
+# %%
+#| export fast/fuse.py
+from typing import cast
+
+
+class _Rewriter(_Rewriter):
+    def lay_out(self) -> None:
+        """Put the weights of all convolutions in channels_last, as the kernels want images."""
+        before = twin(self.root.get_submodule("0"))
+        layers = [m for m in self.root.modules() if type(m) in describe_layer.registry]
+        convs = [m for m in layers if type(getattr(m, "weight", None)) is nn.Parameter]
+        weights = [cast("nn.Parameter", conv.weight) for conv in convs]
+        for conv, weight in zip(convs, weights, strict=True):
+            laid = weight.detach().contiguous(memory_format=torch.channels_last)
+            conv.weight = nn.Parameter(laid, requires_grad=False)
+        if reason := self.try_whole(before, "0"):
+            self.note(f"weights are not in channels_last: {reason}")
+            for conv, weight in zip(convs, weights, strict=True):
+                conv.weight = weight
+
+
+# %%
+#| export fast/fuse.py
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mixconv.fast.describe import NORMS, is_one_of
+from mixconv.layer import MixConv2d
+
+
+class _Rewriter(_Rewriter):
+    def report(self) -> FusionReport:
+        """All pieces in the model's order, and the norms and layers that are left besides."""
+        places = {name: place for place, (name, _) in enumerate(self.root.named_modules())}
+        for name, module in self.root.named_modules():
+            kind, reason = type(module), "no layer that feeds it alone comes before it"
+            layer = isinstance(module, nn.Conv2d | MixConv2d)
+            unknown = layer and kind not in describe_layer.registry
+            if unknown or not is_one_of(module, NORMS):
+                reason = f"{kind.__name__} is not a class that is known"
+            if unknown or isinstance(module, _BatchNorm):
+                self.pieces.setdefault(name, Piece(name, kind.__name__, "", reason))
+        pieces = sorted(self.pieces.values(), key=lambda piece: places.get(piece.name, 0))
+        return FusionReport([p._replace(name=p.name[2:]) for p in pieces], self.notes)
+
+
+# %% [markdown]
+# ## All together
+#
+# A fused model cannot be trained. Its `train` says so before anything is changed: otherwise the refusal would come from somewhere in the middle, with dropout already on.
+
+# %%
+#| export fast/fuse.py
+from mixconv.fast.folding import refuse_training
+
+
+def _train(model: nn.Module, mode: bool = True) -> nn.Module:
+    """The `train` of a fused model."""
+    refuse_training(mode)
+    return type(model).train(model, mode)
+
+
+# %%
+#| export fast/fuse.py
+import copy
+import threading
+from typing import Any
+
+from mixconv.fast.describe import register_peers
+
+BACKENDS = ("auto", "kernel", "merged")
+_ONE_AT_A_TIME = threading.RLock()  # torch.fx changes nn.Module itself while it traces
+
+
+def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+    """A copy of a model that computes the same in evaluation, and faster.
+
+    Batch norms are folded, mixed depthwise layers and whole blocks become one operation each,
+    grouped 1×1 convolutions one convolution; weights are put in channels_last. Each change is
+    tried on a random image, on the CPU in float32, and undone if the result is another. What is
+    not known, or has hooks, is left as it is. The copy's `fusion_report` tells all of it.
+
+    Args:
+        model: any module; it is not changed. What its `forward` does is kept; another method that
+            reads a layer between a convolution and its norm would see something else.
+        backend: "kernel" for `mixconv::mixed_depthwise2d` and `mixconv::inverted_residual`;
+            "merged" for ordinary convolutions only, as ONNX needs; "auto" for the operations
+            where a kernel would run, which may compile it.
+
+    Returns:
+        The copy. It cannot be trained, unless nothing was fused.
+
+    Raises:
+        TypeError: if `model` is not a module.
+        ValueError: for an unknown backend.
+
+    Source: ours. Chapter 16.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {model!r:.100}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    with _ONE_AT_A_TIME:
+        register_peers()
+        return _fuse_copy(copy.deepcopy(model).eval().requires_grad_(False), backend)
+
+
+def _fuse_copy(copied: nn.Module, backend: str) -> nn.Module:
+    rewriter = _Rewriter(copied, backend)
+    if any(t.is_meta for t in (*copied.parameters(), *copied.buffers())):
+        rewriter.note("on the meta device there are no numbers to try a change with")
+    else:
+        rewriter.fuse("0")
+    if rewriter.taken:
+        rewriter.lay_out()
+    fused = cast("Any", rewriter.root[0])
+    fused.fusion_report = rewriter.report()
+    if rewriter.taken:
+        fused.train = functools.partial(_train, fused)
+    return cast("nn.Module", fused)
+
+
+# %% [markdown]
+# The layer, the block and the networks of this book, with every backend:
+
+# %%
+from mixconv import MixConvBlock, mixnet_s, mobilenet_v1, mobilenet_v2
+
+torch.manual_seed(0)
+cases = {
+    "layer": MixConv2d(24, (3, 5, 7), stride=2, padding="same"),
+    "block": MixConvBlock(24, 24, (3, 5, 7), squeeze_ratio=0.5, activation="swish"),
+    "MobileNetV1 357": mobilenet_v1((3, 5, 7), num_classes=10),
+    "MobileNetV2 357": mobilenet_v2((3, 5, 7), num_classes=10),
+    "MixNet-S": mixnet_s(num_classes=10),
+}
+for norm in nn.ModuleList(cases.values()).modules():
+    if isinstance(norm, nn.BatchNorm2d):  # as after training, or a lost norm would not show
+        norm.running_mean.normal_(0, 0.1), norm.running_var.uniform_(0.5, 2)
+        nn.init.uniform_(norm.weight, 0.5, 1.5), nn.init.normal_(norm.bias, 0, 0.1)
+
+# %%
+from mixconv.teaching import table
+
+rows = []
+for name, model in cases.items():
+    x = make_image(24 if name in ("layer", "block") else 3, 64, 48, batch=2)
+    with torch.no_grad():
+        wanted = model.eval()(x)
+        for backend in ("kernel", "merged"):
+            fused = fuse_for_inference(model, backend=backend)
+            same = float((fused(x) - wanted).abs().max()) < 1e-4 * float(wanted.abs().max())
+            rows.append([name, backend, str(fused.fusion_report).splitlines()[0], same])
+table(["model", "backend", "report", "the same"], rows)
+
+
+# %% [markdown]
+# The layer with padding "same" and stride 2 has a 3×3 kernel and up, so one convolution can do it. With a 1×1 kernel in the mix it could not (chapter 3), but the operation can.
+#
+# Now a model that goes wrong in every way of the first half:
+
+# %%
+class Stubborn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix, self.norm = MixConv2d(8, (3, 5)), nn.BatchNorm2d(8)
+        self.twice = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.seen = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+        self.good = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.seen[1].register_forward_hook(lambda *_: None)
+
+    def forward(self, x):
+        y = self.mix(x)
+        y = y + self.norm(y)
+        return self.good(self.seen(self.twice(self.twice(y))))
+
+
+fused = fuse_for_inference(Stubborn(), backend="kernel")
+print(fused.fusion_report)
+
+# %% [markdown]
+# And what is refused:
+
+# %%
+for attempt_at in (
+    lambda: fused.train(),
+    lambda: fuse_for_inference(None),
+    lambda: fuse_for_inference(Stubborn(), backend="fastest"),
+):
+    try:
+        attempt_at()
+    except (RuntimeError, TypeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}")
+fused.training, any(module.training for module in fused.modules())
+
+# %% [markdown]
+# ## What came of it
+#
+# Milliseconds for 224×224 pixels. All times in this chapter come from `figures/bench.json`, which `make bench` writes; it was measured on this machine:
+
+# %%
+machine = bench["machine"]
+print(machine["cpu"], "·", machine["threads"], "threads ·", machine["vectors"])
+
+
+kept = ("timm, eager", "timm, compiled", "split", "fused, merged", "fused, layers", "fused",
+        "timm, fused", "timm, ONNX Runtime", "ours, ONNX Runtime", "ours, OpenVINO")  # fmt: skip
+networks = bench["networks"]
+cells = [
+    [f"{1e3 * row['seconds'][name]:.1f}" if name in row["seconds"] else "–" for row in networks]
+    for name in kept
+]
+header = [f"{row['network']}, {row['batch']}" for row in networks]
+table(["network, images", *header], [[n, *line] for n, line in zip(kept, cells, strict=True)])
+
+
+# %% [markdown]
+# - `split`: this book's network as it is. `fused, merged`: with the backend "merged". `fused, layers`: with the kernel, but layer by layer. `fused`: whole blocks.
+# - `timm, fused`: timm's network given to `fuse_for_inference`.
+# - `ours, …`: the merged copy, exported to ONNX. A dash: not measured.
+#
+# How far do the steps go, and where is somebody else faster?
+
+# %%
+def times_as_fast(row, name: str, over: str) -> str:
+    seconds = row["seconds"]
+    return f"{seconds[over] / seconds[name]:.1f}" if {name, over} <= set(seconds) else "–"
+
+
+rows = []
+for row in bench["networks"]:
+    steps = [times_as_fast(row, n, "split") for n in ("fused, merged", "fused, layers", "fused")]
+    others = [n for n in row["seconds"] if "fused" not in n and "same padding" not in n]
+    best = min(others, key=row["seconds"].get)
+    rows.append(
+        [f"{row['network']}, {row['batch']}", *steps, best, times_as_fast(row, "fused", best)]
+    )
+table(["network, images", "merged", "layers", "blocks", "best other", "blocks over it"], rows)
+
+# %% [markdown]
+# A number below 1 in the last column is a miss: there somebody else is faster. A network without gates and with plain ReLUs is what other engines fuse well.
+#
+# Layers alone do little for a network: folding and merging are one step, whole blocks the other, because that is where the wide tensors go away (chapter 15).
+#
+# Against the goals that were set before anything was written:
+
+# %%
+table(["goal", "wanted", "measured", "met"],
+      [[g["goal"], g["wanted"], g["measured"], "yes" if g["met"] else "no"]
+       for g in bench["goals"]])  # fmt: skip
+
+# %% [markdown]
+# What limits it where a goal is missed?
+#
+# - A small layer at one image is over in tens of microseconds. Some of these are Python and the start of a second thread. The roofline knows neither.
+# - The roof itself is high there: a small layer's bytes never leave the cache.
+# - With many images the limit is memory that the system hands out page by page.
+#
+# ## Exercises
+#
+# **16.1** ★ *5 minutes, one line.* Here is a MixConv as people write it, with the largest kernel first in its list, but last in the channels. Give the rule for `describe_layer`: its convolutions in the order of the channels.
+
+# %%
+from mixconv.fast.describe import describe_layer
+from mixconv.teaching import attempt
+
+
+class Pyramid(nn.Module):
+    def __init__(self, channels: int = 8, kernel_sizes: tuple[int, ...] = (5, 3)) -> None:
+        super().__init__()
+        self.part = channels // len(kernel_sizes)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(self.part, self.part, k, padding=k // 2, groups=self.part)
+            for k in kernel_sizes
+        )
+
+    def forward(self, x):
+        parts = x.split(self.part, 1)
+        return torch.cat([conv(part) for conv, part in zip(self.convs[::-1], parts)], 1)
+
+
+# %%
+def my_rule(layer: Pyramid) -> list[nn.Conv2d]:
+    raise NotImplementedError
+
+
+def test_rule(answer) -> None:
+    class Fresh(Pyramid):
+        """A class that has no rule yet."""
+
+    answer(Fresh())
+    describe_layer.register(Fresh, answer)
+    report = fuse_for_inference(nn.Sequential(Fresh()), backend="kernel").fusion_report
+    assert report.fused, str(report)
+
+
+attempt(my_rule, test_rule)
+
+
+# %% tags=["solution"]
+# Solution
+def my_rule_solution(layer: Pyramid) -> list[nn.Conv2d]:
+    return list(layer.convs)[::-1]
+
+
+def as_stored(layer: Pyramid) -> list[nn.Conv2d]:
+    """take the order of the list: the trial then finds another result, and the layer is left"""
+    return list(layer.convs)
+
+
+attempt(my_rule_solution, test_rule, wrong=[as_stored])
+
+
+# %% [markdown]
+# **16.2** ★★ *10 minutes, one line.* This model halves its image and treats both halves alike. Nothing in it is folded. Ask its report why, and write a forward with the same result in which everything is.
+
+# %%
+class Halves(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        left, right = x.chunk(2, dim=3)
+        return torch.cat([self.norm(self.conv(left)), self.norm(self.conv(right))], 3)
+
+
+print(fuse_for_inference(Halves()).fusion_report)
+
+
+# %%
+def my_forward(self, x):
+    raise NotImplementedError
+
+
+def test_forward(answer) -> None:
+    class Mine(Halves):
+        forward = answer
+
+    model, x = Mine().eval(), make_image(4, 6, 8)
+    model.norm.running_mean.fill_(0.5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), Halves.forward(model, x))
+    report = fuse_for_inference(model).fusion_report
+    assert len(report.fused) == 1, str(report)
+
+
+attempt(my_forward, test_forward)
+
+
+# %% tags=["solution"]
+# Solution: a 1×1 convolution does not care where the image is cut
+def my_forward_solution(self, x):
+    return self.norm(self.conv(x))
+
+
+def as_before(self, x):
+    """call the layers twice: a norm that is called twice is not folded"""
+    return Halves.forward(self, x)
+
+
+def without_norm(self, x):
+    """leave the norm out"""
+    return self.conv(x)
+
+
+attempt(my_forward_solution, test_forward, wrong=[as_before, without_norm])
+
+# %% [markdown]
+# ## Takeaways
+# - `fuse_for_inference(model)` rewrites a copy; its `fusion_report` says what was done, and why not more.
+# - Every rewrite is tried beside its original, the model as a whole too, and put back if it differs. So a gap in the rules costs speed, and not correctness.
+# - Old modules are never changed, only replaced: putting back is simple.
+# - A network is as fast as its wide tensors are few: folding and merging, then whole blocks.
+#
+# Previous: [16 · A model, read](16_model_read.ipynb) · Next: [17 · On a GPU](17_gpu.ipynb)

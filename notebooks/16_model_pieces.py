@@ -25,25 +25,24 @@ rows = [
     ("MixConv2d", "a hook", "left: a hook looks between"),
     ("Doubling", "", "left: a class of its own"),
 ]
+half = (1.05, 1.3, 0.65, 1.2)  # widths of the boxes
+arrow = {"arrowstyle": "->"}
 for row, (layer, between, verdict) in enumerate(rows):
     y, color = -row, "#8a8a8a" if row else "#009E73"
     for place, text in enumerate((layer, "BatchNorm2d", "ReLU", "Conv2d 1×1")):
-        fused = place < 3
-        axis.text(
-            3 * place, y, text, ha="center", va="center", fontsize=9.5,
-            color="white" if fused else "black",
-            bbox={"boxstyle": "round,pad=0.45", "facecolor": color if fused else "#dddddd", "lw": 0},
-        )  # fmt: skip
-        if fused:
-            arrow = {"arrowstyle": "->", "shrinkA": 34, "shrinkB": 38}
-            axis.annotate("", (3 * place + 3, y), (3 * place, y), arrowprops=arrow, zorder=0)
+        face, ink = (color, "white") if place < 3 else ("#dddddd", "black")
+        box = {"boxstyle": "round", "facecolor": face, "lw": 0}
+        axis.text(3 * place, y, text, color=ink, bbox=box, ha="center", va="center")
+        if place < 3:
+            ends = (3 * place + 3 - half[place + 1], y), (3 * place + half[place], y)
+            axis.annotate("", *ends, arrowprops=arrow)
     axis.text(10.6, y, verdict, va="center", color=color, weight="bold", fontsize=9.5)
     if between:
-        arrow = {"arrowstyle": "->", "color": "#D55E00"}
-        axis.annotate("", (1.35, y + 0.55), (1.35, y + 0.03), arrowprops=arrow)
+        axis.annotate(
+            "", (1.35, y + 0.55), (1.35, y + 0.03), arrowprops={**arrow, "color": "#D55E00"}
+        )
         axis.text(1.55, y + 0.38, between, color="#D55E00", fontsize=9)
-axis.set(xlim=(-1.2, 15.8), ylim=(-3.4, 0.4))
-axis.axis("off")
+axis.set(xlim=(-1.2, 15.8), ylim=(-3.4, 0.4)), axis.axis("off")
 show(
     figure,
     "what_may_be_fused.png",
@@ -477,7 +476,7 @@ def _take(block: nn.Module, names: str) -> list[Step]:
 
 
 def _inverted_of_peers(block: Any) -> BlockParts:
-    """timm's and geffnet's `InvertedResidual`."""
+    """The `InvertedResidual` of timm and of geffnet."""
     adds = block.has_skip if hasattr(block, "has_skip") else block.has_residual
     return BlockParts(
         _take(block, "conv_dw bn2 act2"), _take(block, "conv_pwl bn3 drop_path"),
@@ -486,7 +485,7 @@ def _inverted_of_peers(block: Any) -> BlockParts:
 
 
 def _separable_of_peers(block: Any) -> BlockParts:
-    """timm's and geffnet's `DepthwiseSeparableConv`."""
+    """The `DepthwiseSeparableConv` of timm and of geffnet."""
     adds = block.has_skip if hasattr(block, "has_skip") else block.has_residual
     return BlockParts(
         _take(block, "conv_dw bn1 act1"), _take(block, "conv_pw bn2 act2 drop_path"),
@@ -668,7 +667,8 @@ def _merge(convs: list[nn.Conv2d]) -> nn.Conv2d | None:
 #| export fast/rewrite.py
 from mixconv.fast.describe import Unit
 from mixconv.fast.fused_layer import FusedMixConv2d, describe_mix
-from mixconv.fast.operation import ACTIVATIONS, FORMS
+from mixconv.fast.operation import FORMS
+from mixconv.fast.spec import ACTIVATIONS
 
 _SMALLEST_PLAIN_KERNEL = 5  # plain 3×3 layers: neither kernel is faster everywhere
 
@@ -747,7 +747,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 # %%
 #| export fast/rewrite.py
 from mixconv.fast.describe import read_block
-from mixconv.fast.operation import pack_weights
+from mixconv.fast.spec import pack_weights
 
 
 def fuse_block(block: nn.Module) -> FusedBlock:
@@ -756,19 +756,20 @@ def fuse_block(block: nn.Module) -> FusedBlock:
     Raises:
         ValueError: saying what about the block is not known or cannot be kept.
     """
-    (expand, middle, *others), residual = read_block(block)
+    (first, middle, *others), residual = read_block(block)
     if middle is None or (mix := describe_mix(middle.convs, middle.activation)) is None:
         raise ValueError("its depthwise layer is not one that the operation can express")
-    points = [_read_pointwise(unit) for unit in (expand, *others)]
-    if points[-1] is None:
+    points = [_read_pointwise(unit) for unit in (first, *others)]
+    expand, squeeze, excite, project = (point and point[1] for point in points)
+    if project is None:
         raise ValueError("it does not project")
-    specs = [point and point[1] for point in points]
+    spec = BlockSpec(mix, expand, squeeze, excite, project, residual)
     none = middle.convs[0].weight.new_zeros(0)
     weights = [pack_pointwise(p[0].weight, p[1].groups) if p else none for p in points]
     weights.insert(1, pack_weights([conv.weight for conv in middle.convs]))
     biases = [_bias(point[0]) if point else none for point in points]
     biases.insert(1, torch.cat([_bias(conv) for conv in middle.convs]))
-    return FusedBlock(BlockSpec(mix, *specs, residual), weights, biases).eval()
+    return FusedBlock(spec, weights, biases).eval()
 
 
 # %%

@@ -8,9 +8,9 @@
 # - change a model piece by piece so that every step can be undone;
 # - say where the time goes that is left.
 #
-# **Know first:** [chapter 11](11_why_slow.ipynb), [chapter 12](12_operation.ipynb) and [chapter 15](15_block_in_one_pass.ipynb); the two pages before this one, [in pieces](16_model_pieces.ipynb) and [read](16_model_read.ipynb).
+# **Know first:** [chapter 11](11_why_slow.ipynb), [chapter 12](12_operation.ipynb) and [chapter 15](15_block_in_one_pass.ipynb), and the two pages before this one.
 #
-# **Time:** 30 minutes to read. Runs in under 90 seconds on two cores.
+# **Time:** 30 minutes to read. Runs in under 90 seconds on two cores. It is the last of three pages, after [A model, in pieces](16_model_pieces.ipynb) and [A model, read](16_model_read.ipynb).
 
 # %% tags=["drawing"]
 import json
@@ -211,7 +211,7 @@ class _Rewriter(_Rewriter):
 
 # %%
 #| export fast/fuse.py
-import functools
+from functools import partial
 
 from mixconv.fast.describe import ask, describe_layer
 from mixconv.fast.rewrite import fuse_chain
@@ -223,16 +223,20 @@ class _Rewriter(_Rewriter):
         """A layer, norm and activation."""
         old = [self.root.get_submodule(name) for name in names]
         classes = " + ".join(type(module).__name__ for module in old)
-        rewrite = functools.partial(self._rewrite_chain, names, old)
-        self.record(Piece(names[0], classes), rewrite)
+        self.record(Piece(names[0], classes), partial(self._rewrite_chain, names, old))
 
+
+# %%
+#| export fast/fuse.py
+class _Rewriter(_Rewriter):
     def _rewrite_chain(self, names: list[str], old: list[nn.Module]) -> dict[str, nn.Module]:
         new = fuse_chain(old, self.backend)
         if len(old) == 1 and type(new[0]) is type(old[0]):
             return {}  # no gain
         convs: list[nn.Conv2d] = ask(describe_layer, old[0])
-        sizes = [pair for c in convs for pair in zip(c.dilation, c.kernel_size, strict=True)]
-        reach = max(dilation * (k - 1) for dilation, k in sizes)
+        reach = max(
+            d * (k - 1) for c in convs for d, k in zip(c.dilation, c.kernel_size, strict=True)
+        )
         image = make_image(sum(c.in_channels for c in convs), reach + 5, reach + 4)
         _check(nn.Sequential(*old), nn.Sequential(*new), image)
         return dict(zip(names, new, strict=True))
@@ -252,13 +256,17 @@ from mixconv.fast.rewrite import fuse_block, why_no_form
 
 class _Rewriter(_Rewriter):
     def fuse_blocks(self, name: str) -> None:
-        """All blocks of known classes."""
+        """All blocks of known classes, if the backend has such an operation."""
         for inner, block in list(self.root.get_submodule(name).named_modules()):
-            if type(block) in describe_block.registry:
+            if type(block) in describe_block.registry and self.backend != "merged":
                 at = _join(name, inner)
-                rewrite = functools.partial(self._rewrite_block, at, block)
+                rewrite = partial(self._rewrite_block, at, block)
                 self.record(Piece(at, type(block).__name__), rewrite)
 
+
+# %%
+#| export fast/fuse.py
+class _Rewriter(_Rewriter):
     def _rewrite_block(self, name: str, block: nn.Module) -> dict[str, nn.Module]:
         fused = fuse_block(block)
         like, spec = next(fused.buffers()), fused.spec
@@ -292,13 +300,15 @@ def _label(name: str) -> str:
     return name[2:] or "the model"
 
 
+# %%
+#| export fast/fuse.py
 class _Rewriter(_Rewriter):
     def fuse(self, name: str) -> None:
         """Fuse what lies under a name; keep it if the whole of it still computes the same."""
         before = twin(self.root.get_submodule(name))
         mark, known = len(self.taken), dict(self.pieces)
-        for attempt in (self.fuse_whole, self.fuse_children):
-            attempt(name)
+        for fuse in (self.fuse_whole, self.fuse_children):
+            fuse(name)
             if len(self.taken) == mark or not (reason := self.try_whole(before, name)):
                 return
             self.put_back(mark, known, reason)
@@ -315,13 +325,13 @@ class _Rewriter(_Rewriter):
 class _Rewriter(_Rewriter):
     def fuse_whole(self, name: str) -> None:
         """Whole blocks, then the layers that are left."""
-        if self.backend != "merged":
-            self.fuse_blocks(name)
+        self.fuse_blocks(name)
         try:
             chains = Chains(self.root.get_submodule(name))
         except CannotTraceError as error:
             self.note(f"{_label(name)} is fused part by part: it cannot be traced ({_say(error)})")
-            return self.fuse_children(name)
+            self.fuse_children(name)
+            return
         for chain in chains.found:
             self.fuse_chain([_join(name, at) for at in chain])
         for at, reason in chains.left.items():
@@ -452,32 +462,44 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
         The copy. It cannot be trained, unless nothing was fused.
 
     Raises:
-        TypeError: if `model` is not a module.
-        ValueError: for an unknown backend.
+        TypeError: if `model` is not a module, or a scripted one.
+        ValueError: for an unknown backend, or a model that cannot be copied.
 
     Source: ours. Chapter 16.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r:.100}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a torch.nn.Module in Python, got {model!r:.100}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     with _ONE_AT_A_TIME:
         register_peers()
-        return _fuse_copy(copy.deepcopy(model).eval().requires_grad_(False), backend)
+        return _fuse_copy(_copy(model), backend)
 
 
+# %%
+#| export fast/fuse.py
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation; of what a `DistributedDataParallel` trains, not of that itself."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    try:
+        return copy.deepcopy(cast("nn.Module", inner)).eval().requires_grad_(False)
+    except Exception as error:  # anything may be in a stranger's model
+        raise ValueError(f"model must be one that copy.deepcopy copies: {error}") from error
+
+
+# %%
+#| export fast/fuse.py
 def _fuse_copy(copied: nn.Module, backend: str) -> nn.Module:
     rewriter = _Rewriter(copied, backend)
     if any(t.is_meta for t in (*copied.parameters(), *copied.buffers())):
         rewriter.note("on the meta device there are no numbers to try a change with")
     else:
         rewriter.fuse("0")
+    fused = cast("Any", rewriter.root[0])
     if rewriter.taken:
         rewriter.lay_out()
-    fused = cast("Any", rewriter.root[0])
+        fused.train = partial(_train, fused)
     fused.fusion_report = rewriter.report()
-    if rewriter.taken:
-        fused.train = functools.partial(_train, fused)
     return cast("nn.Module", fused)
 
 
@@ -518,17 +540,17 @@ table(["model", "backend", "report", "the same"], rows)
 # %% [markdown]
 # The layer with padding "same" and stride 2 has a 3×3 kernel and up, so one convolution can do it. With a 1×1 kernel in the mix it could not (chapter 3), but the operation can.
 #
-# Now a model that goes wrong in every way of the first half:
+# Now a model that does what the pages before warned of:
 
 # %%
 class Stubborn(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mix, self.norm = MixConv2d(8, (3, 5)), nn.BatchNorm2d(8)
-        self.twice = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-        self.seen = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
-        self.good = nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU())
-        self.seen[1].register_forward_hook(lambda *_: None)
+        self.twice, self.seen, self.good = (
+            nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(3)
+        )
+        self.seen[1].register_forward_hook(print)
 
     def forward(self, x):
         y = self.mix(x)
@@ -543,13 +565,13 @@ print(fused.fusion_report)
 # And what is refused:
 
 # %%
-for attempt_at in (
+for wrong in (
     lambda: fused.train(),
     lambda: fuse_for_inference(None),
     lambda: fuse_for_inference(Stubborn(), backend="fastest"),
 ):
     try:
-        attempt_at()
+        wrong()
     except (RuntimeError, TypeError, ValueError) as error:
         print(f"{type(error).__name__}: {error}")
 fused.training, any(module.training for module in fused.modules())
@@ -637,7 +659,8 @@ class Pyramid(nn.Module):
 
     def forward(self, x):
         parts = x.split(self.part, 1)
-        return torch.cat([conv(part) for conv, part in zip(self.convs[::-1], parts)], 1)
+        pairs = zip(self.convs[::-1], parts, strict=True)
+        return torch.cat([conv(part) for conv, part in pairs], 1)
 
 
 # %%

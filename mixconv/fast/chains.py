@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from mixconv.fast.describe import NORMS, activation_name, describe_layer, is_idle, is_one_of, steps
 from mixconv.fast.folding import has_hooks
-from mixconv.fast.operation import ACTIVATIONS
+from mixconv.fast.spec import ACTIVATIONS
 from mixconv.fast.trial import twin
 
 __all__ = ["CannotTraceError", "Chains"]
@@ -119,14 +119,22 @@ class Chains:
         hooked = {name for name, part in model.named_modules() if has_hooks(part)}
         copied = twin(model)
         graph = _trace(copied, hooked)
-        self._layers = dict(copied.named_modules())
+        self._layers: dict[str, nn.Module] = dict(copied.named_modules())
         self._obstacles = _find_obstacles(copied, graph, hooked)
         self._kept = {held.node for held in _held(copied) if isinstance(held, Proxy)}
         for node in graph.nodes:
             if node.op == "call_module" and _is_layer(self._layer(node)):
                 self.found += filter(None, [self._follow(node)])
-            elif node.op == "call_module" and self._layer(node)._modules:
-                self.closed.append(str(node.target))
+            elif node.op == "call_module":
+                self._pass(node)
+
+    def _pass(self, node: Node) -> None:
+        """Look at what is no layer."""
+        norm, reason = is_one_of(self._layer(node), NORMS), self._obstacle(node)
+        if norm and reason:
+            self.left[str(node.target)] = reason
+        elif not norm and self._layer(node)._modules:
+            self.closed.append(str(node.target))
 
     def _layer(self, node: Node) -> nn.Module:
         return self._layers[str(node.target)]

@@ -255,7 +255,7 @@ def _take(block: nn.Module, names: str) -> list[Step]:
 
 
 def _inverted_of_peers(block: Any) -> BlockParts:
-    """timm's and geffnet's `InvertedResidual`."""
+    """The `InvertedResidual` of timm and of geffnet."""
     adds = block.has_skip if hasattr(block, "has_skip") else block.has_residual
     return BlockParts(
         _take(block, "conv_dw bn2 act2"), _take(block, "conv_pwl bn3 drop_path"),
@@ -264,7 +264,7 @@ def _inverted_of_peers(block: Any) -> BlockParts:
 
 
 def _separable_of_peers(block: Any) -> BlockParts:
-    """timm's and geffnet's `DepthwiseSeparableConv`."""
+    """The `DepthwiseSeparableConv` of timm and of geffnet."""
     adds = block.has_skip if hasattr(block, "has_skip") else block.has_residual
     return BlockParts(
         _take(block, "conv_dw bn1 act1"), _take(block, "conv_pw bn2 act2 drop_path"),

@@ -4,10 +4,10 @@
 """Models rewritten for inference: `fuse_for_inference` and its report (chapter 16)."""
 
 import copy
-import functools
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -138,26 +138,26 @@ class _Rewriter:
         """A layer, norm and activation."""
         old = [self.root.get_submodule(name) for name in names]
         classes = " + ".join(type(module).__name__ for module in old)
-        rewrite = functools.partial(self._rewrite_chain, names, old)
-        self.record(Piece(names[0], classes), rewrite)
+        self.record(Piece(names[0], classes), partial(self._rewrite_chain, names, old))
 
     def _rewrite_chain(self, names: list[str], old: list[nn.Module]) -> dict[str, nn.Module]:
         new = fuse_chain(old, self.backend)
         if len(old) == 1 and type(new[0]) is type(old[0]):
             return {}  # no gain
         convs: list[nn.Conv2d] = ask(describe_layer, old[0])
-        sizes = [pair for c in convs for pair in zip(c.dilation, c.kernel_size, strict=True)]
-        reach = max(dilation * (k - 1) for dilation, k in sizes)
+        reach = max(
+            d * (k - 1) for c in convs for d, k in zip(c.dilation, c.kernel_size, strict=True)
+        )
         image = make_image(sum(c.in_channels for c in convs), reach + 5, reach + 4)
         _check(nn.Sequential(*old), nn.Sequential(*new), image)
         return dict(zip(names, new, strict=True))
 
     def fuse_blocks(self, name: str) -> None:
-        """All blocks of known classes."""
+        """All blocks of known classes, if the backend has such an operation."""
         for inner, block in list(self.root.get_submodule(name).named_modules()):
-            if type(block) in describe_block.registry:
+            if type(block) in describe_block.registry and self.backend != "merged":
                 at = _join(name, inner)
-                rewrite = functools.partial(self._rewrite_block, at, block)
+                rewrite = partial(self._rewrite_block, at, block)
                 self.record(Piece(at, type(block).__name__), rewrite)
 
     def _rewrite_block(self, name: str, block: nn.Module) -> dict[str, nn.Module]:
@@ -177,8 +177,8 @@ class _Rewriter:
         """Fuse what lies under a name; keep it if the whole of it still computes the same."""
         before = twin(self.root.get_submodule(name))
         mark, known = len(self.taken), dict(self.pieces)
-        for attempt in (self.fuse_whole, self.fuse_children):
-            attempt(name)
+        for fuse in (self.fuse_whole, self.fuse_children):
+            fuse(name)
             if len(self.taken) == mark or not (reason := self.try_whole(before, name)):
                 return
             self.put_back(mark, known, reason)
@@ -191,13 +191,13 @@ class _Rewriter:
 
     def fuse_whole(self, name: str) -> None:
         """Whole blocks, then the layers that are left."""
-        if self.backend != "merged":
-            self.fuse_blocks(name)
+        self.fuse_blocks(name)
         try:
             chains = Chains(self.root.get_submodule(name))
         except CannotTraceError as error:
             self.note(f"{_label(name)} is fused part by part: it cannot be traced ({_say(error)})")
-            return self.fuse_children(name)
+            self.fuse_children(name)
+            return
         for chain in chains.found:
             self.fuse_chain([_join(name, at) for at in chain])
         for at, reason in chains.left.items():
@@ -298,18 +298,27 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
         The copy. It cannot be trained, unless nothing was fused.
 
     Raises:
-        TypeError: if `model` is not a module.
-        ValueError: for an unknown backend.
+        TypeError: if `model` is not a module, or a scripted one.
+        ValueError: for an unknown backend, or a model that cannot be copied.
 
     Source: ours. Chapter 16.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {model!r:.100}")
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(f"model must be a torch.nn.Module in Python, got {model!r:.100}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     with _ONE_AT_A_TIME:
         register_peers()
-        return _fuse_copy(copy.deepcopy(model).eval().requires_grad_(False), backend)
+        return _fuse_copy(_copy(model), backend)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation; of what a `DistributedDataParallel` trains, not of that itself."""
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    try:
+        return copy.deepcopy(cast("nn.Module", inner)).eval().requires_grad_(False)
+    except Exception as error:  # anything may be in a stranger's model
+        raise ValueError(f"model must be one that copy.deepcopy copies: {error}") from error
 
 
 def _fuse_copy(copied: nn.Module, backend: str) -> nn.Module:
@@ -318,10 +327,9 @@ def _fuse_copy(copied: nn.Module, backend: str) -> nn.Module:
         rewriter.note("on the meta device there are no numbers to try a change with")
     else:
         rewriter.fuse("0")
+    fused = cast("Any", rewriter.root[0])
     if rewriter.taken:
         rewriter.lay_out()
-    fused = cast("Any", rewriter.root[0])
+        fused.train = partial(_train, fused)
     fused.fusion_report = rewriter.report()
-    if rewriter.taken:
-        fused.train = functools.partial(_train, fused)
     return cast("nn.Module", fused)

@@ -14,7 +14,8 @@ from mixconv.fast.folding import FoldedNorm, merge_pointwise
 from mixconv.fast.forms import Call, Forms
 from mixconv.fast.fused_block import BlockSpec, FusedBlock, PointwiseSpec, pack_pointwise
 from mixconv.fast.fused_layer import FusedMixConv2d, describe_mix
-from mixconv.fast.operation import ACTIVATIONS, FORMS, pack_weights
+from mixconv.fast.operation import FORMS
+from mixconv.fast.spec import ACTIVATIONS, pack_weights
 from mixconv.layer import Conv2dSame, make_conv2d, merge_depthwise
 from mixconv.surgery import find_padding
 
@@ -120,16 +121,17 @@ def fuse_block(block: nn.Module) -> FusedBlock:
     Raises:
         ValueError: saying what about the block is not known or cannot be kept.
     """
-    (expand, middle, *others), residual = read_block(block)
+    (first, middle, *others), residual = read_block(block)
     if middle is None or (mix := describe_mix(middle.convs, middle.activation)) is None:
         raise ValueError("its depthwise layer is not one that the operation can express")
-    points = [_read_pointwise(unit) for unit in (expand, *others)]
-    if points[-1] is None:
+    points = [_read_pointwise(unit) for unit in (first, *others)]
+    expand, squeeze, excite, project = (point and point[1] for point in points)
+    if project is None:
         raise ValueError("it does not project")
-    specs = [point and point[1] for point in points]
+    spec = BlockSpec(mix, expand, squeeze, excite, project, residual)
     none = middle.convs[0].weight.new_zeros(0)
     weights = [pack_pointwise(p[0].weight, p[1].groups) if p else none for p in points]
     weights.insert(1, pack_weights([conv.weight for conv in middle.convs]))
     biases = [_bias(point[0]) if point else none for point in points]
     biases.insert(1, torch.cat([_bias(conv) for conv in middle.convs]))
-    return FusedBlock(BlockSpec(mix, *specs, residual), weights, biases).eval()
+    return FusedBlock(spec, weights, biases).eval()

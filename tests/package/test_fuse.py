@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 import mixconv.fast.fuse as fuse
 from mixconv import MixConv2d, MixConvBlock, mixnet_s, mobilenet_v1, mobilenet_v2
-from mixconv.blocks import SqueezeExcite
 from mixconv.fast.chains import Chains
 from mixconv.fast.describe import BlockParts, describe_block, describe_layer
 from mixconv.fast.folding import FoldedNorm
+from mixconv.fast.fuse import BACKENDS, FusionReport, fuse_for_inference
 from mixconv.fast.fused_block import FusedBlock
 from mixconv.fast.fused_layer import FusedMixConv2d
-from mixconv.fast.fuse import BACKENDS, FusionReport, fuse_for_inference
 from mixconv.fast.operation import FORMS
 from tests.package.common import noise, randomize, same_state, snapshot
 
@@ -37,6 +36,11 @@ def report_of(fused: nn.Module) -> FusionReport:
     report = fused.fusion_report
     assert isinstance(report, FusionReport)
     return report
+
+
+def made(model: nn.Module) -> Any:
+    """A random model in evaluation."""
+    return randomize(model).eval()
 
 
 def stays(model: nn.Module, x: Tensor, reason: str, backend: str = "kernel") -> nn.Module:
@@ -92,7 +96,7 @@ def test_fused_model_computes_the_same(name: str, backend: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixnet", "mobilenet v1", "mobilenet v2", "plain 5×5"])
 def test_norms_are_gone_and_blocks_are_one_operation(name: str) -> None:
-    model = randomize(MODELS[name]())
+    model = made(MODELS[name]())
     for backend in ("kernel", "merged"):
         fused = fuse_for_inference(model, backend=backend)
         found = kinds(fused)
@@ -117,7 +121,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", list(BLOCKS))
 def test_block_becomes_one_operation(name: str) -> None:
-    model = randomize(BLOCKS[name]()).eval()
+    model = made(BLOCKS[name]())
     fused = fuse_for_inference(model, backend="kernel")
     assert isinstance(fused, FusedBlock)
     assert [piece.name for piece in report_of(fused).fused] == [""]
@@ -148,7 +152,7 @@ def test_same_padding_with_a_kernel_smaller_than_the_stride() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_folding_a_norm_that_scales_much(backend: str) -> None:
-    model = randomize(nn.Sequential(MixConv2d(8, (3, 5)), nn.BatchNorm2d(8), nn.ReLU6())).eval()
+    model = made(nn.Sequential(MixConv2d(8, (3, 5)), nn.BatchNorm2d(8), nn.ReLU6()))
     norm: Any = model[1]
     norm.running_var.fill_(1e-3)
     norm.running_mean.fill_(1.0)
@@ -159,7 +163,7 @@ def test_folding_a_norm_that_scales_much(backend: str) -> None:
 
 
 def test_methods_and_attributes_remain() -> None:
-    model = randomize(mixnet_s(num_classes=7, width_multiplier=0.5)).eval()
+    model = made(mixnet_s(num_classes=7, width_multiplier=0.5))
     fused: Any = fuse_for_inference(model, backend="kernel")
     x = noise(1, 3, 64, 64)
     with torch.no_grad():
@@ -176,8 +180,44 @@ def test_methods_and_attributes_remain() -> None:
 
 @pytest.mark.parametrize("model", [None, {"weight": 1}, MixConv2d], ids=str)
 def test_only_modules(model: Any) -> None:
-    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got "):
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module in Python, got "):
         fuse_for_inference(model)
+
+
+def test_scripted_models_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module in Python"):
+        fuse_for_inference(torch.jit.trace(nn.Conv2d(3, 4, 3), noise(1, 3, 5, 5)))
+
+
+def test_what_cannot_be_copied_is_refused() -> None:
+    model: Any = nn.Sequential(nn.Conv2d(3, 4, 3))
+    model.images = iter(())
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"one that copy\.deepcopy copies: cannot"):
+        fuse_for_inference(model)
+
+
+def test_an_initialised_process_group_is_not_needed_for_what_ddp_held() -> None:
+    inner = randomize(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))).eval()
+    ddp = nn.parallel.DistributedDataParallel.__new__(nn.parallel.DistributedDataParallel)
+    nn.Module.__init__(ddp)
+    ddp.module = inner
+    fused = fuse_for_inference(ddp)
+    with torch.no_grad():
+        near(fused(noise(1, 3, 9, 9)), inner(noise(1, 3, 9, 9)))
+
+
+def test_a_view_of_a_map_keeps_the_layout() -> None:
+    """With channels_last weights this would fail."""
+
+    class Viewing(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            result: Tensor = super().forward(input)
+            return result.view(input.shape[0], -1)
+
+    model = randomize(Viewing(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()))
+    fused = stays(model, noise(2, 3, 9, 9), "weights are not in channels_last: the model, as")
+    assert "BatchNorm2d" not in kinds(fused)
 
 
 def test_unknown_backend() -> None:
@@ -315,8 +355,8 @@ def test_a_hook_between_a_convolution_and_its_norm_sees_what_it_saw() -> None:
             result: Tensor = self.norm(self.first(x))
             return result
 
-    model, seen = randomize(Outer()).eval(), list[Tensor]()
-    model.first.register_forward_hook(lambda m, i, o: seen.append(o))  # type: ignore[union-attr]
+    model, seen = made(Outer()), list[Tensor]()
+    model.first.register_forward_hook(lambda m, i, o: seen.append(o))
     fused, x = fuse_for_inference(model), noise(1, 6, 5, 5)
     with torch.no_grad():
         near(fused(x), model(x))
@@ -425,7 +465,7 @@ class Keeping(nn.Module):
 
 
 def test_values_that_a_model_keeps_are_kept() -> None:
-    model = randomize(Keeping()).eval()
+    model = made(Keeping())
     fused: Any = fuse_for_inference(model)
     assert fused.seen == []
     x = noise(1, 6, 5, 5)
@@ -448,13 +488,14 @@ class Indexed(nn.Module):
         y = self.row[0](x)
         for layer in list(self.row)[1:]:
             y = layer(y)
-        result: Tensor = y * self.row[0].weight.sum()
+        first: Any = self.row[0]
+        result: Tensor = y * first.weight.sum()
         return result
 
 
 @pytest.mark.parametrize("untraceable", [False, True])
 def test_a_row_that_is_indexed_is_there(untraceable: bool) -> None:
-    model, x = randomize(Indexed(untraceable)).eval(), noise(2, 6, 9, 9)
+    model, x = made(Indexed(untraceable)), noise(2, 6, 9, 9)
     fused: Any = fuse_for_inference(model, backend="kernel")
     assert len(fused.row) == 3
     with torch.no_grad():
@@ -463,7 +504,7 @@ def test_a_row_that_is_indexed_is_there(untraceable: bool) -> None:
 
 def test_a_block_under_two_names_is_fused_under_both() -> None:
     block = MixConvBlock(6, 6, (3, 5))
-    model = randomize(nn.Sequential(block, nn.Tanh(), block)).eval()
+    model = made(nn.Sequential(block, nn.Tanh(), block))
     fused: Any = fuse_for_inference(model, backend="kernel")
     assert isinstance(fused[0], FusedBlock)
     assert fused[0] is fused[2]
@@ -485,7 +526,7 @@ class Shared(nn.Module):
 
 @pytest.mark.parametrize("backend", ["kernel", "merged"])
 def test_a_shared_activation_does_not_keep_norms_from_folding(backend: str) -> None:
-    model, x = randomize(Shared()).eval(), noise(1, 6, 9, 9)
+    model, x = made(Shared()), noise(1, 6, 9, 9)
     fused = fuse_for_inference(model, backend=backend)
     assert "BatchNorm2d" not in kinds(fused)
     with torch.no_grad():
@@ -520,7 +561,7 @@ class Looping(nn.Module):
 
 
 def test_a_model_that_cannot_be_traced_is_fused_part_by_part() -> None:
-    fused = stays(randomize(Looping()), noise(1, 6, 3, 3), "the model was fused part by part")
+    fused = stays(randomize(Looping()), noise(1, 6, 3, 3), "the model is fused part by part")
     assert [piece.name for piece in report_of(fused).fused] == ["inner.0"]
     assert "BatchNorm2d" not in kinds(fused)
 
@@ -554,7 +595,8 @@ class ReadsWhileUntraceable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if float(x.sum()) > 1e9:
             return x
-        result: Tensor = self.row(x) * self.row[0].weight.sum()
+        first: Any = self.row[0]
+        result: Tensor = self.row(x) * first.weight.sum()
         return result
 
 
@@ -580,7 +622,7 @@ class Two(nn.Module):
 
 
 def test_a_model_that_does_not_run_on_an_image_is_said_to_be_untried() -> None:
-    model, x = randomize(Two()).eval(), noise(1, 6, 3, 3)
+    model, x = made(Two()), noise(1, 6, 3, 3)
     fused = fuse_for_inference(model)
     assert "each piece was tried, but not the model as a whole" in str(report_of(fused))
     with torch.no_grad():
@@ -611,8 +653,7 @@ class OwnBlock(nn.Module):
         if self.fault == "scaled":
             y = 1.01 * y
         if self.fault == "shape":
-            y = y.flatten(1)
-            return y
+            return y.flatten(1)
         if self.fault == "changes its input":
             return x.add_(y)
         return x + y
@@ -635,7 +676,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_block_that_does_not_compute_the_same_is_put_back(fault: str) -> None:
-    model, x = nn.Sequential(randomize(OwnBlock(fault))).eval(), noise(2, 6, 9, 9)
+    model, x = nn.Sequential(made(OwnBlock(fault))), noise(2, 6, 9, 9)
     fused = fuse_for_inference(model, backend="kernel")
     assert "FusedBlock" not in kinds(fused)
     (piece,) = [piece for piece in report_of(fused).left if piece.before == "OwnBlock"]
@@ -645,7 +686,6 @@ def test_a_block_that_does_not_compute_the_same_is_put_back(fault: str) -> None:
         with torch.no_grad():
             near(fused(ours), model(wanted))
         assert torch.equal(ours, wanted) or fault in ("changes its input", "in place")
-
 
 
 def test_a_layer_that_does_not_compute_the_same_is_put_back(
@@ -671,6 +711,8 @@ def test_weights_that_are_not_numbers_are_left(backend: str) -> None:
 
 def test_the_users_model_and_hooks_do_not_take_part_in_the_trial() -> None:
     class Counting(nn.Module):
+        total: Tensor
+
         def __init__(self) -> None:
             super().__init__()
             self.calls, self.row = 0, nn.Sequential(nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6))
@@ -678,13 +720,13 @@ def test_the_users_model_and_hooks_do_not_take_part_in_the_trial() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.calls += 1
-            self.total += 1
+            self.total.add_(1)
             result: Tensor = self.row(x)
             return result
 
-    model, seen = randomize(Counting()).eval(), list[str]()
+    model, seen = made(Counting()), list[str]()
     add(model, "forward_hook", seen)
-    model.total.zero_()  # type: ignore[operator]
+    model.total.zero_()
     state = torch.get_rng_state()
     fused: Any = fuse_for_inference(nn.Sequential(model))
     assert (seen, fused[0].calls, float(fused[0].total.sum())) == ([], 0, 0.0)
@@ -771,7 +813,7 @@ def test_single_image_and_autocast() -> None:
     fused, x = fuse_for_inference(layer, backend="kernel"), noise(20, 9, 9)
     with torch.no_grad():
         near(fused(x), layer(x))
-    model = randomize(mixnet_s(num_classes=7, width_multiplier=0.5)).eval()
+    model = made(mixnet_s(num_classes=7, width_multiplier=0.5))
     for backend in BACKENDS:
         fused, x = fuse_for_inference(model, backend=backend), noise(1, 3, 64, 64)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -781,7 +823,7 @@ def test_single_image_and_autocast() -> None:
 
 
 def test_fused_under_autocast_and_other_defaults() -> None:
-    model, x = randomize(MODELS["block"]()).eval(), noise(2, 20, 9, 9)
+    model, x = made(MODELS["block"]()), noise(2, 20, 9, 9)
     try:
         torch.set_default_dtype(torch.float64)
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -794,7 +836,7 @@ def test_fused_under_autocast_and_other_defaults() -> None:
 
 
 def test_copies_and_saves() -> None:
-    model = randomize(mixnet_s(num_classes=7, width_multiplier=0.5)).eval()
+    model = made(mixnet_s(num_classes=7, width_multiplier=0.5))
     fused, x = fuse_for_inference(model), noise(1, 3, 64, 64)
     file = io.BytesIO()
     torch.save(fused, file)
@@ -814,7 +856,7 @@ def test_copies_and_saves() -> None:
 
 def test_gradient_of_the_input() -> None:
     """Saliency maps and attacks differentiate a network that is not trained."""
-    model = randomize(mixnet_s(num_classes=7, width_multiplier=0.5)).eval()
+    model = made(mixnet_s(num_classes=7, width_multiplier=0.5))
     results = []
     for net in (model, *(fuse_for_inference(model, backend=b) for b in ("kernel", "merged"))):
         leaf = noise(1, 3, 64, 64).requires_grad_()
@@ -827,7 +869,7 @@ def test_gradient_of_the_input() -> None:
 
 @pytest.mark.parametrize("backend", ["kernel", "merged"])
 def test_export_with_free_sizes(backend: str) -> None:
-    model = randomize(MixConvBlock(20, 20, (3, 5), 2, activation="swish", padding="same")).eval()
+    model = made(MixConvBlock(20, 20, (3, 5), 2, activation="swish", padding="same"))
     fused = fuse_for_inference(model, backend=backend)
     free = {0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
     program = torch.export.export(fused, (noise(2, 20, 16, 16),), dynamic_shapes=(free,))
@@ -868,7 +910,7 @@ def test_other_threads_go_on_while_a_model_is_fused() -> None:
             result: Tensor = self.row(x)
             return result
 
-    model, x, found = randomize(MODELS["block"]()).eval(), noise(1, 20, 9, 9), list[Any]()
+    model, x, found = made(MODELS["block"]()), noise(1, 20, 9, 9), list[Any]()
 
     def call() -> None:
         reached.wait(30)
@@ -890,7 +932,8 @@ def test_three_threads_fuse_at_once() -> None:
     class Slow(nn.Sequential):
         def forward(self, input: Tensor) -> Tensor:
             time.sleep(0.1)  # in which another thread would begin to trace
-            return super().forward(input)
+            result: Tensor = super().forward(input)
+            return result
 
     model = randomize(Slow(MixConvBlock(8, 8, (3, 5)), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
     done: list[nn.Module] = []
@@ -912,7 +955,8 @@ class Split(nn.Module):
     def __init__(self, channels: int, kernel_sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.part = channels // len(kernel_sizes)
-        convs = (nn.Conv2d(self.part, self.part, k, 1, k // 2, groups=self.part) for k in kernel_sizes)
+        c = self.part
+        convs = (nn.Conv2d(c, c, k, 1, k // 2, groups=c) for k in kernel_sizes)
         self.convs = nn.ModuleList(convs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -921,7 +965,7 @@ class Split(nn.Module):
 
 
 def test_a_layer_of_ones_own_is_fused_once_it_has_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = randomize(nn.Sequential(Split(8, (3, 5)), nn.BatchNorm2d(8), nn.ReLU())).eval()
+    model = made(nn.Sequential(Split(8, (3, 5)), nn.BatchNorm2d(8), nn.ReLU()))
     before: Any = fuse_for_inference(model, backend="kernel")
     assert type(before[0]) is Split
     assert "1: BatchNorm2d left: no layer that feeds it alone" in str(report_of(before))
@@ -944,7 +988,7 @@ def test_a_rule_that_is_wrong_changes_nothing() -> None:
 def test_chains_of_a_model() -> None:
     chains = Chains(randomize(Odd()).eval())
     assert chains.found == [["mix"]]
-    assert set(chains.left) == {"shared.0"}
+    assert set(chains.left) == {"shared.0", "shared.1"}
     assert chains.closed == []
     assert FORMS.operation == "mixed_depthwise2d"
     assert fuse.BACKENDS == ("auto", "kernel", "merged")

@@ -37,11 +37,6 @@ class _Tracer(torch.fx.Tracer):
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        if threading.get_ident() != self.thread:
-            return attr_val
-        return super().getattr(attr, attr_val, parameter_proxy_cache)
-
 
 def _is_layer(module: nn.Module) -> bool:
     return type(module) in describe_layer.registry

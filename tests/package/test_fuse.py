@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 import time
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -138,6 +139,12 @@ def test_a_mixed_layer_outside_a_block_is_one_operation() -> None:
     ]  # fmt: skip
     fused = fuse_for_inference(nn.Sequential(*layers), backend="merged")
     assert [type(m).__name__ for m in fused[0]] == ["Conv2d", "SiLU"]
+
+
+def test_a_dilated_layer_is_not_merged_into_a_kernel_with_holes() -> None:
+    layers = (MixConv2d(8, (3, 7), dilated=True), nn.BatchNorm2d(8))
+    fused: Any = fuse_for_inference(randomize(nn.Sequential(*layers)), backend="merged")
+    assert [type(m).__name__ for m in fused] == ["MixConv2d", "FoldedNorm"]
 
 
 def test_same_padding_with_a_kernel_smaller_than_the_stride() -> None:
@@ -621,6 +628,15 @@ class Two(nn.Module):
         return result
 
 
+def test_a_model_with_a_forward_of_its_own_is_not_traced_by_its_class() -> None:
+    model, x = made(Two()), noise(1, 6, 3, 3)
+    model.forward = types.MethodType(lambda self, x, y: self.norm(y) + self.conv(x), model)
+    fused = fuse_for_inference(model)
+    assert "it has a forward of its own" in str(report_of(fused))
+    with torch.no_grad():
+        near(fused(x, 2 * x), model(x, 2 * x))
+
+
 def test_a_model_that_does_not_run_on_an_image_is_said_to_be_untried() -> None:
     model, x = made(Two()), noise(1, 6, 3, 3)
     fused = fuse_for_inference(model)
@@ -786,8 +802,10 @@ def test_a_network_without_depthwise_layers_asks_for_no_kernel(
         raise AssertionError(f"{self.operation} was asked for {call}")
 
     monkeypatch.setattr("mixconv.fast.forms.Forms.reasons", ask)
-    model = randomize(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
-    assert len(report_of(fuse_for_inference(model)).fused) == 1
+    layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
+    layers += [nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6)]  # too small for the kernel
+    report = report_of(fuse_for_inference(randomize(nn.Sequential(*layers))))
+    assert (len(report.fused), report.left) == (2, [])
     small = randomize(mobilenet_v2((3,), num_classes=7, width_multiplier=0.35))
     reasons = {piece.reason for piece in report_of(fuse_for_inference(small)).left}
     assert any("inverted_residual was asked" in reason for reason in reasons)

@@ -803,7 +803,7 @@ def test_a_network_without_depthwise_layers_asks_for_no_kernel(
 
     monkeypatch.setattr("mixconv.fast.forms.Forms.reasons", ask)
     layers = [nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
-    layers += [nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6)]  # too small for the kernel
+    layers += [nn.Conv2d(6, 6, 3, 1, 1, groups=6), nn.BatchNorm2d(6)]  # too small for the kernel
     report = report_of(fuse_for_inference(randomize(nn.Sequential(*layers))))
     assert (len(report.fused), report.left) == (2, [])
     small = randomize(mobilenet_v2((3,), num_classes=7, width_multiplier=0.35))

@@ -257,11 +257,15 @@ from mixconv.fast.rewrite import fuse_block, why_no_form
 class _Rewriter(_Rewriter):
     def fuse_blocks(self, name: str) -> None:
         """All blocks of known classes, if the backend has such an operation."""
+        gone: set[nn.Module] = set()
         for inner, block in list(self.root.get_submodule(name).named_modules()):
-            if type(block) in describe_block.registry and self.backend != "merged":
+            known = type(block) in describe_block.registry and block not in gone
+            if known and self.backend != "merged":
                 at = _join(name, inner)
                 rewrite = partial(self._rewrite_block, at, block)
                 self.record(Piece(at, type(block).__name__), rewrite)
+                if at in self.pieces and self.pieces[at].after:
+                    gone.update(block.modules())
 
 
 # %%

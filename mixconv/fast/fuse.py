@@ -154,11 +154,15 @@ class _Rewriter:
 
     def fuse_blocks(self, name: str) -> None:
         """All blocks of known classes, if the backend has such an operation."""
+        gone: set[nn.Module] = set()
         for inner, block in list(self.root.get_submodule(name).named_modules()):
-            if type(block) in describe_block.registry and self.backend != "merged":
+            known = type(block) in describe_block.registry and block not in gone
+            if known and self.backend != "merged":
                 at = _join(name, inner)
                 rewrite = partial(self._rewrite_block, at, block)
                 self.record(Piece(at, type(block).__name__), rewrite)
+                if at in self.pieces and self.pieces[at].after:
+                    gone.update(block.modules())
 
     def _rewrite_block(self, name: str, block: nn.Module) -> dict[str, nn.Module]:
         fused = fuse_block(block)

@@ -517,6 +517,27 @@ def test_a_block_under_two_names_is_fused_under_both() -> None:
     assert fused[0] is fused[2]
 
 
+def test_a_block_inside_a_block_goes_with_it() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = MixConvBlock(6, 6, (3, 5), expand_ratio=1, skip=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.inner(x)
+            return result
+
+    describe_block.register(
+        Outer, lambda block: BlockParts([block.inner.depthwise], [block.inner.project])
+    )
+    inner = made(Outer())
+    inner.inner.drop_path = nn.Identity()
+    fused: Any = fuse_for_inference(nn.Sequential(inner), backend="kernel")
+    assert isinstance(fused[0], FusedBlock)
+    with torch.no_grad():
+        near(fused(noise(1, 6, 9, 9)), inner(noise(1, 6, 9, 9)))
+
+
 class Shared(nn.Module):
     """One activation for all layers, as YOLO's have it."""
 
@@ -895,6 +916,15 @@ def test_export_with_free_sizes(backend: str) -> None:
     with torch.no_grad():
         for shape in ((2, 20, 16, 16), (3, 20, 11, 22)):
             near(program.module()(noise(*shape)), model(noise(*shape)))
+
+
+@pytest.mark.parametrize("backend", ["kernel", "merged"])
+def test_compile_takes_it_whole(backend: str) -> None:
+    layers = (MODELS["block"](), MixConv2d(20, (3, 5)), nn.BatchNorm2d(20), nn.SiLU())
+    model, x = made(nn.Sequential(*layers)), noise(2, 20, 15, 16)
+    fused = fuse_for_inference(model, backend=backend)
+    with torch.no_grad():
+        near(torch.compile(fused, fullgraph=True, backend="aot_eager")(x), model(x))
 
 
 def test_a_tensor_that_a_hook_took_is_not_changed_afterwards() -> None:

@@ -897,7 +897,7 @@ def count_strips_solution(channels: tuple[int, ...]) -> int:
 
 
 def each_alone(channels):
-    """Cut each group for itself, as if it began at a multiple of 16"""
+    """cut each group for itself, as if it began at a multiple of 16"""
     return sum(-(-c // 16) for c in channels)
 
 
@@ -926,7 +926,7 @@ def fetched_rows_solution(rows: int, k: int, stride: int) -> int:
 
 
 def without_a_ring(rows, k, stride):
-    """Fetch every window anew"""
+    """fetch every window anew"""
     return rows * k
 
 

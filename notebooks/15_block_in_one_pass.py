@@ -913,4 +913,4 @@ if hasattr(os, "register_at_fork"):  # plans for several threads do not suit a c
 # - The best pass over memory is the one not made: compute what is needed where it is needed.
 # - The expansion goes into the ring, the means are summed on the way, the gate goes into the projection's weights.
 #
-# Previous: [14 · The whole kernel](14_whole_kernel.ipynb) · Next: [16 · A model, rewritten](16_model_rewritten.ipynb)
+# Previous: [14 · The whole kernel](14_whole_kernel.ipynb) · Next: [16 · A model, in pieces](16_model_pieces.ipynb)

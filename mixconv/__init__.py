@@ -9,6 +9,8 @@ from mixconv.blocks import (
     MixConvBlock,
     SqueezeExcite,
 )
+from mixconv.fast.fuse import fuse_for_inference
+from mixconv.fast.operation import mixed_depthwise2d
 from mixconv.formulation import count_costs, mixconv_reference, receptive_field
 from mixconv.layer import Conv2dSame, MixConv2d
 from mixconv.mixnet import (
@@ -48,9 +50,11 @@ __all__ = [
     "decode_block",
     "default_kernel_sizes",
     "encode_block",
+    "fuse_for_inference",
     "load_official",
     "load_weights",
     "mixconv_reference",
+    "mixed_depthwise2d",
     "mixnet_l",
     "mixnet_m",
     "mixnet_s",

@@ -1,7 +1,14 @@
-from collections.abc import Iterator
+"""What all tests share: a seed, one thread, and Triton's interpreter where there is no GPU."""
 
-import pytest
-import torch
+import os
+
+# Triton reads this when it is imported, and torch or timm may import it at any time: so, first.
+os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
+
+from collections.abc import Iterator  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

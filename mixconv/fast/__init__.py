@@ -5,5 +5,6 @@ this folder imports it, except the package's front door.
 """
 
 from mixconv.fast import block_kernel as block_kernel  # forms and rules: known with the import
+from mixconv.fast import gpu as gpu
 from mixconv.fast import kernel as kernel
 from mixconv.fast import rules as rules

@@ -188,7 +188,7 @@ def _read_group(entry):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def mixed_depthwise(  # type: ignore[no-untyped-def]
+def _mixed_depthwise(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, y_ptr, table_ptr,
     height, width, channels, out_height, out_width, tiles,
     stride: constexpr, has_bias: constexpr, activation: constexpr,
@@ -246,7 +246,7 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
         groups = group_table(_groups(spec, x.shape[2], x.shape[3]), x.device)
         columns, rows = min(8, _power_of_two(width)), min(4, _power_of_two(height))
         tiles = -(-width // columns)
-        kernel.mixed_depthwise[tiles * -(-height // rows), groups.shape[0], x.shape[0]](
+        kernel._mixed_depthwise[tiles * -(-height // rows), groups.shape[0], x.shape[0]](
             x, weight, x if bias is None else bias, y, groups, *x.shape[2:], x.shape[1],
             height, width, tiles, stride=spec.stride, has_bias=bias is not None,
             activation=ACTIVATIONS.index(spec.activation), rows=rows, columns=columns,

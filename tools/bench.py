@@ -30,8 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mixconv.fast as fast
 from mixconv import MixConv2d, mixnet_l, mixnet_m, mixnet_s, mobilenet_v2
+from mixconv.fast import fuse
+from mixconv.fast.forms import Call
+from mixconv.fast.fuse import fuse_for_inference
+from mixconv.fast.kernel import load_kernel
+from mixconv.fast.native import _compile, _cpu_identity, _version, compilers, load_library
+from mixconv.fast.operation import FORMS, mixed_depthwise2d
+from mixconv.fast.spec import MixSpec, pack_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 Run = Callable[[], Any]
@@ -118,7 +124,7 @@ def peak_multiply_adds(threads: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "roofline.so"
         flags = ("-march=native", "-pthread")
-        complaint = fast._compile([*fast.compilers()[0], *flags], source, target)
+        complaint = _compile([*compilers()[0], *flags], source, target)
         if complaint:
             raise SystemExit(f"make bench: {complaint}")
         run = ctypes.CDLL(str(target)).multiply_adds
@@ -139,9 +145,9 @@ def copy_bandwidth() -> float:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    names = (line for line in fast._cpu_identity().splitlines() if line.startswith("model name"))
+    names = (line for line in _cpu_identity().splitlines() if line.startswith("model name"))
     cpu = next(names, platform.processor()).partition(":")[2].strip() or platform.machine()
-    compiler = fast._version(fast.compilers()[0]).splitlines()[0]
+    compiler = _version(compilers()[0]).splitlines()[0]
     return {
         "cpu": cpu,
         "system": f"{platform.system()} {platform.machine()}",
@@ -215,12 +221,12 @@ def layer_runs(shape: Shape, batch: int, peers: list[str], grad: bool = False) -
     mine = MixConv2d(sum(channels), kernels, stride, partition=channels)
     merged = mine.merged().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     weights = [cast_weight(conv) for conv in mine.convs]
-    packed = fast.pack_weights([weight.detach() for weight in weights])
+    packed = pack_weights([weight.detach() for weight in weights])
     names: dict[str, Any] = {"channels": channels, "kernel_sizes": kernels, "stride": stride}
 
     def fused() -> Tensor:
-        weight = fast.pack_weights(weights) if grad else packed
-        return fast.mixed_depthwise2d(last, weight, **names)
+        weight = pack_weights(weights) if grad else packed
+        return mixed_depthwise2d(last, weight, **names)
 
     runs: dict[str, Run] = {"split": partial(mine, x)}
     for peer in peers:
@@ -300,8 +306,8 @@ def bench_growth(options: argparse.Namespace) -> list[Any]:
 
 def bench_steps(rounds: int) -> list[Any]:
     """The chapter's steps towards the kernel, on one thread, and the kernel itself."""
-    early, library, rows = fast.load_library("depthwise_steps.cpp"), fast.load_kernel(), []
-    kernel = library.mixed_depthwise2d
+    early = load_library("depthwise_steps.cpp")
+    rows: list[Any] = []
     threads = torch.get_num_threads()
     for size, channels, k in ((14, 480, 9), (28, 240, 5), (56, 96, 3)):
         x = torch.randn(1, channels, size, size).to(memory_format=torch.channels_last)
@@ -315,13 +321,12 @@ def bench_steps(rounds: int) -> list[Any]:
                  ("scratch", "2 no question inside"), ("rows", "3 rows in registers"))
             )
         }  # fmt: skip
-        mix = fast.Mix((channels,), (k,), 1, (1,), "symmetric", "none")
-        arrays = (x.data_ptr(), weight.data_ptr(), None, y.data_ptr())
+        spec = MixSpec((channels,), (k,), 1, (1,), "symmetric", "none")
         for count in (1, threads):
             label = "thread" if count == 1 else "threads"
-            plan, _ = fast._plan(library, mix, x.shape, weight.shape, None, count)
-            assert plan is not None
-            runs[f"4 the kernel, {count} {label}"] = partial(kernel, plan.handle, *arrays)
+            call = Call(spec, x.shape, x.dtype, "cpu", False, count, (weight.shape,))
+            assert FORMS.reasons(call)["kernel"] == []
+            runs[f"4 the kernel, {count} {label}"] = partial(FORMS.choose(call), x, weight, None)
         rows.append(
             {"size": size, "channels": channels, "kernel_size": k,
              "seconds": take_turns(runs, rounds)}
@@ -361,10 +366,13 @@ def openvino_session(openvino: Any, path: str, threads: int, x: Tensor) -> Run:
 
 
 def fuse_layers(model: nn.Module) -> nn.Module:
-    """`fuse_for_inference` without its last step, whole blocks."""
-    root = nn.Sequential(copy.deepcopy(model)).eval().requires_grad_(False)
-    fast._fuse_layers(root, "kernel")
-    return root[0]
+    """`fuse_for_inference` without whole blocks."""
+    whole = fuse._Rewriter.fuse_blocks
+    fuse._Rewriter.fuse_blocks = lambda self, name: None  # type: ignore[method-assign]
+    try:
+        return fuse_for_inference(model, backend="kernel")
+    finally:
+        fuse._Rewriter.fuse_blocks = whole  # type: ignore[method-assign]
 
 
 def network_runs(
@@ -376,7 +384,7 @@ def network_runs(
     ours = NETWORKS[name](padding="symmetric").eval()  # as in timm's networks of these names
     models: dict[str, nn.Module] = {"split": ours}
     runs: dict[str, Run] = {}
-    exports = {"ours": fast.fuse_for_inference(ours, backend="merged")}
+    exports = {"ours": fuse_for_inference(ours, backend="merged")}
     same = NETWORKS[name](padding="same").eval()
     if modules["timm"] and name in TIMM_NAMES:
         theirs = modules["timm"].create_model(TIMM_NAMES[name]).eval()
@@ -387,11 +395,11 @@ def network_runs(
         runs[label] = partial(model, x)
     runs["fused, merged"] = partial(exports["ours"], last)
     runs["fused, layers"] = partial(fuse_layers(ours), last)
-    runs["fused"] = partial(fast.fuse_for_inference(ours), last)
-    runs["fused, same padding"] = partial(fast.fuse_for_inference(same), last)
+    runs["fused"] = partial(fuse_for_inference(ours), last)
+    runs["fused, same padding"] = partial(fuse_for_inference(same), last)
     if "timm" in exports:
-        runs["timm, fused"] = partial(fast.fuse_for_inference(exports["timm"]), last)
-    exports["ours, same padding"] = fast.fuse_for_inference(same, backend="merged")
+        runs["timm, fused"] = partial(fuse_for_inference(exports["timm"]), last)
+    exports["ours, same padding"] = fuse_for_inference(same, backend="merged")
     makers = {"onnxruntime": runtime_session, "openvino": openvino_session}
     for owner, model in exports.items():
         path = folder / f"{name}-{owner}.onnx"
@@ -422,7 +430,7 @@ def peak_memory(form: str) -> int:
     if form == "timm":
         model = optional("timm").create_model("mixnet_s").eval()
     else:
-        model = fast.fuse_for_inference(mixnet_s(padding="symmetric"))
+        model = fuse_for_inference(mixnet_s(padding="symmetric"))
     x = torch.randn(16, 3, 224, 224)
     with torch.inference_mode():
         model(x[:1, :, :32, :32])  # whatever is set up once
@@ -512,7 +520,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     options = parse()
-    if fast.load_kernel() is None:
+    if load_kernel() is None:
         print("make bench: no C++ compiler, nothing to measure", file=sys.stderr)
         return 1
     started, load = time.perf_counter(), os.getloadavg()[0]

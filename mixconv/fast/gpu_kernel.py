@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["AVAILABLE", "constexpr", "mixed_depthwise", "tl", "triton"]
+__all__ = ["AVAILABLE", "constexpr", "tl", "triton"]
 
 
 AVAILABLE = importlib.util.find_spec("triton") is not None
@@ -61,7 +61,7 @@ def _read_group(entry):  # type: ignore[no-untyped-def]
 
 
 @_jit
-def mixed_depthwise(  # type: ignore[no-untyped-def]
+def _mixed_depthwise(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, y_ptr, table_ptr,
     height, width, channels, out_height, out_width, tiles,
     stride: constexpr, has_bias: constexpr, activation: constexpr,

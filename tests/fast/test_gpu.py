@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -59,12 +60,13 @@ def test_it_computes_what_the_split_form_does(spec, dtype):
     weights = sum(c * k * k for c, k in zip(spec.channels, spec.kernel_sizes, strict=True))
     x, weight = torch.randn(2, channels, 6, 9), torch.randn(weights) / 5
     for bias in (None, torch.randn(channels)):
-        given = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
-        moved = [None if t is None else t.to(DEVICE) for t in given]
+        given: Any = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
+        moved: Any = [None if t is None else t.to(DEVICE) for t in given]
         y = gpu_form(*moved, spec)
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=torch.channels_last)
-        wanted = split_form(*[None if t is None else t.double() for t in given], spec)
+        exact: Any = [None if t is None else t.double() for t in given]
+        wanted = split_form(*exact, spec)
         within = TOLERANCE[dtype]
         torch.testing.assert_close(y.cpu().double(), wanted, rtol=within, atol=within)
 
@@ -92,7 +94,7 @@ names = ("height", "width", "channels", "out_height", "out_width", "tiles")
 fixed = {"stride": 2, "has_bias": True, "activation": 2, "rows": 4, "columns": 8, "lanes_": 32}
 signature = {**pointers, "table_ptr": "*i32", **dict.fromkeys(names, "i32")}
 signature |= dict.fromkeys(fixed, "constexpr")
-source = ASTSource(kernel.mixed_depthwise, signature, constexprs=fixed)
+source = ASTSource(kernel._mixed_depthwise, signature, constexprs=fixed)
 assert ".visible" in triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
 """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -135,15 +135,13 @@ def make_pointwise(
 
     Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
     """
-    numbers = {"in_channels": in_channels, "out_channels": out_channels, "groups": groups}
-    for name, number in numbers.items():
-        check_positive(name, number)
+    check_positive("in_channels", in_channels)
+    check_positive("out_channels", out_channels)
+    check_positive("groups", groups)
     if in_channels % groups or out_channels % groups:
-        raise ValueError(
-            f"groups must divide in_channels and out_channels, got {groups} groups for "
-            f"{in_channels} and {out_channels} channels"
-        )
-    return make_conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
+        numbers = f"{groups} groups for {in_channels} and {out_channels} channels"
+        raise ValueError(f"groups must divide in_channels and out_channels, got {numbers}")
+    return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
 
 
 class MixConv2d(nn.Module):
@@ -280,48 +278,11 @@ def embed_kernel(weight: Tensor, size: int, dilation: tuple[int, int] = (1, 1)) 
     Shape:
         weight `(C, 1, k, k)`, output `(C, 1, size, size)`.
     """
-    reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
-    top, left = ((size - r) // 2 for r in reach)
+    rows, columns = (d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True))
+    top, left = (size - rows) // 2, (size - columns) // 2
     larger = weight.new_zeros(*weight.shape[:2], size, size)
-    larger[:, :, top : top + reach[0] : dilation[0], left : left + reach[1] : dilation[1]] = weight
+    larger[:, :, top : top + rows : dilation[0], left : left + columns : dilation[1]] = weight
     return larger
-
-
-def _check_side_by_side(convs: Sequence[nn.Conv2d]) -> None:
-    """Raise ValueError, saying why, unless one kind of depthwise convolution reads each group."""
-    if not convs:
-        raise ValueError("convs must hold at least one convolution, got none")
-    for conv in convs:
-        if type(conv) not in (nn.Conv2d, Conv2dSame):
-            raise ValueError(f"a {type(conv).__name__} may compute more than a convolution")
-        if conv.groups != conv.in_channels or any(k % 2 == 0 for k in conv.kernel_size):
-            raise ValueError(f"{conv} is not depthwise with an odd kernel")
-        wanted = tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-        symmetric = conv.padding in (wanted, "same") and conv.padding_mode == "zeros"
-        if type(conv) is nn.Conv2d and not symmetric:
-            raise ValueError(f"{conv} is not padded by {wanted} zeros")
-    first = _traits(convs[0])
-    if any(_traits(conv) != first for conv in convs):
-        raise ValueError(f"{list(convs)} differ in kind, stride, multiplier, bias, dtype or device")
-
-
-def _traits(conv: nn.Conv2d) -> tuple[object, ...]:
-    """What two depthwise convolutions must share to be one."""
-    multiplier, weight = conv.out_channels // conv.in_channels, conv.weight
-    has_bias = conv.bias is not None
-    return type(conv), conv.stride, multiplier, has_bias, weight.dtype, weight.device
-
-
-def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
-    """Raise ValueError unless the windows of all kernels have the same centres."""
-    if isinstance(convs[0], Conv2dSame) and len({(c.kernel_size, c.dilation) for c in convs}) > 1:
-        for conv in convs:
-            axes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
-            if any(d * (k - 1) < s - 1 for k, d, s in axes):
-                raise ValueError(
-                    f"cannot merge kernel size {conv.kernel_size} at stride {conv.stride} with "
-                    "padding 'same': (k - 1) * dilation must be at least stride - 1"
-                )
 
 
 @torch.no_grad()
@@ -335,32 +296,63 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
         A new convolution of all channels, with copies of the weights.
 
     Raises:
-        ValueError: saying why one convolution cannot do it: another class, which may compute
-            something else; padding that is neither "symmetric" nor "same"; layers that differ
-            in stride, multiplier, bias, dtype or device; with padding "same", a kernel too small
-            for the stride, whose windows are then centred elsewhere.
+        ValueError: saying why one convolution cannot do it: another class; another padding than
+            "symmetric" or "same"; layers that differ in stride, multiplier, bias, dtype or device;
+            with "same", a kernel too small for the stride.
 
     Source: ours. Chapter 3.
     """
-    _check_side_by_side(convs)
+    _check_mergeable(convs)
     _check_centres(convs)
-    first, shared = convs[0], len({conv.dilation for conv in convs}) == 1
-    spreads = [(1, 1) if shared else cast("tuple[int, int]", conv.dilation) for conv in convs]
-    size = max(
-        d * (k - 1) + 1
-        for conv, spread in zip(convs, spreads, strict=True)
-        for k, d in zip(conv.kernel_size, spread, strict=True)
-    )
-    channels = sum(conv.in_channels for conv in convs)
+    first, spreads = convs[0], cast("list[tuple[int, int]]", [c.dilation for c in convs])
+    dilation = spreads[0] if len(set(spreads)) == 1 else (1, 1)
+    pairs = [(c, (1, 1) if s == dilation else s) for c, s in zip(convs, spreads, strict=True)]
+    size = max(d * (k - 1) + 1 for c, s in pairs for k, d in zip(c.kernel_size, s, strict=True))
+    channels, outputs = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
     merged = make_conv2d(
-        channels, sum(conv.out_channels for conv in convs), size,
-        cast("tuple[int, int]", first.stride), groups=channels, bias=first.bias is not None,
-        dilation=cast("tuple[int, int]", first.dilation) if shared else 1,
-        padding="same" if isinstance(first, Conv2dSame) else "symmetric",
-        device=first.weight.device, dtype=first.weight.dtype,
-    )  # fmt: skip
-    pairs = zip(convs, spreads, strict=True)
-    merged.weight.copy_(torch.cat([embed_kernel(conv.weight, size, s) for conv, s in pairs]))
+        channels, outputs, size, cast("tuple[int, int]", first.stride), dilation=dilation,
+        groups=channels, bias=first.bias is not None,
+        padding="same" if type(first) is Conv2dSame else "symmetric",
+    ).to(first.weight)  # fmt: skip
+    merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
     if merged.bias is not None:
-        merged.bias.copy_(torch.cat([conv.bias for conv in convs if conv.bias is not None]))
+        merged.bias.copy_(torch.cat([c.bias for c in convs if c.bias is not None]))
     return merged.train(first.training)
+
+
+def _check_mergeable(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError, saying why, unless one depthwise convolution can do the work of all."""
+    if not convs:
+        raise ValueError("convs must hold at least one convolution, got none")
+    for conv in convs:
+        if type(conv) not in (nn.Conv2d, Conv2dSame):
+            raise ValueError(f"a {type(conv).__name__} may compute more than a convolution")
+        if conv.groups != conv.in_channels or not all(k % 2 for k in conv.kernel_size):
+            raise ValueError(f"{conv} is not depthwise with an odd kernel")
+        wanted = tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+        symmetric = conv.padding in (wanted, "same") and conv.padding_mode == "zeros"
+        if type(conv) is nn.Conv2d and not symmetric:
+            raise ValueError(f"{conv} is not padded by {wanted} zeros")
+    if len({_settings(conv) for conv in convs}) > 1:
+        what = "class, stride, outputs per channel, bias, dtype or device"
+        raise ValueError(f"convs differ in {what}: {[_settings(conv) for conv in convs]}")
+
+
+def _settings(conv: nn.Conv2d) -> tuple[object, ...]:
+    """What layers must share to be merged."""
+    multiplier, weight = conv.out_channels // conv.in_channels, conv.weight
+    has_bias = conv.bias is not None
+    return type(conv).__name__, conv.stride, multiplier, has_bias, weight.dtype, weight.device
+
+
+def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError unless the windows of all kernels have the same centres."""
+    if type(convs[0]) is nn.Conv2d or len({(c.kernel_size, c.dilation) for c in convs}) == 1:
+        return
+    for conv in convs:
+        axes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+        if any(d * (k - 1) < s - 1 for k, d, s in axes):
+            raise ValueError(
+                f"cannot merge kernel size {conv.kernel_size} at stride {conv.stride} with padding "
+                "'same': (k - 1) * dilation must be at least stride - 1"
+            )

@@ -740,6 +740,8 @@ for axis, (version, (build, column)) in zip(axes, builders.items(), strict=True)
     axis.margins(x=0.08, y=0.1)
     axis.set(title=f"MobileNet{version}", xlabel="multiply-adds, millions (ours)")
 axes[0].set_ylabel("ImageNet top-1, % (paper)")
+
+# %% tags=["drawing"]
 show(
     figure,
     "figure_4_redrawn.png",
@@ -830,4 +832,4 @@ attempt(growth_35_solution, test_growth)
 # - One kernel size for all channels has a best value; a mix does not fall behind it, and costs less (cited). Layers of stride 2 gain most.
 # - The paper's "FLOPS" are TensorFlow's profiler, halved: multiply-adds, and also what initialises and decays the weights. By that rule all 42 points of its Figures 1, 4 and 6 agree within 1M.
 #
-# Previous: [4 · Blocks](04_blocks.ipynb) · Next: [6 · MixNet](06_mixnet.ipynb)
+# Previous: [4 · Blocks](04_blocks.ipynb) · Next: [7 · MixNet](07_mixnet.ipynb)

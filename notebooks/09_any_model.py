@@ -417,4 +417,4 @@ attempt(one_large_kernel_solution, test_one)
 # - Kernels that grow around their old values leave the network as it was.
 # - `replace_depthwise` puts MixConv into any model, keeps its function where kernels grow, and reports what it did.
 #
-# Previous: [6 · MixNet](06_mixnet.ipynb) · Next: [9 · Using it](09_using_it.ipynb)
+# Previous: [8 · Weights](08_weights.ipynb) · Next: [11 · Why it is slow](11_why_slow.ipynb)

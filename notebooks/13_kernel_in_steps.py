@@ -128,6 +128,8 @@ def _join(names: Sequence[str]) -> str:
     return "\n".join(parts)
 
 
+# %%
+#| export fast/native.py
 def _find_or_build(names: Sequence[str]) -> tuple[ctypes.CDLL | None, str]:
     """The library of some C++ files of the package, or the reason why there is none."""
     source, told, reason = _join(names), False, "no C++ compiler found"

@@ -49,6 +49,8 @@ right.vlines((16, 20, 32, 40, 48), 0, 56, color="black", lw=0.8)
 right.hlines((20, 40), 0, 56, color="black", lw=2)
 right.set(xlim=(0, 56), ylim=(56, 0), xlabel="channels: 6 strips", ylabel="rows: 3 bands")
 right.set_title("a layer in pieces", pad=16)
+
+# %% tags=["drawing"]
 show(
     figure,
     "ring_strips_bands.png",
@@ -94,7 +96,6 @@ assert outputs == expected.flatten().tolist()
 
 # %%
 #| export fast/kernel.py
-
 """The compiled kernel as a form of the operation: its plan and its memory (ours; chapter 14)."""
 
 from typing import NamedTuple
@@ -116,6 +117,8 @@ class Strip(NamedTuple):
     step: int  # to the weight of the next tap
 
 
+# %%
+#| export fast/kernel.py
 def cut_strips(spec: MixSpec, height: int, width: int, lanes: int, part: int = 0) -> list[Strip]:
     """The layer's channels as strips of up to `lanes`, cut where vectors of the tensor end.
 
@@ -157,7 +160,6 @@ for s in cut_strips(tiny, height=8, width=8, lanes=4):
 
 # %%
 #| export fast/kernel.py
-
 import bisect
 import itertools
 from collections import namedtuple
@@ -187,6 +189,8 @@ Layer = namedtuple(
 )
 
 
+# %%
+#| export fast/kernel.py
 def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> list[int]:
     """Where each part of the work begins, and where the last one ends, in numbered rows."""
     before = [0, *itertools.accumulate(costs)]

@@ -60,7 +60,6 @@ show(
 
 # %%
 #| export fast/fused_block.py
-
 """A whole inverted residual block as one operation: meaning, rules, module (ours; chapter 15)."""
 
 import ast
@@ -104,6 +103,8 @@ class BlockSpec(NamedTuple):
         return _parse(text)
 
 
+# %%
+#| export fast/fused_block.py
 @functools.lru_cache(maxsize=1024)
 def _parse(text: str) -> BlockSpec:
     try:
@@ -223,7 +224,6 @@ def block_form(
 
 # %%
 #| export fast/fused_block.py
-
 from mixconv.fast.spec import ACTIVATIONS, check_spec
 
 POINT_ACTIVATIONS = (*ACTIVATIONS, "sigmoid")  # in the order of the kernel's enum
@@ -241,6 +241,8 @@ def _count_point(point: PointwiseSpec | None) -> tuple[int, int]:
     return groups * -(-outputs // groups // PANEL) * PANEL * (inputs // groups), outputs
 
 
+# %%
+#| export fast/fused_block.py
 @functools.lru_cache(maxsize=1024)
 def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
     """Channels of the input, and how many weights and biases each layer has.
@@ -266,7 +268,6 @@ def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
 
 # %%
 #| export fast/fused_block.py
-
 from mixconv.fast.forms import Call, Forms, Runner
 
 
@@ -303,6 +304,8 @@ def describe_block_call(
     return Call(spec, x.shape, dtype, device.type, True, torch.get_num_threads(), parameters)
 
 
+# %%
+#| export fast/fused_block.py
 def _prepare_block_form(call: Call) -> Runner:
     def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         y = block_form(x, weights, biases, call.spec)
@@ -318,7 +321,6 @@ BLOCK_FORMS = Forms("inverted_residual", _prepare_block_form, check_block_call)
 
 # %%
 #| export fast/fused_block.py
-
 from typing import cast
 
 from mixconv.fast.forms import is_plain, must_dispatch
@@ -346,6 +348,8 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str)
     return x.new_empty(size).to(memory_format=torch.channels_last)
 
 
+# %%
+#| export fast/fused_block.py
 def inverted_residual(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
 ) -> Tensor:
@@ -720,7 +724,6 @@ class FusedBlock(nn.Module):
 
 # %%
 #| export fast/block_kernel.py
-
 """The compiled kernel for whole blocks: plans, memory, the form (ours; chapter 15)."""
 
 from typing import NamedTuple
@@ -736,6 +739,8 @@ class Source(NamedTuple):
     panel: int
 
 
+# %%
+#| export fast/block_kernel.py
 def cut_block(
     spec: BlockSpec, height: int, width: int, lanes: int
 ) -> tuple[list[Strip], list[int], list[Source]]:
@@ -743,24 +748,22 @@ def cut_block(
     if spec.expand is None:
         strips = cut_strips(spec.mix, height, width, lanes)
         return strips, [strip.kernel**2 + COPY_COST for strip in strips], []
-    strips, sources = [], []
-    groups = spec.expand.groups
+    strips, sources, groups = [], [], spec.expand.groups
     inputs, outputs = spec.expand.inputs // groups, spec.expand.outputs // groups
     for strip in cut_strips(spec.mix, height, width, lanes, outputs):
         group, inside = divmod(strip.window + strip.skip, outputs)
         skip = inside % lanes
-        window = strip.window + strip.skip - skip
-        strips.append(strip._replace(window=window, read=strip.lanes, skip=skip))
+        moved = strip._replace(window=strip.window + strip.skip - skip, read=strip.lanes, skip=skip)
+        strips.append(moved)
         panel, column = divmod(inside - skip, PANEL)
-        panel += group * -(-outputs // PANEL)
-        sources.append(Source(group * inputs, panel * inputs * PANEL + column))
+        row = (group * -(-outputs // PANEL) + panel) * inputs
+        sources.append(Source(group * inputs, row * PANEL + column))
     before = inputs * spec.mix.stride**2  # so many pixels are expanded for one output
     return strips, [strip.kernel**2 + COPY_COST + before for strip in strips], sources
 
 
 # %%
 #| export fast/block_kernel.py
-
 import itertools
 from collections import namedtuple
 
@@ -785,6 +788,8 @@ def image_size(spec: BlockSpec, pixels: int, ring: int, parts: int) -> int:
 Block = namedtuple("Block", "images apart workers pixel residual wide gate share")
 
 
+# %%
+#| export fast/block_kernel.py
 def plan_block(call: Call, lanes: int) -> tuple[list[int], int, int]:
     """A block's work: the table that the kernel reads, how much scratch, and for how many."""
     spec: BlockSpec = call.spec
@@ -804,6 +809,8 @@ def plan_block(call: Call, lanes: int) -> tuple[list[int], int, int]:
     return table, max(image_size(spec, pixels, ring, parts), workers * share), workers
 
 
+# %%
+#| export fast/block_kernel.py
 def output_pixels(call: Call) -> int:
     """Pixels of an image of the block's output."""
     height, width = (output_size(size, call.spec.mix.stride) for size in call.sizes[2:])
@@ -822,7 +829,6 @@ def write_points(spec: BlockSpec) -> list[int]:
 
 # %%
 #| export fast/block_kernel.py
-
 import ctypes
 from typing import Any
 
@@ -851,6 +857,8 @@ def load_block_kernel() -> Any:
     return library
 
 
+# %%
+#| export fast/block_kernel.py
 class BlockForm:
     """The compiled kernel for whole blocks: float32 on a CPU, output in channels_last."""
 

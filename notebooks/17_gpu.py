@@ -187,6 +187,8 @@ def _read_group(entry):  # type: ignore[no-untyped-def]
     return first, tl.load(entry + 6), (count, size, dilation, top, left, tl.load(entry + 7))
 
 
+# %%
+#| export fast/gpu_kernel.py
 @_jit
 def _mixed_depthwise(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, bias_ptr, y_ptr, table_ptr,
@@ -228,6 +230,8 @@ def _groups(spec: MixSpec, height: int, width: int) -> tuple[GpuGroup, ...]:
     return tuple(GpuGroup(c, k, d, pad.top, pad.left) for c, k, d, pad in entries)
 
 
+# %%
+#| export fast/gpu.py
 def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Tensor:
     """The operation by the Triton kernel: summed in float32, output in channels_last.
 
@@ -237,7 +241,6 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
     from mixconv.fast import gpu_kernel as kernel  # imports Triton: only for those who use it
 
     x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
-    weight = weight.resolve_neg().contiguous()
     bias = None if bias is None else bias.resolve_neg().contiguous()
     height, width = (output_size(size, spec.stride) for size in x.shape[2:])
     y = torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device,
@@ -247,7 +250,7 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
         columns, rows = min(8, _power_of_two(width)), min(4, _power_of_two(height))
         tiles = -(-width // columns)
         kernel._mixed_depthwise[tiles * -(-height // rows), groups.shape[0], x.shape[0]](
-            x, weight, x if bias is None else bias, y, groups, *x.shape[2:], x.shape[1],
+            x, weight.resolve_neg().contiguous(), x if bias is None else bias, y, groups, *x.shape[2:], x.shape[1],
             height, width, tiles, stride=spec.stride, has_bias=bias is not None,
             activation=ACTIVATIONS.index(spec.activation), rows=rows, columns=columns,
             lanes_=LANES,
@@ -255,6 +258,8 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
     return y
 
 
+# %%
+#| export fast/gpu.py
 def _power_of_two(size: int) -> int:
     """The next one, at least `size`."""
     return 1 << (size - 1).bit_length()

@@ -282,9 +282,9 @@ UNMERGEABLE: list[tuple[list[nn.Conv2d], str]] = [
     ([nn.Conv2d(2, 2, 3, padding=1, groups=2, padding_mode="reflect")], "not padded"),
     (side_by_side(stride=2, second={"stride": 1}), "stride"),
     (side_by_side(second={"bias": True}), "bias"),
-    (side_by_side(second={"multiplier": 2}), "multiplier"),
+    (side_by_side(second={"multiplier": 2}), "outputs per channel"),
     (side_by_side(second={"dtype": torch.double}), "dtype"),
-    (side_by_side(stride=2, second={"padding": "same"}), "kind"),
+    (side_by_side(stride=2, second={"padding": "same"}), "class"),
     (side_by_side(k=1, stride=2, padding="same", second={"k": 3}), "at least stride - 1"),
 ]
 

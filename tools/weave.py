@@ -13,21 +13,48 @@ from nbconvert.exporters import MarkdownExporter
 from tools.notebooks import FOLDED_TAGS, ROOT, BookError
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
+DISPLAY_MATH = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.MULTILINE | re.DOTALL)
 NOTEBOOK_LINK = re.compile(r"\]\((\d\d_\w+)\.ipynb(#[^)]*)?\)")
 FIGURE_NAME = re.compile(r"^[a-z0-9_]+\.png$")
 
 
-def weave(notebook: Any, stem: str) -> tuple[str, dict[str, bytes]]:
+def title_of(notebook: Any) -> str:
+    """The first line of a chapter, without its mark."""
+    return str(notebook.cells[0].source.splitlines()[0].removeprefix("# "))
+
+
+def links_around(position: int, notebooks: list[tuple[str, Any]]) -> str:
+    """The line at the head of a page: the chapter before, the way up, the chapter after."""
+    links = ["[all chapters](../README.md#the-chapters)"]
+    if any(stem == "00_start_here" for stem, _ in notebooks):
+        links.append("[notation](00_start_here.md#notation)")
+    if position:
+        stem, notebook = notebooks[position - 1]
+        links.insert(0, f"[← {title_of(notebook)}]({stem}.md)")
+    if position + 1 < len(notebooks):
+        stem, notebook = notebooks[position + 1]
+        links.append(f"[{title_of(notebook)} →]({stem}.md)")
+    return " · ".join(links)
+
+
+def weave(notebook: Any, stem: str, around: str = "") -> tuple[str, dict[str, bytes]]:
     """The page of one notebook, and the figures it shows by file name.
+
+    Args:
+        notebook: with its outputs.
+        stem: its name, such as `03_layer`.
+        around: a line of links for the page's head.
 
     Raises:
         BookError: for a figure without a name or alt text, or two figures of one name.
     """
     notebook = copy.deepcopy(notebook)
     figures: dict[str, bytes] = {}
+    chapter = title_of(notebook).partition(" ")[0]
     for number, cell in enumerate(notebook.cells, start=1):
         if cell.cell_type == "markdown":
-            cell.source = NOTEBOOK_LINK.sub(r"](\1.md\2)", cell.source)
+            source = DISPLAY_MATH.sub(r"```math\n\1\n```", cell.source)  # safe from Markdown
+            cell.source = NOTEBOOK_LINK.sub(r"](\1.md\2)", source)
             continue
         for tag, summary in FOLDED_TAGS.items():
             if tag in cell.metadata.get("tags", []):
@@ -40,11 +67,16 @@ def weave(notebook: Any, stem: str) -> tuple[str, dict[str, bytes]]:
                 name, image = take_figure(output, f"{stem}, cell {number}")
                 if figures.setdefault(name, image) != image:
                     raise BookError(f"{stem}, cell {number}: a second figure named {name}")
+                first_sentence = re.match(r".*?[.](?=\s|$)|.*", output.metadata.alt)
+                assert first_sentence
+                output.metadata.caption = f"Figure {chapter}.{len(figures)}. {first_sentence[0]}"
     exporter = MarkdownExporter(
         template_name="page",
         extra_template_basedirs=[str(TEMPLATES)],
     )
-    page, _ = exporter.from_notebook_node(notebook, resources={"page": {"stem": stem}})
+    page, _ = exporter.from_notebook_node(
+        notebook, resources={"page": {"stem": stem, "around": around}}
+    )
     return close_gaps(page), figures
 
 
@@ -70,8 +102,8 @@ def weave_all(notebooks: list[tuple[str, Any]], root: Path = ROOT) -> dict[Path,
     """Every page and figure of the book, by path."""
     files: dict[Path, bytes] = {}
     origin: dict[Path, str] = {}
-    for stem, notebook in notebooks:
-        page, figures = weave(notebook, stem)
+    for position, (stem, notebook) in enumerate(notebooks):
+        page, figures = weave(notebook, stem, links_around(position, notebooks))
         files[root / "notebooks" / f"{stem}.md"] = page.encode()
         for name, image in figures.items():
             path = root / "figures" / name

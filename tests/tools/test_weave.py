@@ -130,3 +130,32 @@ def test_weaving_leaves_the_notebook_as_it_was():
     before = nbformat.writes(made)
     weave(made, "02_toy")
     assert nbformat.writes(made) == before
+
+
+def test_figures_are_numbered_and_captioned_within_their_chapter():
+    alt = "Two dots, v1.5 against v2. The second is larger."
+    other = figure(filename="two.png", alt=alt)
+    page, _ = weave(
+        notebook(markdown("# 7 · Toy"), code("a()", [figure(**NAMED)]), code("b()", [other])),
+        "07_toy",
+    )
+    assert f"](../figures/dot.png)\n\n*Figure 7.1. {ALT}*\n" in page
+    assert "](../figures/two.png)\n\n*Figure 7.2. Two dots, v1.5 against v2.*\n" in page
+
+
+def test_display_math_is_fenced_and_inline_math_is_not():
+    page = page_of(markdown("a\n\n$$\n(E w)_{i,j} = \\_x\n$$\n\nand $x_t$"))
+    assert "a\n\n```math\n(E w)_{i,j} = \\_x\n```\n\nand $x_t$" in page
+
+
+def test_a_page_leads_to_its_neighbours(tmp_path):
+    stems = ["00_start_here", "01_one", "02_two"]
+    chapters = [(s, notebook(markdown(f"# {i} · {s}"))) for i, s in enumerate(stems)]
+    files = weave_all(chapters, tmp_path)
+    lines = [files[tmp_path / "notebooks" / f"{s}.md"].decode().splitlines()[2] for s in stems]
+    up = "[all chapters](../README.md#the-chapters) · [notation](00_start_here.md#notation)"
+    assert lines == [
+        f"{up} · [1 · 01_one →](01_one.md)",
+        f"[← 0 · 00_start_here](00_start_here.md) · {up} · [2 · 02_two →](02_two.md)",
+        f"[← 1 · 01_one](01_one.md) · {up}",
+    ]

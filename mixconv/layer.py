@@ -305,14 +305,13 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
     _check_mergeable(convs)
     _check_centres(convs)
     first, spreads = convs[0], cast("list[tuple[int, int]]", [c.dilation for c in convs])
-    dilation = spreads[0] if len(set(spreads)) == 1 else (1, 1)
+    dilation, same = spreads[0] if len(set(spreads)) == 1 else (1, 1), type(first) is Conv2dSame
     pairs = [(c, (1, 1) if s == dilation else s) for c, s in zip(convs, spreads, strict=True)]
     size = max(d * (k - 1) + 1 for c, s in pairs for k, d in zip(c.kernel_size, s, strict=True))
     channels, outputs = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
     merged = make_conv2d(
         channels, outputs, size, cast("tuple[int, int]", first.stride), dilation=dilation,
-        groups=channels, bias=first.bias is not None,
-        padding="same" if type(first) is Conv2dSame else "symmetric",
+        groups=channels, bias=first.bias is not None, padding="same" if same else "symmetric",
     ).to(first.weight)  # fmt: skip
     merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
     if merged.bias is not None:

@@ -733,15 +733,12 @@ for axis, (version, (build, column)) in zip(axes, builders.items(), strict=True)
                 place = (-9, -4) if k == 3 else (0, offset)
                 axis.annotate(f"{k}", (x, y), xytext=place, textcoords="offset points",
                               ha="center", fontsize=9)  # fmt: skip
-        one_size = family == "depthwise"
-        at, place = (-2, (-6, -36)) if one_size else (-1, (12, -6))
+        at, place, ha = (-2, (-6, -36), "right") if marker == "s" else (-1, (12, -6), "left")
         axis.annotate(label, (cost[at], accuracy[at]), xytext=place, textcoords="offset points",
-                      ha="right" if one_size else "left", fontsize=9)  # fmt: skip
-    axis.margins(x=0.08, y=0.1)
+                      ha=ha, fontsize=9)  # fmt: skip
     axis.set(title=f"MobileNet{version}", xlabel="multiply-adds, millions (ours)")
+    axis.margins(0.08, 0.1)
 axes[0].set_ylabel("ImageNet top-1, % (paper)")
-
-# %% tags=["drawing"]
 show(
     figure,
     "figure_4_redrawn.png",

@@ -49,8 +49,6 @@ right.vlines((16, 20, 32, 40, 48), 0, 56, color="black", lw=0.8)
 right.hlines((20, 40), 0, 56, color="black", lw=2)
 right.set(xlim=(0, 56), ylim=(56, 0), xlabel="channels: 6 strips", ylabel="rows: 3 bands")
 right.set_title("a layer in pieces", pad=16)
-
-# %% tags=["drawing"]
 show(
     figure,
     "ring_strips_bands.png",

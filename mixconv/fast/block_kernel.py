@@ -61,17 +61,16 @@ def cut_block(
     if spec.expand is None:
         strips = cut_strips(spec.mix, height, width, lanes)
         return strips, [strip.kernel**2 + COPY_COST for strip in strips], []
-    strips, sources = [], []
-    groups = spec.expand.groups
+    strips, sources, groups = [], [], spec.expand.groups
     inputs, outputs = spec.expand.inputs // groups, spec.expand.outputs // groups
     for strip in cut_strips(spec.mix, height, width, lanes, outputs):
         group, inside = divmod(strip.window + strip.skip, outputs)
         skip = inside % lanes
-        window = strip.window + strip.skip - skip
-        strips.append(strip._replace(window=window, read=strip.lanes, skip=skip))
+        moved = strip._replace(window=strip.window + strip.skip - skip, read=strip.lanes, skip=skip)
+        strips.append(moved)
         panel, column = divmod(inside - skip, PANEL)
-        panel += group * -(-outputs // PANEL)
-        sources.append(Source(group * inputs, panel * inputs * PANEL + column))
+        row = (group * -(-outputs // PANEL) + panel) * inputs
+        sources.append(Source(group * inputs, row * PANEL + column))
     before = inputs * spec.mix.stride**2  # so many pixels are expanded for one output
     return strips, [strip.kernel**2 + COPY_COST + before for strip in strips], sources
 

@@ -69,7 +69,6 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
     from mixconv.fast import gpu_kernel as kernel  # imports Triton: only for those who use it
 
     x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
-    weight = weight.resolve_neg().contiguous()
     bias = None if bias is None else bias.resolve_neg().contiguous()
     height, width = (output_size(size, spec.stride) for size in x.shape[2:])
     y = torch.empty((*x.shape[:2], height, width), dtype=x.dtype, device=x.device,
@@ -79,7 +78,7 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
         columns, rows = min(8, _power_of_two(width)), min(4, _power_of_two(height))
         tiles = -(-width // columns)
         kernel._mixed_depthwise[tiles * -(-height // rows), groups.shape[0], x.shape[0]](
-            x, weight, x if bias is None else bias, y, groups, *x.shape[2:], x.shape[1],
+            x, weight.resolve_neg().contiguous(), x if bias is None else bias, y, groups, *x.shape[2:], x.shape[1],
             height, width, tiles, stride=spec.stride, has_bias=bias is not None,
             activation=ACTIVATIONS.index(spec.activation), rows=rows, columns=columns,
             lanes_=LANES,

@@ -62,11 +62,11 @@ def test_it_computes_what_the_split_form_does(spec, dtype):
     for bias in (None, torch.randn(channels)):
         given: Any = [None if t is None else t.to(dtype) for t in (x, weight, bias)]
         moved: Any = [None if t is None else t.to(DEVICE) for t in given]
-        y = gpu_form(*moved, spec)
+        y = gpu_form(moved[0], moved[1], moved[2], spec)
         assert y.dtype == dtype
         assert y.is_contiguous(memory_format=torch.channels_last)
         exact: Any = [None if t is None else t.double() for t in given]
-        wanted = split_form(*exact, spec)
+        wanted = split_form(exact[0], exact[1], exact[2], spec)
         within = TOLERANCE[dtype]
         torch.testing.assert_close(y.cpu().double(), wanted, rtol=within, atol=within)
 

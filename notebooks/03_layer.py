@@ -55,7 +55,7 @@ y[:, 2, 2], y[:, 0, 0]
 # %%
 from torch.func import functional_call
 
-from mixconv.formulation import count_parameters, mixconv_loops, mixconv_reference
+from mixconv.formulation import count_parameters, mixconv_loops
 from mixconv.teaching import check_rewrite
 
 

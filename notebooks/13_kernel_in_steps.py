@@ -434,6 +434,7 @@ def kernel_threads() -> int:
 
 # %% [markdown]
 # ## Takeaways
+# - Lanes first, then sums that do not wait: each step is compared with the one before it.
 # - A fast kernel is a layout, a vector, some sums that do not wait, and a cache that fits.
 #
 # Previous: [12 · The operation](12_operation.ipynb) · Next: [14 · The whole kernel](14_whole_kernel.ipynb)

@@ -238,7 +238,7 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
     Shape:
         Input `(N, C, H, W)`, output `(N, C, ceil(H / stride), ceil(W / stride))`.
     """
-    from mixconv.fast import gpu_kernel as kernel  # imports Triton: only for those who use it
+    import mixconv.fast.gpu_kernel as kernel  # imports Triton: only for those who use it
 
     x = x.resolve_neg().contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.resolve_neg().contiguous()
@@ -250,7 +250,8 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
         columns, rows = min(8, _power_of_two(width)), min(4, _power_of_two(height))
         tiles = -(-width // columns)
         kernel._mixed_depthwise[tiles * -(-height // rows), groups.shape[0], x.shape[0]](
-            x, weight.resolve_neg().contiguous(), x if bias is None else bias, y, groups, *x.shape[2:], x.shape[1],
+            x, weight.resolve_neg().contiguous(), x if bias is None else bias, y, groups,
+            *x.shape[2:], x.shape[1],
             height, width, tiles, stride=spec.stride, has_bias=bias is not None,
             activation=ACTIVATIONS.index(spec.activation), rows=rows, columns=columns,
             lanes_=LANES,

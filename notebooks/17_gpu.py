@@ -251,10 +251,9 @@ def gpu_form(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> T
         tiles = -(-width // columns)
         kernel._mixed_depthwise[tiles * -(-height // rows), groups.shape[0], x.shape[0]](
             x, weight.resolve_neg().contiguous(), x if bias is None else bias, y, groups,
-            *x.shape[2:], x.shape[1],
-            height, width, tiles, stride=spec.stride, has_bias=bias is not None,
-            activation=ACTIVATIONS.index(spec.activation), rows=rows, columns=columns,
-            lanes_=LANES,
+            *x.shape[2:], x.shape[1], height, width, tiles, stride=spec.stride, lanes_=LANES,
+            has_bias=bias is not None, activation=ACTIVATIONS.index(spec.activation),
+            rows=rows, columns=columns,
         )  # fmt: skip
     return y
 

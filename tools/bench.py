@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,7 @@ from mixconv.fast import fuse
 from mixconv.fast.forms import Call
 from mixconv.fast.fuse import fuse_for_inference
 from mixconv.fast.kernel import load_kernel
-from mixconv.fast.native import _compile, _cpu_identity, _version, compilers, load_library
+from mixconv.fast.native import load_library
 from mixconv.fast.operation import FORMS, mixed_depthwise2d
 from mixconv.fast.spec import MixSpec, pack_weights
 
@@ -118,15 +119,20 @@ def take_turns(
 # The machine
 
 
+def compiler() -> str:
+    """The C++ compiler that the kernel is most likely made with."""
+    found = (shutil.which(name) for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"))
+    return next((path for path in found if path), "c++")
+
+
 def peak_multiply_adds(threads: int) -> float:
     """Multiply-adds a second, all threads together, with nothing to load."""
     source = (ROOT / "tools" / "roofline.cpp").read_text()
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "roofline.so"
         flags = ("-march=native", "-pthread")
-        complaint = _compile([*compilers()[0], *flags], source, target)
-        if complaint:
-            raise SystemExit(f"make bench: {complaint}")
+        command = [compiler(), *flags, "-std=c++17", "-O3", "-fPIC", "-shared", "-x", "c++", "-"]
+        subprocess.run([*command, "-o", str(target)], input=source, text=True, check=True)
         run = ctypes.CDLL(str(target)).multiply_adds
         run.restype, run.argtypes = ctypes.c_double, [ctypes.c_long, ctypes.c_int]
         best = 0.0
@@ -145,14 +151,15 @@ def copy_bandwidth() -> float:
 
 
 def describe_machine(threads: int) -> dict[str, Any]:
-    names = (line for line in _cpu_identity().splitlines() if line.startswith("model name"))
+    told = Path("/proc/cpuinfo").read_text(encoding="utf-8") if sys.platform == "linux" else ""
+    names = (line for line in told.splitlines() if line.startswith("model name"))
     cpu = next(names, platform.processor()).partition(":")[2].strip() or platform.machine()
-    compiler = _version(compilers()[0]).splitlines()[0]
+    version = subprocess.check_output([compiler(), "--version"], text=True).splitlines()[0]
     return {
         "cpu": cpu,
         "system": f"{platform.system()} {platform.machine()}",
         "threads": threads,
-        "compiler": compiler,
+        "compiler": version,
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "multiply_adds_per_second": peak_multiply_adds(threads),
         "copy_bytes_per_second": copy_bandwidth(),

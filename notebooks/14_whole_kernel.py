@@ -8,11 +8,11 @@
 # **You will be able to**
 # - read a complete C++ kernel, from its first line to its last;
 # - cut a layer into strips, bands and parts of equal cost, by hand;
-# - say which calls the kernel takes, which it leaves to the split form, and what limits it.
+# - say why a kernel that allocates nothing cannot fail.
 #
 # **Know first:** [chapter 12](12_operation.ipynb) and [chapter 13](13_kernel_in_steps.ipynb).
 #
-# **Time:** 45 minutes to read. Runs in under 40 seconds on two cores, after the kernel has been compiled once.
+# **Time:** 35 minutes to read. Runs in under 20 seconds on two cores. It is the first of two pages, before [The kernel, called](14_whole_kernel_called.ipynb).
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -34,12 +34,8 @@ for step in range(3):  # the window of output row oy covers rows oy - 1, oy, oy 
         box(x, row, row, kernel_color(3) if abs(row - oy) <= 1 else "#e4e4e4")
         if abs(row - oy) <= 1:
             box(x + 1.5, row % 3 + 1.2, row, kernel_color(3), "bold" if row > oy else "normal")
-    for place, height, text in (
-        (0.5, 0.2, "image"),
-        (1.98, -1, "ring"),
-        (1.2, -6.7, f"output {oy}"),
-    ):
-        left.text(x + place, height, text, ha="center", fontsize=9)
+    for place, y, text in ((0.5, 0.2, "image"), (1.98, -1, "ring"), (1.2, -6.7, f"output {oy}")):
+        left.text(x + place, y, text, ha="center", fontsize=9)
 left.set(xlim=(-0.2, 9.6), ylim=(-7, 0.9), title="a ring of three rows")
 left.axis("off")
 for begin, end, k in ((0, 20, 3), (20, 40, 5), (40, 56, 7)):
@@ -93,12 +89,10 @@ assert outputs == expected.flatten().tolist()
 # A strip of fewer than 16 channels still reads full vectors, which is faster than a loop over its lanes. It may read its neighbours' channels, but not past the tensor. So it knows its `window`, the first channel it reads, and which lanes are its own: `lanes` of them, from lane `skip` on.
 
 # %%
-#| export fast/kernel.py
-"""The compiled kernel as a form of the operation: its plan and its memory (ours; chapter 14)."""
+#| export fast/plan.py
+"""How a layer's work is cut: the table that the kernel reads (ours; chapter 14)."""
 
 from typing import NamedTuple
-
-from mixconv.fast.spec import MixSpec, pads
 
 
 class Strip(NamedTuple):
@@ -115,8 +109,14 @@ class Strip(NamedTuple):
     step: int  # to the weight of the next tap
 
 
+# %% [markdown]
+# `top` and `left` are the padding of its group, from chapter 11's `pads`. `weight` is the place of its first weight among the packed ones, and `step` leads to the next tap: the group's number of channels.
+
 # %%
-#| export fast/kernel.py
+#| export fast/plan.py
+from mixconv.fast.spec import MixSpec, pads
+
+
 def cut_strips(spec: MixSpec, height: int, width: int, lanes: int, part: int = 0) -> list[Strip]:
     """The layer's channels as strips of up to `lanes`, cut where vectors of the tensor end.
 
@@ -157,12 +157,7 @@ for s in cut_strips(tiny, height=8, width=8, lanes=4):
 # Number the rows of the work from 0 on. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
 
 # %%
-#| export fast/kernel.py
-import bisect
-import itertools
-from collections import namedtuple
-from collections.abc import Sequence
-
+#| export fast/plan.py
 BAND_BYTES = 1 << 20  # rows worked on: half of a common second-level cache
 
 
@@ -180,15 +175,26 @@ def count_parts(work: int, threads: int) -> int:
     return max(1, min(threads, work // WORK_OF_A_THREAD))
 
 
+# %% [markdown]
+# All that the kernel is told of a layer, in this order. `band` is the rows of a band, and `ring` the vectors that the largest ring takes.
+
+# %%
+#| export fast/plan.py
+from collections import namedtuple
+
 Layer = namedtuple(
     "Layer",
     "batch height width channels out_height out_width stride activation "
     "band bands strips parts ring",
 )
 
-
 # %%
-#| export fast/kernel.py
+#| export fast/plan.py
+import bisect
+import itertools
+from collections.abc import Sequence
+
+
 def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> list[int]:
     """Where each part of the work begins, and where the last one ends, in numbered rows."""
     before = [0, *itertools.accumulate(costs)]
@@ -206,7 +212,7 @@ def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> li
 
 
 # %% [markdown]
-# `Layer` is all that the kernel is told of a layer, in this order. By hand: three strips that cost 10, 10 and 20 a row, one image of 80 rows, one band: 3,200 in all. Two parts of 1,600: the first takes the two cheap strips, the second the expensive one. Three parts of 1,066⅔: the first takes strip 0, which costs 800, and 26 rows of strip 1. The second begins there, at row 106, and ends 533⅓ into strip 2, after 26 of its rows.
+# By hand: three strips that cost 10, 10 and 20 a row, one image of 80 rows, one band: 3,200 in all. Two parts of 1,600: the first takes the two cheap strips, the second the expensive one. Three parts of 1,066⅔: the first takes strip 0, which costs 800, and 26 rows of strip 1. The second begins there, at row 106, and ends 533⅓ into strip 2, after 26 of its rows.
 
 # %%
 layer = Layer(1, 80, 8, 48, 80, 8, 1, 0, band=80, bands=1, strips=3, parts=2, ring=0)
@@ -523,50 +529,12 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 # }
 # ```
 #
-# ## The call from Python
+# ## The plan
 #
-# Two tables on either side of a language border drift apart one day. So the library says how many numbers it takes for a `Layer` and for a `Strip`, and a disagreement is an error at once, not a wrong result later.
+# What is left for Python to compute: room for the ring, with rows of whole tiles (14 is the longest), and the table.
 
 # %%
-#| export fast/kernel.py
-
-import ctypes
-from typing import Any
-
-from mixconv.fast.native import load_library
-
-KERNEL_SIZES = (1, 3, 5, 7, 9, 11, 13)  # for which there is compiled code
-SOURCES = ("simd.cpp", "depthwise.cpp")
-
-
-def load_kernel() -> Any:
-    """The kernel's library, compiled at first use; None where it cannot be."""
-    library = load_library(*SOURCES)
-    if library is not None:
-        library.mixed_depthwise2d.argtypes = [ctypes.c_void_p] * 6
-        library.mixed_depthwise2d.restype = None
-    return library
-
-
-def count_lanes(library: Any) -> int:
-    """Numbers in a vector of a library with `depthwise.cpp` in it.
-
-    Raises:
-        RuntimeError: if its tables are not those of this module.
-    """
-    answer = (ctypes.c_int64 * 3)()
-    library.depthwise_layout(answer)
-    if answer[:2] != [len(Layer._fields), len(Strip._fields)]:
-        raise RuntimeError(f"depthwise.cpp and kernel.py disagree about their tables: {[*answer]}")
-    return int(answer[2])
-
-
-# %% [markdown]
-# Room for the ring, with rows of whole tiles (14 is the longest), and a layer's whole plan:
-
-# %%
-#| export fast/kernel.py
-
+#| export fast/plan.py
 from mixconv.fast.spec import ACTIVATIONS, output_size
 
 
@@ -605,271 +573,15 @@ def plan_layer(
 
 
 # %% [markdown]
-# Fresh memory costs more than the work done in it. So each thread of Python's keeps its scratch memory from call to call, unless it is very large.
+# The largest ring of a MixNet layer, by hand: 14×14 pixels at stride 1, and an 11×11 kernel. A row has 14 + 10 vectors. Eleven rows and 121 weights make 385 vectors of 64 bytes, 24 kB. That fits the first-level cache.
 
 # %%
-#| export fast/kernel.py
-
-import threading
-
-import torch
-from torch import Tensor
-
-KEPT_NUMBERS = 1 << 22  # of scratch, for each part, that stay from call to call: 16 MB
-MOST_NUMBERS = 1 << 28  # that a call may ask for: 1 GB
-
-
-class _Memory(threading.local):
-    kept = torch.empty(0, dtype=torch.float32, device="cpu")
-
-
-_memory = _Memory()
-
-
-def scratch(count: int, parts: int) -> Tensor:
-    """At least so many float32 numbers to write to, this thread's own; kept if not too large."""
-    memory = _memory.kept
-    if memory.numel() < count:
-        memory = torch.empty(count, dtype=torch.float32, device="cpu")
-        if count <= parts * KEPT_NUMBERS:
-            _memory.kept = memory
-    return memory
-
+eleven = MixSpec((48,), (11,), 1, (1,), "symmetric", "none")
+assert ring_size(eleven, width=14) == 11 * (14 + 10) + 121
+plan_layer(eleven, (1, 48, 14, 14), cut_strips(eleven, 14, 14, 16), [137] * 3, parts=2)[:16]
 
 # %% [markdown]
-# ## What the kernel declines
-#
-# Chapter 12: a form answers with its reasons, and when there are any, the split form computes. The kernel declines what it has no compiled version for. Dilation and stride 3 could be had with loops whose bounds are known only at run time. But no MixNet has them, and slow code for rare cases is what the split form is for. Sizes are checked here, too, before the call. Whether the kernel can be compiled is asked last, if nothing else speaks against it.
-
-# %%
-#| export fast/kernel.py
-
-from mixconv.fast.forms import Call
-from mixconv.fast.native import why_no_library
-
-
-def why_not(spec: MixSpec, dtype: torch.dtype, numbers: int) -> list[str]:
-    """Reasons why there is no compiled code for a layer, a type, or so much scratch memory."""
-    dilations, sizes = set(spec.dilations) - {1}, set(spec.kernel_sizes) - {*KERNEL_SIZES}
-    found = {
-        f"only float32, not {dtype}": dtype != torch.float32,
-        f"only strides 1 and 2, not {spec.stride}": spec.stride > 2,
-        f"no dilation, not {sorted(dilations)}": dilations,
-        f"only kernel sizes {KERNEL_SIZES}, not {sorted(sizes)}": sizes,
-        f"{numbers >> 18} MB of scratch, the most is {MOST_NUMBERS >> 18}": numbers > MOST_NUMBERS,
-    }
-    return [reason for reason, holds in found.items() if holds]
-
-
-class KernelForm:
-    """The compiled kernel: float32 on a CPU, output in channels_last."""
-
-    name = "kernel"
-
-    def declines(self, call: Call) -> list[str]:
-        """Why this form cannot take the call; nothing if it can."""
-        ring = 16 * ring_size(call.spec, call.sizes[3])  # 16: the most on any machine
-        reasons = why_not(call.spec, call.dtype, call.threads * ring)
-        if not reasons and load_kernel() is None:
-            reasons.append(f"no compiled kernel: {why_no_library(*SOURCES)}")
-        return reasons
-
-
-# %%
-#| export fast/kernel.py
-
-from mixconv.fast.forms import Runner
-from mixconv.fast.native import kernel_threads
-
-
-class KernelForm(KernelForm):
-    def prepare(self, call: Call) -> Runner:
-        """What computes such calls; the plan is made here, once."""
-        library, spec = load_kernel(), call.spec
-        batch, channels, height, width = call.sizes
-        rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
-        lanes = count_lanes(library)
-        strips = cut_strips(spec, height, width, lanes)
-        costs = [strip.kernel**2 + COPY_COST for strip in strips]
-        threads = min(call.threads, kernel_threads())
-        parts = count_parts(batch * rows * columns * sum(costs), threads)
-        numbers = plan_layer(spec, call.sizes, strips, costs, parts)
-        table = (ctypes.c_int64 * len(numbers))(*numbers)
-        needed = parts * ring_size(spec, width) * lanes
-        out = batch, channels, rows, columns
-        return _make_runner(library.mixed_depthwise2d, table, out, needed, parts)
-
-
-# %% [markdown]
-# What is left to do in each call: make sure of the layout, ask for an output, give six addresses away. `ctypes` lets go of Python's lock while the kernel runs.
-
-# %%
-#| export fast/kernel.py
-
-import os
-
-from mixconv.fast.operation import FORMS
-
-
-def last_strides(size: Sequence[int]) -> tuple[int, ...]:
-    """Of a tensor `(N, C, H, W)` in channels_last."""
-    _, channels, height, width = size
-    return height * width * channels, 1, width * channels, channels
-
-
-def _make_runner(
-    function: Any, table: Any, size: tuple[int, ...], needed: int, parts: int
-) -> Runner:
-    last, address, strides = torch.channels_last, ctypes.addressof, last_strides(size)
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        x, weight = x.contiguous(memory_format=last), weight.contiguous()
-        bias = None if bias is None else bias.contiguous()
-        y, memory = x.new_empty_strided(size, strides), scratch(needed, parts)
-        function(
-            address(table), x.data_ptr(), weight.data_ptr(),
-            None if bias is None else bias.data_ptr(), y.data_ptr(), memory.data_ptr(),
-        )  # fmt: skip
-        return y
-
-    return run
-
-
-FORMS.add("cpu", KernelForm())
-
-if hasattr(os, "register_at_fork"):  # plans for several threads do not suit a child
-    os.register_at_fork(after_in_child=FORMS.forget)
-
-# %% [markdown]
-# Which calls does it take? A layer of 20 channels, some changes of it, and a row of thirty million pixels, which is described without being made:
-
-# %%
-from mixconv.fast.operation import describe_call
-from mixconv.fast.spec import check_spec
-
-plain = MixSpec((12, 8), (3, 5), 1, (1, 1), "symmetric", "none")
-same = plain._replace(kernel_sizes=(1, 3), stride=2, padding="same")
-cases = {
-    "as it is": plain,
-    "1×1 and 3×3, stride 2, SAME": same,
-    "stride 3": plain._replace(stride=3),
-}
-cases |= {
-    "dilated": plain._replace(dilations=(1, 2)),
-    "15×15": plain._replace(kernel_sizes=(3, 15)),
-}
-for name, spec in (cases | {"a long row": plain}).items():
-    x = torch.zeros(1).expand(1, 20, 1, 30_000_000 if name == "a long row" else 9)
-    call = describe_call(x, torch.zeros(check_spec(spec)[1]), None, spec)._replace(threads=1)
-    print(f"{name}: {'; '.join(FORMS.reasons(call)['kernel']) or 'taken'}")
-
-# %% [markdown]
-# ## Equal to the split form
-#
-# Random layers: kernels 1 to 13, both strides and paddings, sizes from 1 to 40, channels that are no multiple of anything, one to three threads.
-
-# %% tags=["drawing"]
-import random
-
-from mixconv.fast.operation import run_operation
-from mixconv.fast.spec import split_form
-
-
-def random_case(seed: int):
-    """A layer, and tensors for it."""
-    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
-    kernels = tuple(rng.choice(KERNEL_SIZES) for _ in range(rng.randint(1, 4)))
-    channels = tuple(rng.randint(1, 40) for _ in kernels)
-    kind = rng.choice((1, 2)), (1,) * len(kernels), rng.choice(("symmetric", "same"))
-    spec = MixSpec(channels, kernels, *kind, rng.choice(ACTIVATIONS))
-    sizes = (rng.randint(1, 3), sum(channels), rng.randint(1, 40), rng.randint(1, 40))
-    shapes = sizes, (check_spec(spec)[1],), (sum(channels),)
-    return spec, [torch.randn(shape, generator=generator) / 4 for shape in shapes]
-
-
-threads = torch.get_num_threads()
-for seed in range(120):
-    spec, tensors = random_case(seed)
-    torch.set_num_threads(1 + seed % 3)
-    y, wanted = run_operation(*tensors, spec), split_form(*tensors, spec)
-    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4, msg=str(spec))
-torch.set_num_threads(threads)
-print("equal: 120 layers")
-
-# %% [markdown]
-# Forward *and* gradient: the gradient's formulas are chapter 12's, but the outputs, and the sums before the activation, come from the kernel now.
-
-# %%
-from mixconv.teaching import check_rewrite
-
-mixed = MixSpec((20, 13), (3, 7), 2, (1, 1), "same", "silu")
-check_rewrite(
-    lambda *t: split_form(*t, mixed),
-    lambda *t: run_operation(*t, mixed),
-    *(torch.randn(2, 33, 15, 14), torch.randn(check_spec(mixed)[1]) / 5, torch.randn(33)),
-    what="split form and kernel",
-)
-
-# %% [markdown]
-# ## What limits it
-#
-# `make bench` times every depthwise layer of the three MixNets and stores the times in `figures/bench.json`, next to the layer's *roofline* time from chapter 11: its multiply-adds at the machine's peak, or a copy of as many bytes, whichever takes longer. How near does the kernel come?
-
-# %% tags=["drawing"]
-import json
-from pathlib import Path
-
-rows = json.loads(Path("../figures/bench.json").read_text())["layers"]
-batches = sorted({row["batch"] for row in rows})
-sizes = sorted({row["size"] for row in rows}, reverse=True)
-figure, panels = plt.subplots(1, len(batches), figsize=(8, 2.9), sharey=True)
-for axis, batch in zip(panels, batches, strict=True):
-    for row in (row for row in rows if row["batch"] == batch):
-        ratio = row["seconds"]["fused"] / row["seconds_roofline"]
-        color = kernel_color(max(row["kernel_sizes"]))
-        place = sizes.index(row["size"]) + 0.1 * (row["stride"] - 1.5)
-        axis.plot(place, ratio, "o" if row["stride"] == 1 else "^", ms=5, color=color)
-    axis.axhline(1, color="black", lw=0.8)
-    axis.set(title=f"batch {batch}", xlabel="height = width")
-    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-panels[0].set(ylabel="time / roofline's time", ylim=(0, None))
-panels[0].text(0, 0.85, "roofline", fontsize=8, va="top")
-show(
-    figure,
-    "kernel_over_roofline.png",
-    "How many times as long as its roofline each depthwise layer of the MixNets takes, by image "
-    "size and batch; round markers for stride 1, triangles for stride 2, coloured by the largest "
-    "kernel.",
-)
-
-# %% [markdown]
-# Round: stride 1; triangles: stride 2; the colour is that of the largest kernel. In words:
-
-# %%
-import statistics
-
-
-def over_roof(batch: int, size: int) -> float:
-    chosen = [r for r in rows if (r["batch"], r["size"]) == (batch, size)]
-    return statistics.geometric_mean(r["seconds"]["fused"] / r["seconds_roofline"] for r in chosen)
-
-
-for batch in batches:
-    best, *_, worst = sorted((over_roof(batch, size), size) for size in sizes)
-    print(f"batch {batch}: {best[0]:.1f} times the roofline's time at {best[1]}×{best[1]}, "
-          f"{worst[0]:.1f} times at {worst[1]}×{worst[1]}")  # fmt: skip
-
-# %% [markdown]
-# What the roofline does not know:
-#
-# - **The start.** A small layer is over in tens of microseconds. Some of these are Python, and waking the other threads.
-# - **The ring.** Each pixel is read, written into the ring, and read again for each tap. With small kernels that is as much work as the sums.
-# - **Strides.** A strip reads 64 bytes of each pixel and jumps over the rest, and a core can wait for only so many cache lines at a time. At stride 2, four pixels are read for each one written.
-# - **Fresh memory.** The system hands out a large output page by page, on first touch.
-#
-# Tried, and not worth it: reading several neighbouring strips in one pass at 112×112 (better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache); stores that go around the cache; tiles of 28 outputs (registers run out).
-#
-# A block of MixNet has five other steps that read or write the same tensor. Chapter 15 does them in the same pass.
+# That is the beginning of a plan: thirteen numbers of the `Layer`, then where the two parts begin and end. The next page takes it to the kernel.
 #
 # ## Exercises
 #
@@ -937,8 +649,7 @@ attempt(fetched_rows_solution, test_fetched, wrong=[without_a_ring])
 # %% [markdown]
 # ## Takeaways
 # - A ring of k rows holds all that a row of outputs needs; each row is fetched once.
-# - Strips for the lanes, bands for the cache, parts of equal cost for the threads: Python plans them once for each kind of call.
-# - A kernel that allocates nothing cannot fail; whoever calls it must have checked everything before.
-# - What has no compiled version is declined with a reason, and the split form computes.
+# - Strips for the lanes, bands for the cache, parts of equal cost for the threads: Python plans them, the kernel only follows.
+# - One line of the kernel says where a row comes from: `fetch_row`.
 #
-# Previous: [13 · A kernel in steps](13_kernel_in_steps.ipynb) · Next: [15 · A block in one pass](15_block_in_one_pass.ipynb)
+# Previous: [13 · A kernel in steps](13_kernel_in_steps.ipynb) · Next: [14 · The kernel, called](14_whole_kernel_called.ipynb)

@@ -15,21 +15,17 @@ from torch import Tensor
 
 from mixconv.fast.forms import Call, Runner
 from mixconv.fast.fused_block import BLOCK_FORMS, PANEL, POINT_ACTIVATIONS, BlockSpec, PointwiseSpec
-from mixconv.fast.kernel import (
+from mixconv.fast.kernel import MOST_NUMBERS, count_lanes, last_strides, scratch, why_not
+from mixconv.fast.native import kernel_threads, load_library, why_no_library
+from mixconv.fast.plan import (
     COPY_COST,
-    MOST_NUMBERS,
     Strip,
-    count_lanes,
     count_parts,
     cut_strips,
-    last_strides,
     plan_layer,
     ring_size,
     round_up,
-    scratch,
-    why_not,
 )
-from mixconv.fast.native import kernel_threads, load_library, why_no_library
 from mixconv.fast.spec import output_size
 
 __all__ = [
@@ -38,11 +34,13 @@ __all__ = [
     "BlockForm",
     "Source",
     "cut_block",
+    "cut_expanded",
     "gate_size",
     "image_size",
     "load_block_kernel",
     "output_pixels",
     "plan_block",
+    "share_images",
     "write_points",
 ]
 
@@ -54,24 +52,34 @@ class Source(NamedTuple):
     panel: int
 
 
+def cut_expanded(
+    point: PointwiseSpec, strips: Sequence[Strip], lanes: int
+) -> tuple[list[Strip], list[Source]]:
+    """Strips as the panels have them, and where each has its input and weights."""
+    cut, sources = [], []
+    inputs, outputs = point.inputs // point.groups, point.outputs // point.groups
+    for strip in strips:
+        group, inside = divmod(strip.window + strip.skip, outputs)
+        skip = inside % lanes
+        window = strip.window + strip.skip - skip
+        cut.append(strip._replace(window=window, read=strip.lanes, skip=skip))
+        panel, column = divmod(inside - skip, PANEL)
+        panel += group * -(-outputs // PANEL)
+        sources.append(Source(group * inputs, panel * inputs * PANEL + column))
+    return cut, sources
+
+
 def cut_block(
     spec: BlockSpec, height: int, width: int, lanes: int
 ) -> tuple[list[Strip], list[int], list[Source]]:
     """A block's strips, what an output pixel of each costs, and where each has its input from."""
-    if spec.expand is None:
-        strips = cut_strips(spec.mix, height, width, lanes)
-        return strips, [strip.kernel**2 + COPY_COST for strip in strips], []
-    strips, sources, groups = [], [], spec.expand.groups
-    inputs, outputs = spec.expand.inputs // groups, spec.expand.outputs // groups
-    for strip in cut_strips(spec.mix, height, width, lanes, outputs):
-        group, inside = divmod(strip.window + strip.skip, outputs)
-        skip = inside % lanes
-        moved = strip._replace(window=strip.window + strip.skip - skip, read=strip.lanes, skip=skip)
-        strips.append(moved)
-        panel, column = divmod(inside - skip, PANEL)
-        row = (group * -(-outputs // PANEL) + panel) * inputs
-        sources.append(Source(group * inputs, row * PANEL + column))
-    before = inputs * spec.mix.stride**2  # so many pixels are expanded for one output
+    mix, point = spec.mix, spec.expand
+    if point is None:
+        strips, sources, before = cut_strips(mix, height, width, lanes), list[Source](), 0
+    else:
+        strips = cut_strips(mix, height, width, lanes, point.outputs // point.groups)
+        strips, sources = cut_expanded(point, strips, lanes)
+        before = point.inputs // point.groups * mix.stride**2  # so many pixels for one output
     return strips, [strip.kernel**2 + COPY_COST + before for strip in strips], sources
 
 
@@ -95,17 +103,24 @@ def plan_block(call: Call, lanes: int) -> tuple[list[int], int, int]:
     images, inputs, height, width = call.sizes
     strips, costs, sources = cut_block(spec, height, width, lanes)
     pixels, ring = output_pixels(call), ring_size(spec.mix, width) * lanes
-    each = spec.project.inputs // spec.project.groups * spec.project.outputs // lanes
-    work, threads = pixels * (sum(costs) + each), min(call.threads, kernel_threads())
-    parts, share = count_parts(work, threads), image_size(spec, pixels, ring, 1)
-    workers = count_parts(work * images, min(threads, images, MOST_NUMBERS // share))
+    parts, workers = share_images(call, sum(costs), ring, lanes)
+    share, wide = image_size(spec, pixels, ring, 1), pixels * sum(spec.mix.channels)
     apart = images // workers * workers if workers > 1 else 0
-    wide = pixels * sum(spec.mix.channels)
     block = Block(images, apart, workers, inputs, spec.residual, wide, gate_size(spec), share)
     sizes = 1, inputs, height, width
     plans = [plan_layer(spec.mix, sizes, strips, costs, n) for n in (1, parts)]
     table = [*block, *write_points(spec), *plans[0], *plans[1], *itertools.chain(*sources)]
     return table, max(image_size(spec, pixels, ring, parts), workers * share), workers
+
+
+def share_images(call: Call, cost: int, ring: int, lanes: int) -> tuple[int, int]:
+    """Into how many parts an image is cut, and how many workers have images of their own."""
+    project, pixels = call.spec.project, output_pixels(call)
+    cost += project.inputs // project.groups * project.outputs // lanes
+    threads, images = min(call.threads, kernel_threads()), call.sizes[0]
+    fitting = MOST_NUMBERS // image_size(call.spec, pixels, ring, 1)
+    workers = count_parts(pixels * cost * images, min(threads, images, fitting))
+    return count_parts(pixels * cost, threads), workers
 
 
 def output_pixels(call: Call) -> int:
@@ -114,14 +129,14 @@ def output_pixels(call: Call) -> int:
     return height * width
 
 
+SOURCES = ("simd.cpp", "depthwise.cpp", "inverted_residual.cpp")
+
+
 def write_points(spec: BlockSpec) -> list[int]:
     """The 1×1 layers as the kernel reads them; one without inputs is left out."""
     absent = PointwiseSpec(0, 0, 1, "none")
     points = [point or absent for point in (spec.expand, spec.squeeze, spec.excite, spec.project)]
     return [n for p in points for n in (*p[:3], POINT_ACTIVATIONS.index(p.activation))]
-
-
-SOURCES = ("simd.cpp", "depthwise.cpp", "inverted_residual.cpp")
 
 
 def load_block_kernel() -> Any:

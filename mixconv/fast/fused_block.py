@@ -1,11 +1,10 @@
-# Generated from notebooks/15_block_in_one_pass.ipynb by `make book`.
-# Edit the notebook, not this file.
+# Generated from notebooks/15_block_bytes.ipynb by `make book`. Edit the notebook, not this file.
 
 """A whole inverted residual block as one operation: meaning, rules, module (ours; chapter 15)."""
 
 import ast
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -231,6 +230,34 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str)
     return x.new_empty(size).to(memory_format=torch.channels_last)
 
 
+def _under_autocast(key: str) -> Callable[..., Tensor]:
+    """The operation where autocast rules: in the type of the weights, whatever x comes in."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
+
+    def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            y = torch.ops.mixconv.inverted_residual(x.to(weights[1].dtype), weights, biases, spec)
+            return cast("Tensor", y)
+
+    return run
+
+
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+
+for _key in _AUTOCAST.values():
+    _operation._lib.impl("inverted_residual", _under_autocast(_key), _key)
+
+
+def _needs_formulas(*tensors: Tensor) -> bool:
+    """Whether somebody differentiates or transforms: then the block is its separate steps."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active()
+
+
 def inverted_residual(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
 ) -> Tensor:
@@ -253,21 +280,14 @@ def inverted_residual(
     if not must_dispatch(x, *weights, *biases):
         call = describe_block_call(x, weights, biases, spec)
         return BLOCK_FORMS.choose(call)(x, weights, biases)
+    if x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type):
+        x = x.to(weights[1].dtype)
     if _needs_formulas(x, *weights, *biases):
-        check_block_call(describe_block_call(x, weights, biases, spec))
+        if not torch.compiler.is_compiling():
+            check_block_call(describe_block_call(x, weights, biases, spec))
         return block_form(x, weights, biases, spec)
     operation = torch.ops.mixconv.inverted_residual
     return cast("Tensor", operation(x, weights, biases, str(spec)))
-
-
-def _needs_formulas(*tensors: Tensor) -> bool:
-    """Whether somebody differentiates or transforms: then the block is its separate steps."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._are_functorch_transforms_active()
 
 
 class FusedBlock(nn.Module):

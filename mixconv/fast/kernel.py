@@ -1,15 +1,13 @@
-# Generated from notebooks/14_whole_kernel.ipynb by `make book`. Edit the notebook, not this file.
+# Generated from notebooks/14_whole_kernel_called.ipynb by `make book`.
+# Edit the notebook, not this file.
 
-"""The compiled kernel as a form of the operation: its plan and its memory (ours; chapter 14)."""
+"""The compiled kernel as a form of the operation: reasons, memory, calls (ours; chapter 14)."""
 
-import bisect
 import ctypes
-import itertools
 import os
 import threading
-from collections import namedtuple
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,108 +15,29 @@ from torch import Tensor
 from mixconv.fast.forms import Call, Runner
 from mixconv.fast.native import kernel_threads, load_library, why_no_library
 from mixconv.fast.operation import FORMS
-from mixconv.fast.spec import ACTIVATIONS, MixSpec, output_size, pads
+from mixconv.fast.plan import (
+    COPY_COST,
+    Layer,
+    Strip,
+    count_parts,
+    cut_strips,
+    plan_layer,
+    ring_size,
+)
+from mixconv.fast.spec import MixSpec, output_size
 
 __all__ = [
-    "BAND_BYTES",
-    "COPY_COST",
     "KEPT_NUMBERS",
     "KERNEL_SIZES",
     "MOST_NUMBERS",
     "SOURCES",
-    "WORK_OF_A_THREAD",
     "KernelForm",
-    "Layer",
-    "Strip",
-    "band_rows",
     "count_lanes",
-    "count_parts",
-    "cut_strips",
     "last_strides",
     "load_kernel",
-    "plan_layer",
-    "ring_size",
-    "round_up",
     "scratch",
-    "share_out",
     "why_not",
 ]
-
-
-class Strip(NamedTuple):
-    """Neighbouring channels of one group, computed together; as in `depthwise.cpp`."""
-
-    kernel: int
-    top: int  # zeros above and left of the group's input
-    left: int
-    window: int  # the first channel that is read
-    read: int  # how many are
-    skip: int  # the first lane that is the strip's own
-    lanes: int  # how many are
-    weight: int  # of the strip's first channel, among the packed ones
-    step: int  # to the weight of the next tap
-
-
-def cut_strips(spec: MixSpec, height: int, width: int, lanes: int, part: int = 0) -> list[Strip]:
-    """The layer's channels as strips of up to `lanes`, cut where vectors of the tensor end.
-
-    Where `part` is given, vectors begin anew after so many channels.
-    """
-    total, strips, first, weight = sum(spec.channels), [], 0, 0
-    groups = zip(spec.channels, spec.kernel_sizes, pads(spec, height, width), strict=True)
-    for count, k, pad in groups:
-        at = first
-        while at < first + count:
-            inside = at % (part or total)
-            vector = min(lanes - inside % lanes, (part or total) - inside)
-            own = min(vector, first + count - at)
-            window = min(at, max(0, total - lanes))
-            place = window, min(lanes, total), at - window, own
-            strips.append(Strip(k, pad.top, pad.left, *place, weight + at - first, count))
-            at += own
-        first, weight = first + count, weight + count * k * k
-    return strips
-
-
-BAND_BYTES = 1 << 20  # rows worked on: half of a common second-level cache
-
-
-def band_rows(out_height: int, row_bytes: int) -> int:
-    """Rows of a band: as many as the cache holds, but not so few that most are read twice."""
-    return max(1, min(out_height, max(4, BAND_BYTES // max(1, row_bytes))))
-
-
-COPY_COST = 16  # of reading a pixel and writing an output, in multiply-adds of a vector
-
-WORK_OF_A_THREAD = 10000  # multiply-adds of vectors: for less, waking it costs more
-
-
-def count_parts(work: int, threads: int) -> int:
-    """Into how many parts some work is cut."""
-    return max(1, min(threads, work // WORK_OF_A_THREAD))
-
-
-Layer = namedtuple(
-    "Layer",
-    "batch height width channels out_height out_width stride activation "
-    "band bands strips parts ring",
-)
-
-
-def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> list[int]:
-    """Where each part of the work begins, and where the last one ends, in numbered rows."""
-    before = [0, *itertools.accumulate(costs)]
-    image_cost, cuts = before[-1] * layer.out_height, []
-    for part in range(layer.parts + 1):
-        image, cost = divmod(layer.batch * image_cost * part // layer.parts, max(1, image_cost))
-        band, cost = divmod(cost, before[-1] * layer.band)
-        rows = min(layer.band, layer.out_height - band * layer.band)
-        strip = bisect.bisect_right(before, cost // max(1, rows)) - 1
-        row = (cost - before[strip] * rows) // costs[strip]
-        if min(row, rows - row) < strips[strip].kernel:
-            row = 0 if 2 * row <= rows else layer.band
-        cuts.append(((image * layer.bands + band) * layer.strips + strip) * layer.band + row)
-    return cuts
 
 
 KERNEL_SIZES = (1, 3, 5, 7, 9, 11, 13)  # for which there is compiled code
@@ -146,40 +65,6 @@ def count_lanes(library: Any) -> int:
     if answer[:2] != [len(Layer._fields), len(Strip._fields)]:
         raise RuntimeError(f"depthwise.cpp and kernel.py disagree about their tables: {[*answer]}")
     return int(answer[2])
-
-
-def round_up(value: int, to: int) -> int:
-    """The next multiple."""
-    return -(-value // to) * to
-
-
-def ring_size(spec: MixSpec, width: int) -> int:
-    """Vectors that the largest ring of a layer takes at most, and the weights behind it."""
-    columns = round_up(output_size(width, spec.stride), 14)
-    return max(k * ((columns - 1) * spec.stride + k) + k * k for k in spec.kernel_sizes)
-
-
-def plan_layer(
-    spec: MixSpec, sizes: Sequence[int], strips: Sequence[Strip], costs: Sequence[int], parts: int
-) -> list[int]:
-    """A layer's work, cut into bands and parts: the table that the kernel reads.
-
-    Args:
-        spec: the layer.
-        sizes: of x, `(N, C, H, W)`.
-        strips: from `cut_strips`.
-        costs: of a strip, for one output pixel.
-        parts: into how many the work is cut.
-    """
-    batch, pixel, height, width = sizes
-    rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
-    channels, activation = sum(spec.channels), ACTIVATIONS.index(spec.activation)
-    band = band_rows(rows, 4 * (spec.stride * width * pixel + columns * channels))
-    layer = Layer(
-        batch, height, width, channels, rows, columns, spec.stride, activation,
-        band, -(-rows // band), len(strips), parts, ring_size(spec, width),
-    )  # fmt: skip
-    return [*layer, *share_out(strips, costs, layer), *itertools.chain(*strips)]
 
 
 KEPT_NUMBERS = 1 << 22  # of scratch, for each part, that stay from call to call: 16 MB

@@ -139,7 +139,7 @@ class Block:
         weights = [pack_pointwise(p[0], p[2].groups) if p else torch.empty(0) for p in layers]
         biases = [p[1] if p else torch.empty(0) for p in layers]
         weights[1], biases[1] = pack_weights(self.depthwise), self.bias
-        return weights, biases
+        return weights, [bias.clone() for bias in biases]
 
     def compute(self) -> Tensor:
         return inverted_residual(self.x, *self.packed(), self.spec())

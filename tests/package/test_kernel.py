@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from mixconv import MixConv2d
 from mixconv.fast import kernel
+from mixconv.fast import plan as planning
 from mixconv.fast.forms import Call
-from mixconv.fast.kernel import Strip, cut_strips, plan_layer, scratch
+from mixconv.fast.kernel import scratch
 from mixconv.fast.operation import FORMS, describe_call, mixed_depthwise2d
+from mixconv.fast.plan import COPY_COST, Strip, cut_strips, plan_layer
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, check_spec, pack_weights, split_form
 from tests.package.cases import Layer, needs_kernel
 
@@ -148,7 +150,7 @@ def test_the_default_type_does_not_matter() -> None:
 # Plans
 
 
-def covered(ranges: list[int], layer: kernel.Layer) -> list[tuple[int, ...]]:
+def covered(ranges: list[int], layer: planning.Layer) -> list[tuple[int, ...]]:
     """Every (image, strip, row) that the parts compute, as `for_each_task` in C++ finds them."""
     done: list[tuple[int, ...]] = []
     for begin, end in itertools.pairwise(ranges):
@@ -164,15 +166,15 @@ def covered(ranges: list[int], layer: kernel.Layer) -> list[tuple[int, ...]]:
 def test_parts_cover_everything_once_and_cost_the_same(
     parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel, "BAND_BYTES", 40_000)
+    monkeypatch.setattr(planning, "BAND_BYTES", 40_000)
     for seed in range(12):
         layer = Layer(seed)
         sizes = (2, *layer.x.shape[1:3], 17)
         strips = cut_strips(layer.spec, sizes[2], 17, 16)
-        costs = [strip.kernel**2 + kernel.COPY_COST for strip in strips]
+        costs = [strip.kernel**2 + COPY_COST for strip in strips]
         table = plan_layer(layer.spec, sizes, strips, costs, parts)
-        fields = len(kernel.Layer._fields)
-        plan, ranges = kernel.Layer(*table[:fields]), table[fields : fields + parts + 1]
+        fields = len(planning.Layer._fields)
+        plan, ranges = planning.Layer(*table[:fields]), table[fields : fields + parts + 1]
         assert len(table) == fields + parts + 1 + len(strips) * len(Strip._fields)
         done = covered(ranges, plan)
         every = (range(2), range(len(strips)), range(plan.out_height))

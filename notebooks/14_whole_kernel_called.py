@@ -1,0 +1,350 @@
+# %% [markdown]
+# # 14 · The kernel, called
+#
+# The kernel is written, and follows any plan it is given. Who makes the plan, who brings the memory, and which calls should it decline? And how near does it come to what the machine can do?
+#
+# The picture below answers the last question. It shows the time of every depthwise layer of the three MixNets, divided by the layer's *roofline* time from chapter 11: its multiply-adds at the machine's peak, or a copy of as many bytes, whichever takes longer. At 1 nothing is left to gain. Round: stride 1; triangles: stride 2; the colour is that of the largest kernel.
+#
+# **You will be able to**
+# - make a compiled kernel one of an operation's forms, with reasons to decline;
+# - check it against the split form, in forward and gradient;
+# - say what limits it, from measurements.
+#
+# **Know first:** [chapter 12](12_operation.ipynb), and the page before this one.
+#
+# **Time:** 15 minutes to read. Runs in under 30 seconds on two cores, after the kernel has been compiled once. It is the second of two pages, after [The whole kernel](14_whole_kernel.ipynb).
+
+# %% tags=["drawing"]
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+rows = json.loads(Path("../figures/bench.json").read_text())["layers"]
+batches = sorted({row["batch"] for row in rows})
+sizes = sorted({row["size"] for row in rows}, reverse=True)
+figure, panels = plt.subplots(1, len(batches), figsize=(8, 2.9), sharey=True)
+for axis, batch in zip(panels, batches, strict=True):
+    for row in (row for row in rows if row["batch"] == batch):
+        ratio = row["seconds"]["fused"] / row["seconds_roofline"]
+        color = kernel_color(max(row["kernel_sizes"]))
+        place = sizes.index(row["size"]) + 0.1 * (row["stride"] - 1.5)
+        axis.plot(place, ratio, "o" if row["stride"] == 1 else "^", ms=5, color=color)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.set(title=f"batch {batch}", xlabel="height = width")
+    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+panels[0].set(ylabel="time / roofline's time", ylim=(0, None))
+panels[0].text(0, 0.85, "roofline", fontsize=8, va="top")
+show(
+    figure,
+    "kernel_over_roofline.png",
+    "How many times as long as its roofline each depthwise layer of the MixNets takes, by image "
+    "size and batch; round markers for stride 1, triangles for stride 2, coloured by the largest "
+    "kernel.",
+)
+
+# %% [markdown]
+# ## The library
+#
+# Two tables on either side of a language border drift apart one day. So the library says how many numbers it takes for a `Layer` and for a `Strip`, and a disagreement is an error at once, not a wrong result later.
+
+# %%
+#| export fast/kernel.py
+"""The compiled kernel as a form of the operation: reasons, memory, calls (ours; chapter 14)."""
+
+import ctypes
+from typing import Any
+
+from mixconv.fast.native import load_library
+from mixconv.fast.plan import Layer, Strip
+
+KERNEL_SIZES = (1, 3, 5, 7, 9, 11, 13)  # for which there is compiled code
+SOURCES = ("simd.cpp", "depthwise.cpp")
+
+
+def load_kernel() -> Any:
+    """The kernel's library, compiled at first use; None where it cannot be."""
+    library = load_library(*SOURCES)
+    if library is not None:
+        library.mixed_depthwise2d.argtypes = [ctypes.c_void_p] * 6
+        library.mixed_depthwise2d.restype = None
+    return library
+
+
+def count_lanes(library: Any) -> int:
+    """Numbers in a vector of a library with `depthwise.cpp` in it.
+
+    Raises:
+        RuntimeError: if its tables are not those of this module.
+    """
+    answer = (ctypes.c_int64 * 3)()
+    library.depthwise_layout(answer)
+    if answer[:2] != [len(Layer._fields), len(Strip._fields)]:
+        raise RuntimeError(f"depthwise.cpp and kernel.py disagree about their tables: {[*answer]}")
+    return int(answer[2])
+
+
+# %%
+from mixconv.fast.native import why_no_library
+
+assert not why_no_library(*SOURCES), "the rest of this page needs a C++ compiler"
+count_lanes(load_kernel()) in (4, 8, 16)
+
+# %% [markdown]
+# Fresh memory costs more than the work done in it. So each thread of Python's keeps its scratch memory from call to call, unless it is very large.
+
+# %%
+#| export fast/kernel.py
+import threading
+
+import torch
+from torch import Tensor
+
+KEPT_NUMBERS = 1 << 22  # of scratch, for each part, that stay from call to call: 16 MB
+MOST_NUMBERS = 1 << 28  # that a call may ask for: 1 GB
+
+
+class _Memory(threading.local):
+    kept = torch.empty(0, dtype=torch.float32, device="cpu")
+
+
+_memory = _Memory()
+
+
+def scratch(count: int, parts: int) -> Tensor:
+    """At least so many float32 numbers to write to, this thread's own; kept if not too large."""
+    memory = _memory.kept
+    if memory.numel() < count:
+        memory = torch.empty(count, dtype=torch.float32, device="cpu")
+        if count <= parts * KEPT_NUMBERS:
+            _memory.kept = memory
+    return memory
+
+
+# %% [markdown]
+# ## What the kernel declines
+#
+# Chapter 12: a form answers with its reasons, and when there are any, the split form computes. The kernel declines what it has no compiled version for. Dilation and stride 3 could be had with loops whose bounds are known only at run time. But no MixNet has them, and slow code for rare cases is what the split form is for. Sizes are checked here, too, before the call. Whether the kernel can be compiled is asked last, if nothing else speaks against it.
+
+# %%
+#| export fast/kernel.py
+from mixconv.fast.forms import Call
+from mixconv.fast.native import why_no_library
+from mixconv.fast.plan import ring_size
+from mixconv.fast.spec import MixSpec
+
+
+def why_not(spec: MixSpec, dtype: torch.dtype, numbers: int) -> list[str]:
+    """Reasons why there is no compiled code for a layer, a type, or so much scratch memory."""
+    dilations, sizes = set(spec.dilations) - {1}, set(spec.kernel_sizes) - {*KERNEL_SIZES}
+    found = {
+        f"only float32, not {dtype}": dtype != torch.float32,
+        f"only strides 1 and 2, not {spec.stride}": spec.stride > 2,
+        f"no dilation, not {sorted(dilations)}": dilations,
+        f"only kernel sizes {KERNEL_SIZES}, not {sorted(sizes)}": sizes,
+        f"{numbers >> 18} MB of scratch, the most is {MOST_NUMBERS >> 18}": numbers > MOST_NUMBERS,
+    }
+    return [reason for reason, holds in found.items() if holds]
+
+
+class KernelForm:
+    """The compiled kernel: float32 on a CPU, output in channels_last."""
+
+    name = "kernel"
+
+    def declines(self, call: Call) -> list[str]:
+        """Why this form cannot take the call; nothing if it can."""
+        ring = 16 * ring_size(call.spec, call.sizes[3])  # 16: the most on any machine
+        reasons = why_not(call.spec, call.dtype, call.threads * ring)
+        if not reasons and load_kernel() is None:
+            reasons.append(f"no compiled kernel: {why_no_library(*SOURCES)}")
+        return reasons
+
+
+# %% [markdown]
+# To prepare a call is to make its plan. The table stays alive as long as the function that uses it.
+
+# %%
+#| export fast/kernel.py
+from mixconv.fast.forms import Runner
+from mixconv.fast.native import kernel_threads
+from mixconv.fast.plan import COPY_COST, count_parts, cut_strips, plan_layer
+from mixconv.fast.spec import output_size
+
+
+class KernelForm(KernelForm):
+    def prepare(self, call: Call) -> Runner:
+        """What computes such calls; the plan is made here, once."""
+        library, spec = load_kernel(), call.spec
+        batch, channels, height, width = call.sizes
+        rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
+        lanes = count_lanes(library)
+        strips = cut_strips(spec, height, width, lanes)
+        costs = [strip.kernel**2 + COPY_COST for strip in strips]
+        threads = min(call.threads, kernel_threads())
+        parts = count_parts(batch * rows * columns * sum(costs), threads)
+        numbers = plan_layer(spec, call.sizes, strips, costs, parts)
+        table = (ctypes.c_int64 * len(numbers))(*numbers)
+        needed = parts * ring_size(spec, width) * lanes
+        out = batch, channels, rows, columns
+        return _make_runner(library.mixed_depthwise2d, table, out, needed, parts)
+
+
+# %% [markdown]
+# What is left to do in each call: make sure of the layout, ask for an output, give six addresses away. `ctypes` lets go of Python's lock while the kernel runs.
+
+# %%
+#| export fast/kernel.py
+from collections.abc import Sequence
+
+
+def last_strides(size: Sequence[int]) -> tuple[int, ...]:
+    """Of a tensor `(N, C, H, W)` in channels_last."""
+    _, channels, height, width = size
+    return height * width * channels, 1, width * channels, channels
+
+
+def _make_runner(
+    function: Any, table: Any, size: tuple[int, ...], needed: int, parts: int
+) -> Runner:
+    last, address, strides = torch.channels_last, ctypes.addressof, last_strides(size)
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        x, weight = x.contiguous(memory_format=last), weight.contiguous()
+        bias = None if bias is None else bias.contiguous()
+        y, memory = x.new_empty_strided(size, strides), scratch(needed, parts)
+        function(
+            address(table), x.data_ptr(), weight.data_ptr(),
+            None if bias is None else bias.data_ptr(), y.data_ptr(), memory.data_ptr(),
+        )  # fmt: skip
+        return y
+
+    return run
+
+
+# %% [markdown]
+# From now on the kernel computes wherever `mixed_depthwise2d` is called. A child that was forked off starts with no plans, since OpenMP's threads do not follow it there (chapter 13).
+
+# %%
+#| export fast/kernel.py
+import os
+
+from mixconv.fast.operation import FORMS
+
+FORMS.add("cpu", KernelForm())
+
+if hasattr(os, "register_at_fork"):  # plans for several threads do not suit a child
+    os.register_at_fork(after_in_child=FORMS.forget)
+
+# %% [markdown]
+# Which calls does it take? A layer of 20 channels, some changes of it, and a row of thirty million pixels, which is described without being made:
+
+# %%
+from mixconv.fast.operation import describe_call
+from mixconv.fast.spec import check_spec
+
+plain = MixSpec((12, 8), (3, 5), 1, (1, 1), "symmetric", "none")
+same = plain._replace(kernel_sizes=(1, 3), stride=2, padding="same")
+cases = {
+    "as it is": plain,
+    "1×1 and 3×3, stride 2, SAME": same,
+    "stride 3": plain._replace(stride=3),
+}
+cases |= {
+    "dilated": plain._replace(dilations=(1, 2)),
+    "15×15": plain._replace(kernel_sizes=(3, 15)),
+}
+for name, spec in (cases | {"a long row": plain}).items():
+    x = torch.zeros(1).expand(1, 20, 1, 30_000_000 if name == "a long row" else 9)
+    call = describe_call(x, torch.zeros(check_spec(spec)[1]), None, spec)._replace(threads=1)
+    print(f"{name}: {'; '.join(FORMS.reasons(call)['kernel']) or 'taken'}")
+
+# %% [markdown]
+# ## Equal to the split form
+#
+# Random layers: kernels 1 to 13, both strides and paddings, sizes from 1 to 40, channels that are no multiple of anything, one to three threads.
+
+# %%
+import random
+
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import ACTIVATIONS, split_form
+
+
+def random_layer(rng: random.Random) -> tuple[MixSpec, list[Tensor]]:
+    """A layer, and tensors for it."""
+    kernels = tuple(rng.choice(KERNEL_SIZES) for _ in range(rng.randint(1, 4)))
+    channels = tuple(rng.randint(1, 40) for _ in kernels)
+    kind = rng.choice((1, 2)), (1,) * len(kernels), rng.choice(("symmetric", "same"))
+    spec = MixSpec(channels, kernels, *kind, rng.choice(ACTIVATIONS))
+    sizes = (rng.randint(1, 3), sum(channels), rng.randint(1, 40), rng.randint(1, 40))
+    shapes = sizes, (check_spec(spec)[1],), (sum(channels),)
+    return spec, [torch.randn(shape) / 4 for shape in shapes]
+
+
+# %%
+torch.manual_seed(0)
+rng, threads = random.Random(0), torch.get_num_threads()
+for count in 40 * (1, 2, 3):
+    spec, tensors = random_layer(rng)
+    torch.set_num_threads(count)
+    y, wanted = run_operation(*tensors, spec), split_form(*tensors, spec)
+    torch.testing.assert_close(y, wanted, rtol=1e-4, atol=1e-4, msg=str(spec))
+torch.set_num_threads(threads)
+print("equal: 120 layers")
+
+# %% [markdown]
+# Forward *and* gradient: the gradient's formulas are chapter 12's, but the outputs, and the sums before the activation, come from the kernel now.
+
+# %%
+from mixconv.teaching import check_rewrite
+
+mixed = MixSpec((20, 13), (3, 7), 2, (1, 1), "same", "silu")
+check_rewrite(
+    lambda *t: split_form(*t, mixed),
+    lambda *t: run_operation(*t, mixed),
+    *(torch.randn(2, 33, 15, 14), torch.randn(check_spec(mixed)[1]) / 5, torch.randn(33)),
+    what="split form and kernel",
+)
+
+# %% [markdown]
+# ## What limits it
+#
+# `make bench` stores its times in `figures/bench.json`. The picture above, in words:
+
+# %%
+import statistics
+
+
+def over_roof(batch: int, size: int) -> float:
+    chosen = [r for r in rows if (r["batch"], r["size"]) == (batch, size)]
+    return statistics.geometric_mean(r["seconds"]["fused"] / r["seconds_roofline"] for r in chosen)
+
+
+for batch in batches:
+    best, *_, worst = sorted((over_roof(batch, size), size) for size in sizes)
+    print(f"batch {batch}: {best[0]:.1f} times the roofline's time at {best[1]}×{best[1]}, "
+          f"{worst[0]:.1f} times at {worst[1]}×{worst[1]}")  # fmt: skip
+
+# %% [markdown]
+# What the roofline does not know:
+#
+# - **The start.** A small layer is over in tens of microseconds. Some of these are Python, and waking the other threads.
+# - **The ring.** Each pixel is read, written into the ring, and read again for each tap. With small kernels that is as much work as the sums.
+# - **Strides.** A strip reads 64 bytes of each pixel and jumps over the rest, and a core can wait for only so many cache lines at a time. At stride 2, four pixels are read for each one written.
+# - **Fresh memory.** The system hands out a large output page by page, on first touch.
+#
+# Tried, and not worth it: reading several neighbouring strips in one pass at 112×112 (better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache); stores that go around the cache; tiles of 28 outputs (registers run out).
+#
+# A block of MixNet has five other steps that read or write the same tensor. Chapter 15 does them in the same pass.
+
+# %% [markdown]
+# ## Takeaways
+# - A kernel that allocates nothing cannot fail; whoever calls it must have checked everything before.
+# - What has no compiled version is declined with a reason, and the split form computes.
+# - A plan is made once for each kind of call; a call is six addresses.
+#
+# Previous: [14 · The whole kernel](14_whole_kernel.ipynb) · Next: [15 · Bytes of a block](15_block_bytes.ipynb)

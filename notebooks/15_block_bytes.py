@@ -1,0 +1,545 @@
+# %% [markdown]
+# # 15 · Bytes of a block
+#
+# The depthwise layer is near its limit now, and a MixNet still spends most of its time elsewhere: in 1×1 convolutions, activations and gates that read and write the same wide tensor again and again. Must that tensor exist at all?
+#
+# The picture below counts the bytes of one block, step by step: six operations one after another, and the same block in one pass.
+#
+# **You will be able to**
+# - count a block's bytes by hand, and say which of them can go;
+# - write a block down as one value, and as one line of text;
+# - call a whole inverted residual block as one operation of PyTorch's.
+#
+# **Know first:** [chapter 4](04_blocks.ipynb) and [chapter 14](14_whole_kernel.ipynb).
+#
+# **Time:** 20 minutes to read. Runs in under 20 seconds on two cores. It is the first of two pages, before [A block in one pass](15_block_in_one_pass.ipynb).
+
+# %% [markdown]
+# ## Bytes of a block, by hand
+#
+# One of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, depthwise kernels 3 and 5, a gate, and back to 40. The input has 28 · 28 · 40 · 4 = 125,440 bytes, the expanded tensor six times as many, 752,640. Who reads and writes what? (Weights, and the addition of the input, are left out.)
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import show, use_style
+
+small, wide = 28 * 28 * 40 * 4, 28 * 28 * 240 * 4
+assert (small, wide) == (125_440, 752_640)
+steps = ["expand 1×1", "activation", "depthwise, activation", "means", "times gate", "project 1×1"]
+separate = [(small, wide), (wide, wide), (wide, wide), (wide, 0), (wide, wide), (wide, small)]
+one_pass = [(small, 0), (0, 0), (0, wide), (0, 0), (0, 0), (wide, small)]
+use_style()
+figure, panels = plt.subplots(1, 2, figsize=(8, 2.8), sharex=True, sharey=True)
+for axis, title, passes in zip(
+    panels, ("one operation after another", "in one pass"), (separate, one_pass), strict=True
+):
+    read, written = ([p[i] / 1e6 for p in passes] for i in (0, 1))
+    axis.barh(range(len(passes)), read, color="#5b8db8", label="read")
+    axis.barh(range(len(passes)), written, left=read, color="#d98b4a", label="written")
+    axis.set(title=f"{title}: {sum(read) + sum(written):.1f} MB", xlabel="MB")
+panels[0].set_yticks(range(len(steps)), steps)
+panels[0].invert_yaxis()
+panels[1].legend(fontsize=8)
+show(
+    figure,
+    "block_bytes.png",
+    "Bytes read and written by the six steps of a MixNet block. As separate operations each step "
+    "reads or writes the wide tensor, three of them both; in one pass it is written once by "
+    "the depthwise step and read once by the projection.",
+)
+
+# %% [markdown]
+# The right side does without the expanded tensor. Chapter 14's kernel reads 16 channels of a row into its ring. It can as well *compute* them there, from the input: for 16 outputs, a 1×1 convolution of a row is a small matrix product. Nothing but `fetch_row` changes. (Every strip reads the input again; but that is narrow, and stays in the cache.)
+#
+# The depthwise layer's output must exist. The gate needs its means, over all pixels, before the projection can start. But the means can be summed up while the rows are still in the cache, and the gate can be multiplied into the projection's weights as they are loaded. (Without a gate that tensor could go, too; the kernel does not bother.)
+#
+# ## A block in one value
+#
+# A block is chapter 12's `MixSpec` with 1×1 layers around it. It must pass through PyTorch's dispatcher, which knows numbers and text but no classes of ours. So a block can be written down as a line of text, and read again: `str` and `BlockSpec.parse`. Reading evaluates nothing but literals and these three names.
+
+# %%
+#| export fast/fused_block.py
+"""A whole inverted residual block as one operation: meaning, rules, module (ours; chapter 15)."""
+
+import ast
+import functools
+from typing import Any, NamedTuple
+
+from mixconv.fast.spec import MixSpec
+
+
+class PointwiseSpec(NamedTuple):
+    """A 1×1 convolution in equal groups, and the activation behind it."""
+
+    inputs: int
+    outputs: int
+    groups: int
+    activation: str
+
+
+class BlockSpec(NamedTuple):
+    """An inverted residual block; what is None is left out.
+
+    `str` writes it down, and `BlockSpec.parse` reads that. Weights and biases go with it in the
+    order expand, depthwise, squeeze, excite, project: 1×1 weights from `pack_pointwise`, the
+    depthwise ones from `pack_weights`, empty where left out.
+    """
+
+    mix: MixSpec
+    expand: PointwiseSpec | None
+    squeeze: PointwiseSpec | None
+    excite: PointwiseSpec | None
+    project: PointwiseSpec
+    residual: bool
+
+    @staticmethod
+    def parse(text: str) -> "BlockSpec":
+        """A spec from what `str` made of it.
+
+        Raises:
+            ValueError: for any other text.
+        """
+        return _parse(text)
+
+
+# %%
+#| export fast/fused_block.py
+@functools.lru_cache(maxsize=1024)
+def _parse(text: str) -> BlockSpec:
+    try:
+        spec = _build(ast.parse(text, mode="eval").body)
+    except (AttributeError, KeyError, SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"not a block: {text!r} ({error!r})") from error
+    if not isinstance(spec, BlockSpec) or str(spec) != text:
+        raise ValueError(f"not a block as str writes it: {text!r}")
+    return spec
+
+
+def _build(node: Any) -> Any:
+    """A literal, or one of the three specs with named entries; nothing else is evaluated."""
+    if not isinstance(node, ast.Call):
+        return ast.literal_eval(node)
+    known: dict[str, Any] = {kind.__name__: kind for kind in (MixSpec, PointwiseSpec, BlockSpec)}
+    entries = {str(entry.arg): _build(entry.value) for entry in node.keywords}
+    return known[ast.unparse(node.func)](**entries)
+
+
+# %%
+spec = BlockSpec(
+    MixSpec((120, 120), (3, 5), 1, (1, 1), "symmetric", "silu"),
+    expand=PointwiseSpec(40, 240, 2, "silu"),
+    squeeze=PointwiseSpec(240, 20, 1, "silu"),
+    excite=PointwiseSpec(20, 240, 1, "sigmoid"),
+    project=PointwiseSpec(240, 40, 2, "none"),
+    residual=True,
+)
+assert BlockSpec.parse(str(spec)) == spec
+print(str(spec)[:120], "…")
+try:
+    BlockSpec.parse("print('hello')")
+except ValueError as error:
+    print(error)
+
+# %% [markdown]
+# ## Panels
+#
+# A matrix product for 16 outputs at a time wants its weights in another order: *panels* of 16 outputs, and within a panel all 16 weights of one input side by side, so that one load takes them. Where a group's outputs are no multiple of 16, the last panel is filled up with zeros.
+
+# %%
+#| export fast/fused_block.py
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 16  # the kernel's kPanel
+
+
+def pack_pointwise(weight: Tensor, groups: int) -> Tensor:
+    """A 1×1 convolution's weight `(outputs, inputs / groups, 1, 1)` as panels, one axis."""
+    outputs, inputs = weight.shape[0] // groups, weight.shape[1]
+    rows = F.pad(weight.reshape(groups, outputs, inputs), (0, 0, 0, -outputs % PANEL))
+    return rows.view(groups, -1, PANEL, inputs).transpose(2, 3).reshape(-1)
+
+
+def unpack_pointwise(packed: Tensor, point: PointwiseSpec) -> Tensor:
+    """`pack_pointwise` undone."""
+    inputs, outputs = point.inputs // point.groups, point.outputs // point.groups
+    rows = packed.view(point.groups, -1, inputs, PANEL).transpose(2, 3).flatten(1, 2)
+    return rows[:, :outputs].reshape(point.outputs, inputs, 1, 1)
+
+
+# %% [markdown]
+# Two groups of 3 inputs and 2 outputs each. Each group has one panel of 3 rows, one for each input, and 16 places in a row, of which 2 are in use:
+
+# %%
+import torch
+
+weight = torch.arange(1.0, 13).view(4, 3, 1, 1)
+packed = pack_pointwise(weight, groups=2)
+assert torch.equal(unpack_pointwise(packed, PointwiseSpec(6, 4, 2, "none")), weight)
+packed.view(2, 3, PANEL)[:, :, :4].int()
+
+# %% [markdown]
+# ## What it computes
+#
+# One PyTorch operation after another: the form that the fast one is held to. It also computes wherever the kernel declines, and whenever a gradient is wanted.
+
+# %%
+#| export fast/fused_block.py
+from collections.abc import Sequence
+
+import torch
+
+from mixconv.fast.operation import run_operation
+from mixconv.fast.spec import activate
+
+
+def block_form(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """The block as separate operations: the reference.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+    """
+
+    def pointwise(y: Tensor, index: int, point: PointwiseSpec) -> Tensor:
+        weight = unpack_pointwise(weights[index], point)
+        return activate(F.conv2d(y, weight, biases[index], groups=point.groups), point.activation)
+
+    with torch.autocast(x.device.type, enabled=False):  # all in the type of the weights
+        y = x if spec.expand is None else pointwise(x, 0, spec.expand)
+        y = run_operation(y, weights[1], biases[1], spec.mix)
+        if spec.squeeze is not None and spec.excite is not None:
+            means = y.mean((2, 3), keepdim=True)
+            y = y * pointwise(pointwise(means, 2, spec.squeeze), 3, spec.excite)
+        y = pointwise(y, 4, spec.project)
+        return x + y if spec.residual else y
+
+
+# %% [markdown]
+# Before anyone computes with addresses, a block must fit together: each layer takes what the one before it gives, and each tensor holds as many numbers as the block says.
+
+# %%
+#| export fast/fused_block.py
+from mixconv.fast.spec import ACTIVATIONS
+
+POINT_ACTIVATIONS = (*ACTIVATIONS, "sigmoid")  # in the order of the kernel's enum
+
+
+def _count_point(point: PointwiseSpec | None) -> tuple[int, int]:
+    """How many packed weights and biases a 1×1 layer has."""
+    if point is None:
+        return 0, 0
+    inputs, outputs, groups, activation = point
+    if min(inputs, outputs, groups) < 1 or inputs % groups or outputs % groups:
+        raise ValueError(f"groups must divide inputs and outputs, got {point}")
+    if activation not in POINT_ACTIVATIONS:
+        raise ValueError(f"activation must be one of {POINT_ACTIVATIONS}, got {activation!r}")
+    return groups * -(-outputs // groups // PANEL) * PANEL * (inputs // groups), outputs
+
+
+# %%
+#| export fast/fused_block.py
+from mixconv.fast.spec import check_spec
+
+
+@functools.lru_cache(maxsize=1024)
+def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
+    """Channels of the input, and how many weights and biases each layer has.
+
+    Raises:
+        ValueError: for layers that cannot be, or do not take what the layer before gives.
+    """
+    mix, expand, squeeze, excite, project, residual = spec
+    count, packed = check_spec(mix)
+    points = [_count_point(point) for point in (expand, squeeze, excite, project)]
+    inputs = expand.inputs if expand else count
+    wide = {count, project.inputs, expand.outputs if expand else count}
+    gate = squeeze is None and excite is None
+    if squeeze and excite:
+        wide |= {squeeze.inputs, excite.outputs}
+        gate = squeeze.outputs == excite.inputs
+    same = not residual or (mix.stride == 1 and inputs == project.outputs)
+    if not gate or not same or len(wide) > 1:
+        raise ValueError(f"the block's layers do not fit together: {spec}")
+    weights, biases = zip(points[0], (packed, count), *points[1:], strict=True)
+    return inputs, list(weights), list(biases)
+
+
+# %%
+#| export fast/fused_block.py
+from mixconv.fast.forms import Call
+
+
+def check_block_call(call: Call) -> None:
+    """Raise unless the sizes of the tensors fit the block.
+
+    Raises:
+        ValueError: naming the tensors, their sizes and what they must be.
+    """
+    inputs, *expected = check_block(call.spec)
+    if len(call.sizes) != 4 or call.sizes[1] != inputs:
+        raise ValueError(f"x must be (N, {inputs}, H, W), got {tuple(call.sizes)}")
+    for name, found, wanted in zip(("weights", "biases"), call.parameters, expected, strict=True):
+        if list(found) != wanted:
+            raise ValueError(f"{name} must hold {wanted} numbers, got {list(found)}")
+
+
+# %%
+wrong = spec._replace(project=PointwiseSpec(200, 40, 2, "none"))
+for broken in (wrong, spec._replace(excite=None)):
+    try:
+        check_block(broken)
+    except ValueError as error:
+        print(str(error)[:39])
+check_block(spec)
+
+
+# %% [markdown]
+# The input's channels, then how many packed weights and biases each of the five layers has. The sizes are asked once for calls that are alike; types and devices in each call.
+
+# %%
+#| export fast/fused_block.py
+def describe_block_call(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Call:
+    """The call that these tensors make.
+
+    Raises:
+        ValueError: if they differ in dtype or device. (Sizes: see `check_block_call`.)
+    """
+    dtype, device = x.dtype, x.device
+    for tensor in (*weights, *biases):
+        if tensor.dtype != dtype or tensor.device != device:
+            raise ValueError(
+                f"weights and biases must have the dtype and device of x, {dtype} on {device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+    parameters = tuple([t.numel() for t in weights]), tuple([t.numel() for t in biases])
+    return Call(spec, x.shape, dtype, device.type, True, torch.get_num_threads(), parameters)
+
+
+# %%
+#| export fast/fused_block.py
+from mixconv.fast.forms import Forms, Runner
+
+
+def _prepare_block_form(call: Call) -> Runner:
+    def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+        y = block_form(x, weights, biases, call.spec)
+        return y.contiguous(memory_format=torch.channels_last)
+
+    return run
+
+
+BLOCK_FORMS = Forms("inverted_residual", _prepare_block_form, check_block_call)
+
+# %% [markdown]
+# ## As an operation of PyTorch's
+#
+# As in chapter 12, the dispatcher learns of the operation: its schema, and the shape of its result.
+
+# %%
+#| export fast/fused_block.py
+from mixconv.fast.forms import is_plain
+from mixconv.fast.spec import output_size
+
+
+@torch.library.custom_op(
+    "mixconv::inverted_residual", mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, str spec) -> Tensor",
+)  # fmt: skip
+def _operation(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str) -> Tensor:
+    call = describe_block_call(x, weights, biases, BlockSpec.parse(spec))
+    if x.is_cpu and not all(is_plain(t) for t in (x, *weights, *biases)):
+        check_block_call(call)
+        return BLOCK_FORMS.fallback(call)(x, weights, biases)
+    return BLOCK_FORMS.choose(call)(x, weights, biases)
+
+
+@_operation.register_fake
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str) -> Tensor:
+    block = BlockSpec.parse(spec)
+    check_block_call(describe_block_call(x, weights, biases, block))
+    rows, columns = (output_size(size, block.mix.stride) for size in x.shape[2:])
+    size = x.shape[0], block.project.outputs, rows, columns
+    return x.new_empty(size).to(memory_format=torch.channels_last)
+
+
+# %% [markdown]
+# Under autocast the layers around the block give bfloat16. The block computes in the type of its weights:
+
+# %%
+#| export fast/fused_block.py
+from collections.abc import Callable
+from typing import cast
+
+
+def _under_autocast(key: str) -> Callable[..., Tensor]:
+    """The operation where autocast rules: in the type of the weights, whatever x comes in."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
+
+    def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str) -> Tensor:
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            y = torch.ops.mixconv.inverted_residual(x.to(weights[1].dtype), weights, biases, spec)
+            return cast("Tensor", y)
+
+    return run
+
+
+_AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+for _key in _AUTOCAST.values():
+    _operation._lib.impl("inverted_residual", _under_autocast(_key), _key)
+
+
+# %% [markdown]
+# And the function that others call. Where a derivative is taken, or a function transform is at work, the block is its separate steps, each of which knows its own rules.
+
+# %%
+#| export fast/fused_block.py
+def _needs_formulas(*tensors: Tensor) -> bool:
+    """Whether somebody differentiates or transforms: then the block is its separate steps."""
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active()
+
+
+# %%
+#| export fast/fused_block.py
+from mixconv.fast.forms import must_dispatch
+
+
+def inverted_residual(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
+) -> Tensor:
+    """An inverted residual block, from its input to its output, in one operation.
+
+    Args:
+        x: best in channels_last; anything else is copied to it first.
+        weights: of the five layers of `spec`, packed; see `BlockSpec`.
+        biases: of the five layers.
+        spec: the block.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
+
+    Raises:
+        ValueError: for sizes and dtypes that do not fit together.
+
+    Source: ours; the block is the paper's (section 4, Figure 8). Chapter 15.
+    """
+    if not must_dispatch(x, *weights, *biases):
+        call = describe_block_call(x, weights, biases, spec)
+        return BLOCK_FORMS.choose(call)(x, weights, biases)
+    if x.device.type in _AUTOCAST and torch.is_autocast_enabled(x.device.type):
+        x = x.to(weights[1].dtype)
+    if _needs_formulas(x, *weights, *biases):
+        if not torch.compiler.is_compiling():
+            check_block_call(describe_block_call(x, weights, biases, spec))
+        return block_form(x, weights, biases, spec)
+    operation = torch.ops.mixconv.inverted_residual
+    return cast("Tensor", operation(x, weights, biases, str(spec)))
+
+
+# %% [markdown]
+# A module holds a block's parameters, to stand in a model where the block was. Chapter 16 puts it there.
+
+# %%
+#| export fast/fused_block.py
+from torch import nn
+
+from mixconv.fast.folding import refuse_training
+
+
+class FusedBlock(nn.Module):
+    """An inverted residual block, or a depthwise separable one, as one operation.
+
+    Args:
+        spec: the block.
+        weights: packed, as `inverted_residual` takes them.
+        biases: of the five layers.
+
+    Shape:
+        Input `(N, C, H, W)` or `(C, H, W)`, output as from the block it replaces.
+    """
+
+    def __init__(
+        self, spec: BlockSpec, weights: Sequence[Tensor], biases: Sequence[Tensor]
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        for index, pair in enumerate(zip(weights, biases, strict=True)):
+            for name, tensor in zip(("weight", "bias"), pair, strict=True):
+                self.register_buffer(f"{name}{index}", tensor.detach().clone())
+        super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the block, in the type of its weights."""
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        buffers = [*self._buffers.values()]
+        weights, biases = cast("list[Tensor]", buffers[0::2]), cast("list[Tensor]", buffers[1::2])
+        return inverted_residual(x.to(weights[1].dtype), weights, biases, self.spec)
+
+
+# %%
+#| export fast/fused_block.py
+class FusedBlock(FusedBlock):
+    def train(self, mode: bool = True) -> "FusedBlock":
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        refuse_training(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
+
+
+# %% [markdown]
+# ## Equal to its layers
+#
+# A small block from PyTorch's and chapter 3's layers, and the same as one value with packed weights. Forward and gradient of the input:
+
+# %%
+from mixconv.fast.spec import pack_weights
+from mixconv.layer import MixConv2d
+from mixconv.teaching import check_rewrite
+
+torch.manual_seed(0)
+expand, mix, project = nn.Conv2d(6, 20, 1), MixConv2d(20, (3, 5), bias=True), nn.Conv2d(20, 6, 1)
+tiny = BlockSpec(
+    MixSpec((10, 10), (3, 5), 1, (1, 1), "symmetric", "silu"), PointwiseSpec(6, 20, 1, "silu"),
+    None, None, PointwiseSpec(20, 6, 1, "none"), residual=True,
+)  # fmt: skip
+empty = torch.empty(0)
+points = [pack_pointwise(layer.weight.detach(), 1) for layer in (expand, project)]
+depthwise = pack_weights([conv.weight.detach() for conv in mix.convs])
+weights = [points[0], depthwise, empty, empty, points[1]]
+bias = torch.cat([conv.bias.detach() for conv in mix.convs])
+biases = [expand.bias.detach(), bias, empty, empty, project.bias.detach()]
+
+# %%
+fused, silu = FusedBlock(tiny, weights, biases), nn.SiLU()
+check_rewrite(
+    lambda x: x + project(silu(mix(silu(expand(x))))),
+    fused,
+    torch.randn(2, 6, 9, 8),
+    what="layers and one operation",
+)
+fused
+
+# %% [markdown]
+# ## Takeaways
+# - Count the bytes before the multiply-adds: here seven of nine passes over the wide tensor can go.
+# - An operation's description must pass through PyTorch as numbers and text; a value that prints and parses does.
+# - The reference comes first. The kernel, on the next page, is held to it.
+#
+# Previous: [14 · The kernel, called](14_whole_kernel_called.ipynb) · Next: [15 · A block in one pass](15_block_in_one_pass.ipynb)

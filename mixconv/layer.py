@@ -85,17 +85,9 @@ def make_conv2d(
 ) -> nn.Conv2d:
     """A convolution with an odd kernel that keeps `ceil(size / stride)` outputs.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: odd.
-        stride: step between outputs, for both axes or each.
-        dilation: step between taps, for both axes or each.
-        groups: as in `nn.Conv2d`.
-        bias: whether to add a bias; off, since a batch norm mostly follows.
-        padding: "symmetric" (k // 2 on each side, PyTorch's habit) or "same" (TensorFlow's rule).
-        device: where the weights live.
-        dtype: their type.
+    Args as in `nn.Conv2d`, for odd kernels, but for two: `bias` is off, since a batch norm mostly
+    follows, and `padding` is "symmetric" (k // 2 on each side, PyTorch's habit) or "same"
+    (TensorFlow's rule).
 
     Raises:
         ValueError: for an unknown padding.
@@ -256,13 +248,10 @@ class MixConv2d(nn.Module):
         return f"MixConv2d({', '.join(parts)})"
 
     def merged(self) -> nn.Conv2d:
-        """The same operation as one depthwise convolution; see `merge_depthwise`.
-
-        Returns:
-            A new `nn.Conv2d` with copies of the weights; the layer is not changed.
+        """The same operation as one depthwise convolution, with copies of the weights.
 
         Raises:
-            ValueError: if one convolution cannot do it, saying why.
+            ValueError: if one convolution cannot do it; see `merge_depthwise`.
         """
         return merge_depthwise(self._convolutions()).train(self.training)
 
@@ -303,15 +292,15 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
     Source: ours. Chapter 3.
     """
     _check_mergeable(convs)
-    _check_centres(convs)
     first, spreads = convs[0], cast("list[tuple[int, int]]", [c.dilation for c in convs])
-    dilation, same = spreads[0] if len(set(spreads)) == 1 else (1, 1), type(first) is Conv2dSame
+    dilation = spreads[0] if len(set(spreads)) == 1 else (1, 1)
     pairs = [(c, (1, 1) if s == dilation else s) for c, s in zip(convs, spreads, strict=True)]
     size = max(d * (k - 1) + 1 for c, s in pairs for k, d in zip(c.kernel_size, s, strict=True))
     channels, outputs = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
     merged = make_conv2d(
         channels, outputs, size, cast("tuple[int, int]", first.stride), dilation=dilation,
-        groups=channels, bias=first.bias is not None, padding="same" if same else "symmetric",
+        groups=channels, bias=first.bias is not None,
+        padding="same" if type(first) is Conv2dSame else "symmetric",
     ).to(first.weight)  # fmt: skip
     merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
     if merged.bias is not None:
@@ -319,39 +308,39 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
     return merged.train(first.training)
 
 
-def _check_mergeable(convs: Sequence[nn.Conv2d]) -> None:
-    """Raise ValueError, saying why, unless one depthwise convolution can do the work of all."""
+def _check_depthwise(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError unless there are layers, all depthwise and padded as `MixConv2d` pads."""
     if not convs:
         raise ValueError("convs must hold at least one convolution, got none")
-    for conv in convs:
-        if type(conv) not in (nn.Conv2d, Conv2dSame):
-            raise ValueError(f"a {type(conv).__name__} may compute more than a convolution")
-        if conv.groups != conv.in_channels or not all(k % 2 for k in conv.kernel_size):
-            raise ValueError(f"{conv} is not depthwise with an odd kernel")
-        wanted = tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-        symmetric = conv.padding in (wanted, "same") and conv.padding_mode == "zeros"
-        if type(conv) is nn.Conv2d and not symmetric:
-            raise ValueError(f"{conv} is not padded by {wanted} zeros")
-    if len({_settings(conv) for conv in convs}) > 1:
+    for c in convs:
+        if type(c) not in (nn.Conv2d, Conv2dSame):
+            raise ValueError(f"a {type(c).__name__} may compute more than a convolution")
+        if c.groups != c.in_channels or not all(k % 2 for k in c.kernel_size):
+            raise ValueError(f"{c} is not depthwise with an odd kernel")
+        zeros = tuple(d * (k // 2) for k, d in zip(c.kernel_size, c.dilation, strict=True))
+        symmetric = c.padding in (zeros, "same") and c.padding_mode == "zeros"
+        if type(c) is nn.Conv2d and not symmetric:
+            raise ValueError(f"{c} is not padded by {zeros} zeros")
+
+
+def _check_mergeable(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError, saying why, unless one depthwise convolution can do the work of all."""
+    _check_depthwise(convs)
+    settings = {
+        (type(c).__name__, c.stride, c.out_channels // c.in_channels, c.bias is None,
+         c.weight.dtype, c.weight.device) for c in convs
+    }  # fmt: skip
+    if len(settings) > 1:
         what = "class, stride, outputs per channel, bias, dtype or device"
-        raise ValueError(f"convs differ in {what}: {[_settings(conv) for conv in convs]}")
-
-
-def _settings(conv: nn.Conv2d) -> tuple[object, ...]:
-    """What layers must share to be merged."""
-    multiplier, weight = conv.out_channels // conv.in_channels, conv.weight
-    has_bias = conv.bias is not None
-    return type(conv).__name__, conv.stride, multiplier, has_bias, weight.dtype, weight.device
+        raise ValueError(f"convs differ in {what}: {settings}")
+    if type(convs[0]) is Conv2dSame and len({(c.kernel_size, c.dilation) for c in convs}) > 1:
+        _check_centres(convs)
 
 
 def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
-    """Raise ValueError unless the windows of all kernels have the same centres."""
-    if type(convs[0]) is nn.Conv2d or len({(c.kernel_size, c.dilation) for c in convs}) == 1:
-        return
-    for conv in convs:
-        axes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    """Raise ValueError if 'SAME' would centre the windows of a kernel elsewhere."""
+    for c in convs:
+        axes = zip(c.kernel_size, c.dilation, c.stride, strict=True)
         if any(d * (k - 1) < s - 1 for k, d, s in axes):
-            raise ValueError(
-                f"cannot merge kernel size {conv.kernel_size} at stride {conv.stride} with padding "
-                "'same': (k - 1) * dilation must be at least stride - 1"
-            )
+            why = "(k - 1) * dilation must be at least stride - 1 for padding 'same'"
+            raise ValueError(f"cannot merge {c}: {why}")

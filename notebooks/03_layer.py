@@ -106,7 +106,7 @@ for axis, (title, size, first) in zip(axes, cases, strict=True):
         inside = 0 <= pixel < size
         style = {"facecolor": "#e4e4e4"} if inside else {"facecolor": "white", "hatch": "////"}
         axis.add_patch(plt.Rectangle((pixel - 0.46, 0), 0.92, 0.7, edgecolor="#aaaaaa", **style))
-        axis.text(pixel, 0.35, str(pixel) if inside else "0", ha="center", va="center")
+        axis.text(pixel, 0.35, str(pixel) if inside else "", ha="center", va="center")
     for number, centre in enumerate(range(first, size, 2)):
         height = 0.95 + 0.3 * (number % 2)
         axis.plot([centre - 1.42, centre + 1.42], [height] * 2, lw=5, color=kernel_color(3))
@@ -214,8 +214,7 @@ check_rewrite(
 )
 
 # %% [markdown]
-# (That the official code agrees is tested against its own numbers in chapter 6.)
-#
+# (That the official code agrees is tested against its own numbers in chapter 8.)
 # At stride 1 and odd k the rule asks for (k − 1) / 2 zeros on each side, always. `nn.Conv2d` does that by itself, and faster. So one function picks the right class:
 
 # %%
@@ -240,17 +239,9 @@ def make_conv2d(
 ) -> nn.Conv2d:
     """A convolution with an odd kernel that keeps `ceil(size / stride)` outputs.
 
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        kernel_size: odd.
-        stride: step between outputs, for both axes or each.
-        dilation: step between taps, for both axes or each.
-        groups: as in `nn.Conv2d`.
-        bias: whether to add a bias; off, since a batch norm mostly follows.
-        padding: "symmetric" (k // 2 on each side, PyTorch's habit) or "same" (TensorFlow's rule).
-        device: where the weights live.
-        dtype: their type.
+    Args as in `nn.Conv2d`, for odd kernels, but for two: `bias` is off, since a batch norm mostly
+    follows, and `padding` is "symmetric" (k // 2 on each side, PyTorch's habit) or "same"
+    (TensorFlow's rule).
 
     Raises:
         ValueError: for an unknown padding.
@@ -498,20 +489,19 @@ check_rewrite(
 
 # %% tags=["drawing"]
 figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.3))
+places = [(i, j) for i in range(-4, 5) for j in range(-4, 5)]
 for column, k in enumerate((3, 5, 7, 9)):
     for row, step in enumerate((1, (k - 1) // 2)):
-        axis, reach = axes[row, column], k // 2
-        for i in range(-4, 5):
-            for j in range(-4, 5):
-                inside = max(abs(i), abs(j)) <= reach
-                tap = inside and i % step == 0 and j % step == 0
-                shade = kernel_color(k) if tap else "#e8e8e8" if inside else "white"
-                axis.add_patch(plt.Rectangle((j - 0.42, i - 0.42), 0.84, 0.84, color=shade, lw=0))
+        axis = axes[row, column]
+        for i, j in places:
+            inside = max(abs(i), abs(j)) <= k // 2
+            tap = inside and i % step == 0 and j % step == 0
+            shade = kernel_color(k) if tap else "#e8e8e8" if inside else "white"
+            axis.add_patch(plt.Rectangle((j - 0.42, i - 0.42), 0.84, 0.84, color=shade, lw=0))
         axis.set(xlim=(-4.6, 4.6), ylim=(-4.6, 4.6), aspect="equal", xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
         axis.set_xlabel(f"{9 if row else k * k} weights", fontsize=9)
-        if row == 0:
-            axis.set_title(f"{k}×{k}")
+        axis.set_title("" if row else f"{k}×{k}")
 axes[0, 0].set_ylabel("full")
 axes[1, 0].set_ylabel("dilated")
 show(
@@ -532,8 +522,7 @@ for layer in (full, dilated, strided):
 
 # %% [markdown]
 # With stride 2 the flag changes nothing: the third line has the kernels of the first.
-
-# %% [markdown]
+#
 # ## The merged form
 #
 # Exercise 1.2 had it: a 3×3 kernel is a 7×7 kernel with a border of zeros. So a MixConv layer is *one* depthwise convolution whose kernels are mostly zeros for the small groups.
@@ -592,15 +581,15 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
     Source: ours. Chapter 3.
     """
     _check_mergeable(convs)
-    _check_centres(convs)
     first, spreads = convs[0], cast("list[tuple[int, int]]", [c.dilation for c in convs])
-    dilation, same = spreads[0] if len(set(spreads)) == 1 else (1, 1), type(first) is Conv2dSame
+    dilation = spreads[0] if len(set(spreads)) == 1 else (1, 1)
     pairs = [(c, (1, 1) if s == dilation else s) for c, s in zip(convs, spreads, strict=True)]
     size = max(d * (k - 1) + 1 for c, s in pairs for k, d in zip(c.kernel_size, s, strict=True))
     channels, outputs = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
     merged = make_conv2d(
         channels, outputs, size, cast("tuple[int, int]", first.stride), dilation=dilation,
-        groups=channels, bias=first.bias is not None, padding="same" if same else "symmetric",
+        groups=channels, bias=first.bias is not None,
+        padding="same" if type(first) is Conv2dSame else "symmetric",
     ).to(first.weight)  # fmt: skip
     merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
     if merged.bias is not None:
@@ -613,57 +602,54 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
 
 # %% tags=["plumbing"]
 #| export layer.py
-def _check_mergeable(convs: Sequence[nn.Conv2d]) -> None:
-    """Raise ValueError, saying why, unless one depthwise convolution can do the work of all."""
+def _check_depthwise(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError unless there are layers, all depthwise and padded as `MixConv2d` pads."""
     if not convs:
         raise ValueError("convs must hold at least one convolution, got none")
-    for conv in convs:
-        if type(conv) not in (nn.Conv2d, Conv2dSame):
-            raise ValueError(f"a {type(conv).__name__} may compute more than a convolution")
-        if conv.groups != conv.in_channels or not all(k % 2 for k in conv.kernel_size):
-            raise ValueError(f"{conv} is not depthwise with an odd kernel")
-        wanted = tuple(d * (k // 2) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
-        symmetric = conv.padding in (wanted, "same") and conv.padding_mode == "zeros"
-        if type(conv) is nn.Conv2d and not symmetric:
-            raise ValueError(f"{conv} is not padded by {wanted} zeros")
-    if len({_settings(conv) for conv in convs}) > 1:
-        what = "class, stride, outputs per channel, bias, dtype or device"
-        raise ValueError(f"convs differ in {what}: {[_settings(conv) for conv in convs]}")
+    for c in convs:
+        if type(c) not in (nn.Conv2d, Conv2dSame):
+            raise ValueError(f"a {type(c).__name__} may compute more than a convolution")
+        if c.groups != c.in_channels or not all(k % 2 for k in c.kernel_size):
+            raise ValueError(f"{c} is not depthwise with an odd kernel")
+        zeros = tuple(d * (k // 2) for k, d in zip(c.kernel_size, c.dilation, strict=True))
+        symmetric = c.padding in (zeros, "same") and c.padding_mode == "zeros"
+        if type(c) is nn.Conv2d and not symmetric:
+            raise ValueError(f"{c} is not padded by {zeros} zeros")
 
 
 # %% tags=["plumbing"]
 #| export layer.py
-def _settings(conv: nn.Conv2d) -> tuple[object, ...]:
-    """What layers must share to be merged."""
-    multiplier, weight = conv.out_channels // conv.in_channels, conv.weight
-    has_bias = conv.bias is not None
-    return type(conv).__name__, conv.stride, multiplier, has_bias, weight.dtype, weight.device
+def _check_mergeable(convs: Sequence[nn.Conv2d]) -> None:
+    """Raise ValueError, saying why, unless one depthwise convolution can do the work of all."""
+    _check_depthwise(convs)
+    settings = {
+        (type(c).__name__, c.stride, c.out_channels // c.in_channels, c.bias is None,
+         c.weight.dtype, c.weight.device) for c in convs
+    }  # fmt: skip
+    if len(settings) > 1:
+        what = "class, stride, outputs per channel, bias, dtype or device"
+        raise ValueError(f"convs differ in {what}: {settings}")
+    if type(convs[0]) is Conv2dSame and len({(c.kernel_size, c.dilation) for c in convs}) > 1:
+        _check_centres(convs)
 
 
 def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
-    """Raise ValueError unless the windows of all kernels have the same centres."""
-    if type(convs[0]) is nn.Conv2d or len({(c.kernel_size, c.dilation) for c in convs}) == 1:
-        return
-    for conv in convs:
-        axes = zip(conv.kernel_size, conv.dilation, conv.stride, strict=True)
+    """Raise ValueError if 'SAME' would centre the windows of a kernel elsewhere."""
+    for c in convs:
+        axes = zip(c.kernel_size, c.dilation, c.stride, strict=True)
         if any(d * (k - 1) < s - 1 for k, d, s in axes):
-            raise ValueError(
-                f"cannot merge kernel size {conv.kernel_size} at stride {conv.stride} with padding "
-                "'same': (k - 1) * dilation must be at least stride - 1"
-            )
+            why = "(k - 1) * dilation must be at least stride - 1 for padding 'same'"
+            raise ValueError(f"cannot merge {c}: {why}")
 
 
 # %%
 #| export layer.py
 class MixConv2d(MixConv2d):
     def merged(self) -> nn.Conv2d:
-        """The same operation as one depthwise convolution; see `merge_depthwise`.
-
-        Returns:
-            A new `nn.Conv2d` with copies of the weights; the layer is not changed.
+        """The same operation as one depthwise convolution, with copies of the weights.
 
         Raises:
-            ValueError: if one convolution cannot do it, saying why.
+            ValueError: if one convolution cannot do it; see `merge_depthwise`.
         """
         return merge_depthwise(self._convolutions()).train(self.training)
 
@@ -714,9 +700,8 @@ layer = MixConv2d(8, (3, 5))
 x = torch.randn(2, 8, 6, 6)
 print(list(layer.state_dict()))
 print(layer.double()(x.double()).dtype, layer.float()(x).dtype)
-print(MixConv2d(8, (3, 5), device="meta")(x.to("meta")).shape)
-last = layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
-print("channels_last kept:", last.is_contiguous(memory_format=torch.channels_last))
+last = {"memory_format": torch.channels_last}
+print("channels_last kept:", layer.to(**last)(x.to(**last)).is_contiguous(**last))
 with torch.autocast("cpu", dtype=torch.bfloat16):
     print(layer(x).dtype)
 
@@ -748,27 +733,25 @@ with torch.no_grad():
 tuple(responses.shape)
 
 # %% tags=["drawing"]
-figure, axes = plt.subplots(1, 6, figsize=(9, 2.0))
+figure, axes = plt.subplots(1, 5, figsize=(9, 2.2))
 axes[0].imshow(picture[0, 0], cmap="gray")
 axes[0].set_title("input")
-axes[0].add_patch(plt.Rectangle((30.5, 25.5), 22, 20, fill=False, color="white", linewidth=0.8))
-axes[1].imshow(picture[0, 0], cmap="gray")
-axes[1].set(xlim=(30.5, 52.5), ylim=(45.5, 25.5), title="windows")
 for k in (9, 7, 5, 3):
-    corner = (40 - k / 2, 35 - k / 2)
-    axes[1].add_patch(plt.Rectangle(corner, k, k, fill=False, color=kernel_color(k), linewidth=2))
-for axis, k, response in zip(axes[2:], (3, 5, 7, 9), responses, strict=True):
+    corner = (70 - k / 2, 60 - k / 2)
+    axes[0].add_patch(plt.Rectangle(corner, k, k, color=kernel_color(k), linewidth=0))
+for axis, k, response in zip(axes[1:], (3, 5, 7, 9), responses, strict=True):
     axis.imshow(response, cmap="gray", vmin=-0.12, vmax=0.12)
-    axis.set_title(f"{k}×{k}", color=kernel_color(k))
+    axis.set_title(f"{k}×{k}")
+    axis.spines[:].set(color=kernel_color(k), linewidth=3, visible=True)
 for axis in axes:
     axis.set(xticks=[], yticks=[])
-    axis.spines[:].set_visible(False)
+axes[0].spines[:].set_visible(False)
 show(
     figure,
     "what_groups_see.png",
-    "The photograph at 96×96 pixels, a detail of it around one eye with nested 3×3 to 9×9 "
-    "windows, and the four groups' responses. The 3×3 group answers to thin edges such as the "
-    "rim of the glasses; the 9×9 group to larger shapes such as the stars of the flag.",
+    "The photograph at 96×96 pixels with nested 3×3 to 9×9 windows to scale, and the four groups' "
+    "responses, framed in the colours of their kernels. The 3×3 group answers to thin edges such "
+    "as the rim of the glasses; the 9×9 group to larger shapes such as the stars of the flag.",
 )
 
 # %% [markdown]

@@ -3,6 +3,7 @@
 """MixConv in place of the depthwise layers of any model (chapter 9)."""
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mixconv._checks import check_kernel_sizes
 from mixconv.layer import Conv2dSame, MixConv2d, embed_kernel
@@ -96,6 +98,35 @@ def find_padding(conv: nn.Conv2d) -> str:
     return "symmetric"
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module does what its class does not show.
+
+    That is: hooks forward or backward, a `forward` of this one module, a parametrisation.
+    """
+    hooks = any(getattr(module, name) for name in _HOOKS)
+    return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)
+
+
+def _check_plain(layer: nn.Conv2d, shared: set[torch.Tensor]) -> None:
+    """Raise ValueError, saying why, for a layer that a new one could not stand in for."""
+    if layer.kernel_size[0] != layer.kernel_size[1] or layer.kernel_size[0] % 2 == 0:
+        raise ValueError(f"kernel {layer.kernel_size} is not square and odd")
+    if has_hooks(layer):
+        raise ValueError("it has hooks or is parametrized, which would be lost")
+    if type(layer) is not nn.Conv2d and not _pads_as_tensorflow(layer):
+        raise ValueError(f"a {type(layer).__name__}, which may compute something else")
+    if any(parameter in shared for parameter in layer.parameters()):
+        raise ValueError("it shares its weights with another layer")
+    if type(layer.weight) is not nn.Parameter:
+        raise ValueError(f"its weight is a {type(layer.weight).__name__}")
+    axes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
+    if _pads_as_tensorflow(layer) and any(d * (k - 1) < s - 1 for k, d, s in axes):
+        raise ValueError("'SAME' with a stride wider than the kernel centres windows elsewhere")
+
+
 def _convert(conv: nn.Conv2d, make: partial[MixConv2d], padding: str | None) -> MixConv2d:
     """A MixConv layer in place of a depthwise one, with fresh weights.
 
@@ -148,8 +179,9 @@ def replace_depthwise(
     """Swap every depthwise `nn.Conv2d` of a model for a `MixConv2d`, in place.
 
     Stride, dilation, bias, device, dtype, memory format, training mode and `requires_grad` are
-    kept. Where every kernel grows or stays, so is the function that the model computes. Weights
-    that two layers share are no longer shared afterwards; a layer used in two places stays one.
+    kept. Where every kernel grows or stays, so is the function that the model computes. A layer
+    used in two places stays one. What cannot be kept is left alone and reported: layers with
+    hooks, parametrisations or weights shared with another layer, subclasses, other paddings.
 
     Args:
         model: any module that contains depthwise layers; it is changed.
@@ -167,18 +199,17 @@ def replace_depthwise(
         TypeError: if the model is itself a depthwise layer, which cannot be swapped in place.
         ValueError: for kernel sizes, partition or padding that no layer could have.
 
-    Source: paper, section 3 ("drop-in replacement"). Chapter 9.
+    Source: paper, abstract ("drop-in replacement"). Chapter 9.
     """
-    sizes = check_kernel_sizes(kernel_sizes)
-    make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
-    _check_request(model, make, padding)
+    make = _read_request(model, kernel_sizes, partition, dilated, padding)
     report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
+    convert = partial(_replace, shared=_shared(model), make=make, padding=padding)
     inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if layer in inside or not (_is_depthwise(layer) or isinstance(layer, MixConv2d)):
             continue
         if layer not in swapped:
-            swapped[layer], line = _replace(name, layer, make, padding, keep_center_weights)
+            swapped[layer], line = convert(name, layer, keep=keep_center_weights)
             report.layers.append(line)
         if (mixed := swapped[layer]) is not None:
             parent, _, child = name.rpartition(".")
@@ -186,13 +217,29 @@ def replace_depthwise(
     return report
 
 
-def _check_request(model: nn.Module, make: partial[MixConv2d], padding: str | None) -> None:
-    """Raise for arguments that no layer could satisfy, before anything is changed."""
-    if not isinstance(make.keywords["partition"], str):
+def _is_depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
+
+
+def _shared(model: nn.Module) -> set[torch.Tensor]:
+    """Parameters that more than one layer of a model holds."""
+    held = [p for module in model.modules() for p in module._parameters.values() if p is not None]
+    return {p for p, times in Counter(held).items() if times > 1}
+
+
+def _read_request(
+    model: nn.Module, kernel_sizes: int | Sequence[int], partition: str, dilated: bool,
+    padding: str | None,
+) -> partial[MixConv2d]:  # fmt: skip
+    """What makes the new layers; raises for arguments that no layer could satisfy."""
+    if not isinstance(partition, str):
         raise TypeError("partition must be a method's name, since layers differ in channels")
+    sizes = check_kernel_sizes(kernel_sizes)
+    make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
     make(10_000, padding=padding or "symmetric", device="meta")  # channels enough for any mix
     if _is_depthwise(model):
         raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
+    return make
 
 
 def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
@@ -203,41 +250,18 @@ def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
 
 
 def _replace(
-    name: str, layer: nn.Module, make: partial[MixConv2d], padding: str | None, keep: bool
-) -> tuple[MixConv2d | None, Replacement]:
+    name: str, layer: nn.Module, *, shared: set[torch.Tensor], make: partial[MixConv2d],
+    padding: str | None, keep: bool,
+) -> tuple[MixConv2d | None, Replacement]:  # fmt: skip
     """The new layer, or None where there can be none, and the line for the report."""
+    if not isinstance(layer, nn.Conv2d):
+        return None, Replacement(name, str(layer), reason="it is a MixConv2d already")
     try:
-        conv = _checked(layer)
-        mixed = _convert(conv, make, padding)
+        _check_plain(layer, shared)
+        mixed = _convert(layer, make, padding)
     except ValueError as error:
         return None, Replacement(name, str(layer), reason=str(error))
-    reason = _move_weights(conv, mixed) if keep else "fresh weights"
-    if padding is not None and not reason and _other_padding(conv, padding):
+    reason = _move_weights(layer, mixed) if keep else "fresh weights"
+    if padding is not None and not reason and _other_padding(layer, padding):
         reason = "another padding"
-    return mixed, Replacement(name, str(conv), str(mixed), not reason, reason)
-
-
-def _is_depthwise(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1
-
-
-def _checked(layer: nn.Module) -> nn.Conv2d:
-    """The layer, if it is one that can be replaced; ValueError says why it is not."""
-    if not isinstance(layer, nn.Conv2d):
-        raise ValueError("it is a MixConv2d already")
-    if layer.kernel_size[0] != layer.kernel_size[1] or layer.kernel_size[0] % 2 == 0:
-        raise ValueError(f"kernel {layer.kernel_size} is not square and odd")
-    if torch.nn.utils.parametrize.is_parametrized(layer):
-        raise ValueError("its weight is parametrized")
-    if has_hooks(layer):
-        raise ValueError("it has hooks, which would be lost")
-    axes = zip(layer.kernel_size, layer.dilation, layer.stride, strict=True)
-    if _pads_as_tensorflow(layer) and any(d * (k - 1) < s - 1 for k, d, s in axes):
-        raise ValueError("'SAME' with a stride wider than the kernel centres windows elsewhere")
-    return layer
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's `forward`: hooks, or one of its own."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
+    return mixed, Replacement(name, str(layer), str(mixed), not reason, reason)

@@ -253,3 +253,32 @@ def test_find_padding():
         find_padding(nn.Conv2d(4, 4, 4, padding=2))
     with pytest.raises(ValueError, match=r"padding \(0, 0\), not \(1, 1\)"):
         find_padding(nn.Conv2d(4, 4, 3))
+
+
+def test_shared_weights_are_not_parted_in_silence():
+    first, second = depthwise(), depthwise()
+    second.weight = first.weight
+    model = nn.Sequential(first, second, depthwise())
+    report = replace_depthwise(model, (3, 5))
+    assert model[0] is first
+    assert model[1] is second
+    assert [layer.name for layer in report.changed] == ["2"]
+    assert all("shares its weights" in layer.reason for layer in report.skipped)
+
+
+def test_a_forced_padding_does_not_take_a_subclass():
+    conv = OddConv(12, 12, 3, padding=1, groups=12)
+    model, report = swap(conv, padding="symmetric")
+    assert model[0] is conv
+    assert "OddConv" in report.skipped[0].reason
+
+
+def test_a_weight_of_an_unusual_class_is_left_alone():
+    class Unusual(nn.Parameter):
+        pass
+
+    conv = depthwise()
+    conv.weight = Unusual(conv.weight.detach())
+    model, report = swap(conv)
+    assert model[0] is conv
+    assert "Unusual" in report.skipped[0].reason

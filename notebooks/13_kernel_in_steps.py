@@ -1,26 +1,92 @@
 # %% [markdown]
 # # 13 · A kernel in steps
 #
-# How fast can these loops get, and why?
+# Chapter 1's loops are right, and slow. How fast can they get, and why? The picture below shows four versions of them in C++, from plain loops to rows of sums in registers. This chapter writes all four.
 #
 # **You will be able to**
-# - read a vectorised C++ kernel, built here in four steps;
-# - say what each step bought, and why.
+# - read C++ that computes with vectors, and say what the compiler makes of it;
+# - name what each of three steps changes, and measure what it buys;
+# - compute an exponential of a vector, by parts;
+# - find a wrong index from what a kernel prints.
 #
-# **Know first:** [chapter 11](11_why_slow.ipynb).
+# **Know first:** [chapter 1](01_formulation.ipynb) and [chapter 11](11_why_slow.ipynb). C++: loops and pointers. Vectors and templates are explained here.
 #
-# **Time:** 30 minutes to read. Runs in under 30 seconds on two cores, after the kernel has been compiled once.
+# **Time:** 40 minutes to read. Runs in under 30 seconds on two cores, after the C++ has been compiled once. It is the first of two pages, before [A kernel, compiled](13_kernel_in_steps_compiled.ipynb).
+
+# %% tags=["drawing"]
+import json
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+bench = json.loads(Path("../figures/bench.json").read_text())
+layers, machine = bench["steps"], bench["machine"]
+STEPS = [name for name in layers[0]["seconds"] if name[0] in "0123"]
+
+
+def speed(layer: dict, step: str) -> float:
+    """Multiply-adds in a second."""
+    work = layer["size"] ** 2 * layer["channels"] * layer["kernel_size"] ** 2
+    return work / layer["seconds"][step]
+
+
+figure, axis = plt.subplots(figsize=(7.2, 3.4))
+for number, layer in enumerate(layers):
+    places = [i + 0.26 * (number - 1) for i in range(len(STEPS))]
+    speeds = [speed(layer, step) / 1e9 for step in STEPS]
+    label = "{size}×{size} pixels, {channels} channels, {kernel_size}×{kernel_size}"
+    color = kernel_color(layer["kernel_size"])
+    bars = axis.barh(places, speeds, 0.24, color=color, label=label.format(**layer))
+    axis.bar_label(bars, [f"{value:.2g}" for value in speeds], padding=2, fontsize=8)
+peak = machine["multiply_adds_per_second"] / machine["threads"] / 1e9
+axis.axvline(peak, color="black", lw=1)
+axis.text(peak * 1.03, -0.4, "most that one\nthread can do", fontsize=8, va="center")
+axis.set_yticks(range(len(STEPS)), STEPS)
+axis.invert_yaxis()
+axis.set(xscale="log", xlim=(1, peak * 2.6), xlabel="billion multiply-adds a second, one thread")
+axis.set_xticks([1, 10, 100], ["1", "10", "100"])
+axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 1.0))
+show(
+    figure,
+    "kernel_steps.png",
+    "The speed of three layers in four versions of the loops. Bars: plain loops, vectors of "
+    "sixteen channels, a padded copy, and rows of sums in registers, beside the most that one "
+    "thread of the machine can do.",
+)
 
 # %% [markdown]
-# ## The kernel, step by step
+# ## Where a number lies
 #
-# Now the loops themselves, in C++, on channels last. First one group, stride 1, one image, channels a multiple of 16. Every step is checked against the one before, and timed by `make bench` on one thread.
+# All loops below work on one image with channels last. In memory the channels of a pixel are neighbours; then comes the next pixel of the row, and after the row the next one. So
 #
-# **Step 0: loops.** Chapter 1's loops, in another language. `x` and `y` are (height, width, channels).
+# $$
+# x[iy, ix, c] \ \ \mathrm{lies\ at} \ \ (iy \cdot \mathrm{width} + ix) \cdot \mathrm{channels} + c
+# $$
+#
+# By hand: 2 rows of 3 pixels with 4 channels. Channel 3 of the pixel in row 1, column 2 lies at (1 · 3 + 2) · 4 + 3 = 23, the last place of 24. Its left neighbour is 4 places before, the pixel above it 12.
+
+# %%
+import torch
+
+height, width, channels = 2, 3, 4
+x = torch.arange(height * width * channels).view(height, width, channels)  # each says its place
+assert x[1, 2, 3] == (1 * width + 2) * channels + 3 == 23
+x[1, 2, 3] - x[1, 1, 3], x[1, 2, 3] - x[0, 2, 3]
+
+# %% [markdown]
+# The kernels lie in the same manner: tap (ky, kx) of channel c at (ky · k + kx) · channels + c.
+#
+# ## Step 0: loops
+#
+# Chapter 1's loops in another language. One group, stride 1; `Int` is a 64-bit integer. Taps that fall outside the image are skipped.
 #
 # ```c++
 # //| export fast/depthwise_steps.cpp
 # // Steps towards depthwise.cpp: one group, stride 1, channels a multiple of 16.
+# // x and y are (height, width, channels); w is (k, k, channels).
 # #include <cstdint>
 # #include <vector>
 #
@@ -43,14 +109,113 @@
 # }
 # ```
 #
-# **Step 1: sixteen channels at once.** A vector type holds 16 neighbouring channels. The compiler turns each `+` and `*` on it into one instruction (or a few, where vectors are shorter). The program stays the same; its numbers got wider.
+# `extern "C"` keeps the function's name as it is written, so that Python can ask for it. `load_library` compiles the file and opens it (how, is the next page), and `ctypes` calls it with addresses and sizes:
+
+# %%
+import ctypes
+import logging
+
+from mixconv.fast.native import load_library
+
+logging.getLogger("mixconv").setLevel(logging.ERROR)  # this chapter also runs without a compiler
+steps = load_library("depthwise_steps.cpp")
+
+
+def run_step(name: str, image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """One step on an `(H, W, C)` image with a `(C, 1, k, k)` kernel."""
+    packed = kernel[:, 0].permute(1, 2, 0).contiguous()  # (k, k, C)
+    result = torch.full_like(image, torch.nan)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (image, packed, result)]
+    getattr(steps, name)(*pointers, *map(ctypes.c_int64, (*image.shape, kernel.shape[-1])))
+    return result
+
+
+# %% [markdown]
+# Is it right? PyTorch's convolution knows. The same comparison will be made after every step, with the step before. (Without a compiler there is nothing to compare; the text stays.)
+
+# %%
+import torch.nn.functional as F
+
+
+def by_torch(image: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    planes, k = image.permute(2, 0, 1)[None], kernel.shape[-1]
+    return F.conv2d(planes, kernel, padding=k // 2, groups=len(kernel))[0].permute(1, 2, 0)
+
+
+def compare(after: str, before: str) -> None:
+    for k in (3, 5, 7, 9) if steps else ():
+        image, kernel = torch.randn(13, 28, 32), torch.randn(32, 1, k, k)
+        one, other = (
+            by_torch(image, kernel) if name == "torch" else run_step(name, image, kernel)
+            for name in (after, before)
+        )
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # sums in another order
+    print(f"equal: {after} and {before}, kernels 3, 5, 7 and 9")
+
+
+torch.manual_seed(0)
+compare("step0_loops", "torch")
+
+# %% [markdown]
+# ## The three ideas in one picture
+
+# %% tags=["drawing"]
+from itertools import product
+
+figure, (lanes, plane, row) = plt.subplots(1, 3, figsize=(9, 3.3), width_ratios=(0.9, 1, 1.5))
+blue, orange, grey = "#80B9D9", "#F2CF80", "#eeeeee"
+
+
+def cell(axis, x: int, y: int, color: str, text: str = "") -> None:
+    axis.add_patch(plt.Rectangle((x, y), 0.9, 0.9, facecolor=color, edgecolor="#999999"))
+    axis.text(x + 0.45, y + 0.47, text, ha="center", va="center", fontsize=8)
+
+
+for x, c in product(range(4), range(8)):  # a pixel is a column of channels
+    cell(lanes, x, c, blue if x == 1 and c < 4 else grey, f"c{c}")
+for x, y in product(range(6), range(6)):
+    inside = 0 < x < 5 and 0 < y < 5
+    window = orange if x < 3 and y < 3 else None
+    cell(plane, x, y, window or (grey if inside else "white"), "" if inside else "0")
+for x in range(6):
+    cell(row, x, 0, orange if 1 <= x <= 4 else grey, f"x{x}")
+for t in range(4):
+    cell(row, t, 5, blue, f"sum {t}")
+    row.annotate("", (t + 0.45, 4.9), (t + 1.45, 1), arrowprops={"arrowstyle": "->"})
+row.text(4.3, 3, "all times tap 1,\nwhich is loaded once", fontsize=8)
+panels = {
+    lanes: (4, 8, "1: a vector is neighbouring\nchannels of one pixel"),
+    plane: (6, 6, "2: a copy with zeros around\nhas no border to ask for"),
+    row: (7.5, 6, "3: four sums side by side\ndo not wait for one another"),
+}
+for axis, (wide, high, title) in panels.items():
+    axis.set(xlim=(-0.2, wide), ylim=(high, -0.2), aspect="equal")
+    axis.set_title(title, fontsize=9)
+    axis.axis("off")
+show(
+    figure,
+    "lanes_plane_row.png",
+    "The ideas of steps 1, 2 and 3. Left: pixels as columns of channels; four neighbouring "
+    "channels of one pixel are one vector. Middle: a 4×4 image in a 6×6 plane with zeros around "
+    "it, a 3×3 window in its corner. Right: four sums side by side; each takes the product of the "
+    "same tap with its own input.",
+)
+
+# %% [markdown]
+# (Drawn with vectors of 4 channels and 4 sums. The code has 16 channels and 14 sums.)
+#
+# ## Step 1: sixteen channels at once
+#
+# In a depthwise convolution all channels do the same, each with its own numbers. A processor has instructions for just that: one of them multiplies 4, 8 or 16 pairs of numbers at once, and many machines add the products to a sum in the same instruction. The places in such a *vector* are called *lanes*. With channels last, 16 lanes are 16 neighbours in memory.
+#
+# There is no need to name the instructions. GCC and Clang have vector types, on which `+` and `*` work lane by lane. Read the declaration from the left: `Vec` is made of `float`; it is 16 · 4 bytes long; it may begin at any multiple of 4 bytes; it may look at memory that was declared as something else (`float`, here).
 #
 # ```c++
 # //| export fast/depthwise_steps.cpp
 # constexpr int kLanes = 16;
 # typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 #
-# static Vec at(const float* p) { return *(const Vec*)p; }
+# static Vec at(const float* p) { return *(const Vec*)p; }  // the 16 numbers from here on
 #
 # extern "C" void step1_lanes(const float* x, const float* w, float* y, Int height, Int width,
 #                             Int channels, Int k) {
@@ -69,7 +234,15 @@
 # }
 # ```
 #
-# **Step 2: no question in the inner loop.** Copy the plane of these 16 channels into a scratch with zeros around it. Then the border test goes.
+# Four lines have changed: `c` goes up by 16, `sum` is a vector, and so is what is loaded and stored. The indices are the same as before.
+
+# %%
+compare("step1_lanes", "step0_loops")
+
+# %% [markdown]
+# ## Step 2: no question in the inner loop
+#
+# The innermost loop still asks at every tap whether it is inside the image. Chapter 3's padding answers once for all: copy the plane of these 16 channels into a *scratch*, with k / 2 zeros on each side. `pitch` is the length of a row there. What was `oy + ky - k / 2` in the image is `oy + ky` in the scratch.
 #
 # ```c++
 # //| export fast/depthwise_steps.cpp
@@ -100,8 +273,33 @@
 #   }
 # }
 # ```
+
+# %%
+compare("step2_scratch", "step1_lanes")
+
+# %% [markdown]
+# ## Step 3, by hand
 #
-# **Step 3: rows in registers.** A multiply-add takes about four clock ticks, and a core can start two in every tick. But `sum += …` must wait for the sum before it. So compute 14 outputs of a row side by side: 14 sums that do not wait for one another, all in registers. Each weight is loaded once for all 14. The kernel size becomes a template parameter, so that the compiler writes the taps out.
+# A multiply-add takes about four ticks of the clock, but a core can *start* two in every tick. So eight could be under way at a time. In step 2 only one is: each `sum += …` needs the sum before it. The way out is to work on several outputs at a time, whose sums do not need each other.
+#
+# Four outputs of a row, three taps. Input (1, 2, 3, 4) with a zero on each side, taps (1, 10, 100). Step 2 finishes one output before it begins the next: 0 + 10 + 200 = 210. Step 3 takes one *tap* after another, and adds its products to all four sums:
+
+# %%
+plane, taps, sums = [0, 1, 2, 3, 4, 0], [1, 10, 100], [0, 0, 0, 0]
+for kx, tap in enumerate(taps):
+    for t in range(4):
+        sums[t] += tap * plane[t + kx]
+    print(f"after tap {kx}: {sums}")
+assert sums == [210, 321, 432, 43]
+
+# %% [markdown]
+# The inner loop is over `t` now. Its four additions are independent, and all of them use the same tap: it is loaded once, not four times.
+#
+# ## Step 3: rows in registers
+#
+# In the kernel it is 14 sums, and each of them a vector. A *register* is a place inside the processor for one vector; there are 32 of them (or 16). Fourteen sums, one tap and some inputs fit. And 14 divides 112, 56, 28 and 14, the widths of MixNet's layers.
+#
+# Two things are new in the language. The kernel size `K` is a *template parameter*: a number that the compiler knows, so that it writes a function for 3, one for 5, and so on, each with its loops written out. And `#pragma GCC unroll` asks for that writing out: `sums[0]` to `sums[13]` must be 14 registers, and a register cannot be chosen by an index at run time.
 #
 # ```c++
 # //| export fast/depthwise_steps.cpp
@@ -139,8 +337,61 @@
 # }
 # ```
 
+# %%
+compare("step3_rows", "step2_scratch")
+
 # %% [markdown]
-# The vector is as wide as the machine's:
+# ## What each step bought
+#
+# The stored times, in microseconds, for one image and one thread. The last row is the size of the padded plane.
+
+# %%
+from mixconv.teaching import table
+
+titles = ["{size}² × {channels}, {kernel_size}×{kernel_size}".format(**layer) for layer in layers]
+sizes = [(layer["size"] + layer["kernel_size"] - 1) ** 2 * 64 for layer in layers]
+table(
+    ["step", *titles],
+    [
+        *([step, *(f"{1e6 * r['seconds'][step]:.0f}" for r in layers)] for step in STEPS),
+        ["bytes of the plane", *(f"{size / 1024:.0f} kB" for size in sizes)],
+    ],
+)
+
+# %% [markdown]
+# And as factors, each step against the one before it:
+
+# %%
+from itertools import pairwise
+
+print(f"on {machine['cpu']}, {machine['vectors']}")
+for before, after in pairwise(STEPS):
+    gains = [r["seconds"][before] / r["seconds"][after] for r in layers]
+    print(f"step {after}: " + ", ".join(f"{gain:.1f}" for gain in gains) + " times as fast")
+best = max(speed(layer, STEPS[-1]) for layer in layers) / 1e9
+print(f"at best {best:.0f} of {peak:.0f} billion multiply-adds a second")
+
+# %% [markdown]
+# Read it with the reasons in mind.
+#
+# - **Step 1** can gain as many times as a register has lanes: 16 with AVX-512, 8 with AVX, 4 with the oldest or on ARM.
+# - **Step 2** is not there for its own sake. Processors guess the outcome of a border test, and guess well, so little is saved, and the copy has its price. It is what makes step 3 possible: 14 sums side by side cannot each ask.
+# - **Step 3** gains what the sums had waited for one another, and the taps that are loaded once for 14 outputs. The larger the kernel, the more of the time it speaks for.
+# - **The copy** costs most where the kernel is small and the plane is large. A first-level cache holds 32 to 128 kB. A plane that does not fit must be fetched from the next level at every output row. Chapter 14 keeps k rows instead of the plane.
+
+# %% [markdown]
+# ## Vectors as wide as the machine's
+#
+# In the steps a vector always had 16 lanes. Where the machine's registers have 8, the compiler makes two of each, and 14 sums need 28 registers of 16: they do not fit, and are written to memory and read again all the time. So the kernel of the next chapter chooses, when it is compiled:
+#
+# | machine | lanes | registers | sums in a row |
+# |---|---:|---:|---:|
+# | AVX-512 | 16 | 32 | 14 |
+# | AVX | 8 | 16 | 7 |
+# | ARM, 64 bits | 4 | 32 | 14 |
+# | others | 4 | 16 | 7 |
+#
+# All of this is in `simd.cpp`, which comes before the kernel's own files. Its names are the machine's words: `kLanes`, `kTile`.
 #
 # ```c++
 # //| export fast/simd.cpp
@@ -152,22 +403,24 @@
 # namespace {
 #
 # #if defined(__AVX512F__)
-# constexpr int kLanes = 16, kTile = 14;  // 32 registers: 14 sums, a weight, room for inputs
+# constexpr int kLanes = 16, kTile = 14;
 # #elif defined(__AVX__)
-# constexpr int kLanes = 8, kTile = 7;  // 16 registers
+# constexpr int kLanes = 8, kTile = 7;
 # #elif defined(__aarch64__)
 # constexpr int kLanes = 4, kTile = 14;
 # #else
 # constexpr int kLanes = 4, kTile = 7;
 # #endif
-# constexpr int kShortTile = 7;            // MixNet's last layers are 7 pixels wide
+# constexpr int kShortTile = 7;  // MixNet's last layers are 7 pixels wide
 #
 # typedef float Vec __attribute__((vector_size(kLanes * 4)));
 # typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 # typedef float LooseVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 # ```
 #
-# Loading and storing. `lanes` is less than a vector where there are fewer channels than that.
+# `LooseVec` is the `Vec` of the steps, which may begin anywhere. `Vec` itself begins at a multiple of its length, as scratch memory does. `IntVec` is for the bits of floats.
+#
+# **Loading and storing.** A group may have 13 channels. Then a vector has 13 lanes that count, and the others must not be written, and at the end of a tensor not even be read. 13 = 8 + 4 + 1: so three copies, whose lengths the compiler knows. The template below asks for half the size each time, down to 1.
 #
 # ```c++
 # //| export fast/simd.cpp
@@ -185,20 +438,75 @@
 #   return v;
 # }
 #
-# // By value: taking an address would drive the sums out of their registers.
+# // Lanes from `skip` on. By value: taking an address would drive the sums out of their registers.
 # inline void store(float* to, Vec v, int skip, int lanes) {
 #   if (lanes == kLanes) *reinterpret_cast<LooseVec*>(to) = v;
 #   else copy_lanes(to, reinterpret_cast<const float*>(&v) + skip, lanes);
 # }
 # ```
 #
-# SiLU is $x / (1 + e^{-x})$, and C++ has no exponential of a vector. Write $e^x = 2^n e^r$ with a small rest $r$. The power of two goes straight into the exponent bits of a float; $e^r$ is a short polynomial. Below $x = -80$ the result counts as zero. Left as it is, less than $10^{-32}$, it would soon be multiplied into *denormal* numbers, which take a processor many times as long as others.
+# ## An exponential of a vector
+#
+# After the sums comes the activation. ReLU is a comparison. SiLU is $x / (1 + e^{-x})$, and C++ has no exponential of a vector. Take the number apart: with $n$ the integer nearest to $x / \ln 2$,
+#
+# $$
+# e^x = 2^n \cdot e^r, \qquad r = x - n \ln 2, \qquad |r| \le \tfrac{1}{2} \ln 2 \approx 0.35
+# $$
+#
+# **By hand**, for $x = 3$: $3 / \ln 2 = 4.33$, so $n = 4$ and $r = 3 - 4 \cdot 0.6931 = 0.2274$. For so small an $r$ the series $1 + r + r^2/2 + r^3/6 + \ldots$ is good after few terms: 1.2553. And $16 \cdot 1.2553 = 20.085$.
+#
+# How many terms? A float32 is exact to one part in 17 million (6 · 10⁻⁸).
+
+# %% tags=["drawing"]
+import math
+
+import numpy as np
+
+rest = np.linspace(-math.log(2) / 2, math.log(2) / 2, 400)
+errors = {}
+for degree in (3, 5, 6, 7):
+    series = sum(rest**i / math.factorial(i) for i in range(degree + 1))
+    errors[degree] = np.maximum(np.abs(series / np.exp(rest) - 1), 1e-12)
+figure, axis = plt.subplots(figsize=(6.6, 3.1))
+for degree, shade in zip(errors, ("#bbbbbb", "#888888", "#555555", "black"), strict=True):
+    axis.plot(rest, errors[degree], color=shade)
+    axis.text(
+        rest[-1] + 0.01, errors[degree][-1], f"up to r{'⁰¹²³⁴⁵⁶⁷'[degree]}", va="center", fontsize=8
+    )
+axis.axhline(2**-24, color="#D55E00", lw=1, ls="--")
+axis.text(0, 2**-24 * 1.5, "rounding of a float32", color="#D55E00", ha="center", fontsize=8)
+axis.set(yscale="log", ylim=(1e-11, 1e-2), xlim=(-0.37, 0.44))
+axis.set(xlabel="r", ylabel="relative error of the series")
+assert max(errors[6]) > 2**-24 > 5 * max(errors[7])
+show(
+    figure,
+    "exponential_error.png",
+    "Relative error of the exponential series over r from -0.35 to 0.35, on a log scale. Up to the "
+    "sixth power the error still exceeds a float32's rounding at the ends; up to the seventh it is "
+    "below it everywhere.",
+)
+
+# %% [markdown]
+# Up to $r^7$. Two tricks remain, and both use how a float is stored.
+#
+# **Rounding to an integer.** Floats near $1.5 \cdot 2^{23}$ are whole numbers: there is no bit left for halves. Adding that number rounds, and leaves $n$ in the last bits.
+#
+# **Two to the n.** A float's exponent is stored from bit 23 on, with 127 added. So $2^n$ is the integer $(n + 127) \cdot 2^{23}$, read as a float. For $x = 3$:
+
+# %%
+large = torch.tensor(1.5 * 2**23)
+shifted = torch.tensor(3 / math.log(2)) + large
+n = shifted.view(torch.int32) - large.view(torch.int32)
+power = ((n + 127) << 23).view(torch.float32)
+print(f"n from the last bits: {n}, from a subtraction: {shifted - large:.0f}")
+print(f"2^n from the exponent's bits: {power:.0f}")
+assert hex(large.view(torch.int32)) == "0x4b400000"
+
+# %% [markdown]
+# Now `exp_vec` reads line by line. Arguments are kept between −87 and 87, where the result is an ordinary float. ln 2 is subtracted in two parts, the first of which has so few bits that its product with n is exact.
 #
 # ```c++
 # //| export fast/simd.cpp
-# enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3, kSigmoid = 4 };
-# constexpr float kLowest = -80;  // below, a sigmoid counts as zero
-#
 # // n is the nearest integer to x / ln 2, so |r| <= ln 2 / 2.
 # inline Vec exp_vec(Vec x) {
 #   x = x < 87.0f ? x : Vec{} + 87.0f;  // a NaN becomes 87
@@ -213,6 +521,16 @@
 #   IntVec power = (reinterpret_cast<IntVec>(shifted) - 0x4B400000 + 127) << 23;
 #   return p * reinterpret_cast<Vec>(power);
 # }
+# ```
+#
+# A comparison of vectors gives a vector of answers, and `? :` chooses lane by lane. So there is no `if` for a lane; both sides are computed, and one is taken.
+#
+# Below $x = -80$ the sigmoid counts as zero. Left as it is, less than $10^{-34}$, it would soon be multiplied into *denormal* numbers, which take a processor many times as long as others. A NaN stays a NaN, so that a broken network does not look healthy.
+#
+# ```c++
+# //| export fast/simd.cpp
+# enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3, kSigmoid = 4 };
+# constexpr float kLowest = -80;  // below, a sigmoid counts as zero
 #
 # template <int T>
 # inline __attribute__((always_inline)) void activate(Vec (&sums)[T], int64_t activation) {
@@ -232,9 +550,7 @@
 #
 # }  // namespace
 #
-# extern "C" int simd_lanes() { return kLanes; }
-#
-# // y = activation of x, for whole vectors: what the chapter and the tests look at.
+# // y = activation of x: for the chapter and the tests to look at.
 # extern "C" void simd_activate(const float* x, float* y, int64_t count, int64_t activation) {
 #   for (int64_t i = 0; i < count; i += kLanes) {
 #     const int lanes = count - i < kLanes ? int(count - i) : kLanes;
@@ -244,412 +560,188 @@
 #   }
 # }
 # ```
-
-# %% [markdown]
-# ## Finding a compiler
 #
-# How did `load_library` get from C++ to a function that Python calls? The C++ files lie in the package as text, beside the Python files. At first use the system's compiler makes a library of them. The library is kept in the user's cache folder, `~/.cache/mixconv`, so the wait of some seconds comes once on a machine. `ctypes` opens it.
+# (`Vec (&sums)[T]` is how C++ hands over an array of T vectors without a copy; `always_inline` keeps them in their registers.)
 #
-# That sounds like ten lines. It is more, because a program that runs files from a folder has to be careful with them. The rule: whatever goes wrong, `load_library` answers `None`, one line of the log says why, and a form of the operation without a compiler does the work. (The cells are folded: they are manners, and no more loops are in them.)
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-"""The package's C++ as libraries, compiled at first use (ours; chapter 13).
-
-Whatever goes wrong on the way is an `OSError` with a reason, up to `load_library`, which answers
-None and logs the reason. Linux and macOS.
-"""
-
-import contextlib
-import ctypes
-import hashlib
-import logging
-import os
-import platform
-import re
-import shlex
-import shutil
-import signal
-import stat
-import subprocess
-import tempfile
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from importlib.resources import files
-from pathlib import Path
-
-import torch
-
-log = logging.getLogger("mixconv")
-
-# The first that compiles is taken: not every compiler has OpenMP or knows -march=native.
-_FLAGS = [
-    ("-march=native", "-fopenmp"), ("-march=native", "-pthread"),
-    ("-mcpu=native", "-fopenmp"), ("-mcpu=native", "-pthread"), ("-pthread",),
-]  # fmt: skip
-_COMMON_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-Wno-ignored-attributes")
-_TIME_LIMIT = 300.0  # seconds for all tries together: a compiler that hangs must not hang us
-_PREFIX = "mixconv-build-"  # of folders in which something is being made
-_STALE = 3600.0  # seconds after which such a folder was left by a process that was killed
-
-
-# %% [markdown]
-# **The name says what is inside.** A library's file name has two parts. The first is a digest of all that it was made from: source, flags, `$CXX`, and the processor, since `-march=native` makes code for this one alone. A changed source has a new name; machines that share a home do not share a library. The compiler's version is not part of it, so that a library made in a build image is found in a slim image without a compiler. (A newer compiler is therefore not noticed. Delete the folder to make the libraries anew.)
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _join(names: Sequence[str]) -> str:
-    """C++ files of the package, one after another, as one translation unit."""
-    folder = files("mixconv.fast")
-    parts = [f'#line 1 "{name}"\n{folder.joinpath(name).read_text()}' for name in names]
-    return "\n".join(parts)
-
-
-def _processor() -> str:
-    """What `-march=native` depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:  # not Linux: tell computers apart, not processors
-        return f"{platform.processor()} {platform.node()}"
-    wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _key(source: str) -> str:
-    """The first part of a library's name: all that the library is made from, and for."""
-    system = (platform.system(), platform.machine(), *platform.libc_ver())
-    flags = (*_COMMON_FLAGS, str(_FLAGS), os.environ.get("CXX", ""))
-    parts = "\0".join((source, *flags, *system, _processor()))
-    return "mixconv-" + hashlib.sha256(parts.encode()).hexdigest()[:16]
-
-
-# %% [markdown]
-# The second part is a digest of the library itself. A disk that was full, a copy that was cut, a block of zeros: opening such a file would end the process, this one and every later one. Its content no longer fits its name, so it is thrown away and made anew.
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _full_name(key: str, content: bytes) -> str:
-    return f"{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
-
-
-def _find_stored(folder: Path, key: str) -> Path | None:
-    """A library of this key that is whole and that nobody else could have written."""
-    for path in sorted(folder.glob(f"{key}-*.so")):
-        with contextlib.suppress(OSError):
-            _check_owner(path)
-            if path.name == _full_name(key, path.read_bytes()):
-                return path
-        with contextlib.suppress(OSError):
-            path.unlink()
-    return None
-
-
-# %% [markdown]
-# **Nobody else's code.** A library that another user could have put there must not run. So the folder and the file must belong to this user, and nobody else may be allowed to write to them. A relative `XDG_CACHE_HOME` is ignored, as its standard demands: it would mean another folder in every working directory. Without a home there is no cache.
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _check_owner(path: Path) -> None:
-    """Raise PermissionError if another user could have put this file or folder there."""
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode):
-        raise PermissionError(f"{path} is a symbolic link")
-    if status.st_uid != os.geteuid():
-        raise PermissionError(f"{path} belongs to another user")
-    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{path} may be written by other users")
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _cache_folder() -> Path:
-    """`mixconv` in the user's cache folder, made if it is not there; it need not be writable."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):
-        base = os.path.join(os.path.expanduser("~"), ".cache")
-    if not os.path.isabs(base):
-        raise FileNotFoundError("no home folder")
-    folder = Path(os.path.realpath(base), "mixconv")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _check_owner(folder)
-    return folder
-
-
-# %% [markdown]
-# **No litter.** Compiling happens in a new temporary folder that only this user can enter, and that goes away at the end. If the process is killed before, the next build sweeps.
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _sweep(parent: Path) -> None:
-    """Remove what builds that were killed have left; never another user's."""
-    for path in parent.glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            _check_owner(path)
-            if time.time() - path.lstat().st_mtime > _STALE:
-                shutil.rmtree(path)
-
-
-@contextlib.contextmanager
-def _new_folder(parent: Path) -> Iterator[Path]:
-    """A folder that exists for a `with` statement."""
-    _sweep(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-# %% [markdown]
-# **No endless wait.** The compiler runs as a process group of its own, with a limit on its time. When that is over, the whole group ends, and with it the programs that the compiler had called.
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _complaint(messages: Path, compiler: str, status: int) -> str:
-    """The line of a compiler's messages that says what is wrong."""
-    lines = messages.read_text(errors="replace").splitlines()
-    telling = [line for line in lines if re.search("error|cannot|No space", line)]
-    return (telling or lines or [f"{compiler} failed without a word ({status})"])[0]
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _run(command: Sequence[str], folder: Path, seconds: float) -> str:
-    """Run a compiler; returns the line that says why it failed, or nothing."""
-    messages, own = folder / "messages", {"LC_ALL": "C", "TMPDIR": str(folder)}
-    with messages.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env={**os.environ, **own}, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(seconds)
-        except BaseException as error:  # also Ctrl-C, which does not reach another group
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            if isinstance(error, subprocess.TimeoutExpired):
-                raise TimeoutError(f"{command[0]} did not end in {_TIME_LIMIT:.0f} s") from None
-            raise
-    return _complaint(messages, command[0], status) if status else ""
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _compilers() -> list[list[str]]:
-    """Compiler commands to try: `$CXX` alone where it is set, else the usual names."""
-    if chosen := os.environ.get("CXX", "").strip():
-        try:
-            command = shlex.split(chosen)
-        except ValueError as error:
-            raise OSError(f"CXX={chosen!r}: {error}") from None
-        if not shutil.which(command[0]):
-            raise FileNotFoundError(f"CXX={chosen!r}: there is no such program")
-        return [command]
-    found = [[path] for name in ("c++", "g++", "clang++") if (path := shutil.which(name))]
-    if not found:
-        raise FileNotFoundError("no C++ compiler found")
-    return found
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _compile(compilers: Sequence[Sequence[str]], source: str, folder: Path) -> Path:
-    """Make a library in a folder, by the first compiler and flags that can."""
-    text, library, end = (
-        folder / "source.cpp",
-        folder / "library.so",
-        time.monotonic() + _TIME_LIMIT,
-    )
-    text.write_text(source)
-    for compiler in compilers:
-        for flags in _FLAGS:
-            command = [*compiler, *_COMMON_FLAGS, *flags, str(text), "-o", str(library)]
-            complaint = _run(command, folder, end - time.monotonic())
-            if not complaint:
-                return library
-    raise OSError(complaint)
-
-
-# %% [markdown]
-# **In one step.** A finished library is copied beside its place and then renamed. Another process sees all of it or nothing. Two processes that compile at the same time both end with a good one. And where the cache cannot take it (a full disk, a home that is read-only), the library is opened where it was made.
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _store(library: Path, folder: Path, key: str) -> Path:
-    """Put a library into the cache, in one step."""
-    target = folder / _full_name(key, library.read_bytes())
-    with _new_folder(folder) as beside:
-        copy = Path(shutil.copyfile(library, beside / target.name))
-        copy.chmod(0o700)
-        return copy.replace(target)
-
-
-def _open(path: Path, source: str) -> ctypes.CDLL:
-    """Open a library that must hold every function that its source says it does."""
-    library = ctypes.CDLL(str(path))
-    for name in re.findall(r'^extern "C" [^(\n]*?(\w+)\(', source, re.MULTILINE):
-        if not hasattr(library, name):
-            raise OSError(f"the library has no {name}")
-    return library
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _build(names: Sequence[str], source: str, cache: Path | None, note: str) -> ctypes.CDLL:
-    """Compile a library, store it if that can be done, and open it."""
-    compilers = _compilers()
-    log.warning("compiling %s, %s: some seconds", " + ".join(names), note)
-    with _new_folder(Path(tempfile.gettempdir())) as folder:
-        made = _compile(compilers, source, folder)
-        if cache:
-            with contextlib.suppress(OSError):
-                return _open(_store(made, cache, _key(source)), source)
-        return _open(made, source)  # an open library outlives its file
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _find_or_build(names: Sequence[str]) -> ctypes.CDLL:
-    """The library of these C++ files; OSError with the reason where there is none."""
-    if os.name != "posix":
-        raise OSError(f"{platform.system()} is not supported")
-    source, cache, note = _join(names), None, "once on this machine"
-    trouble: OSError | None = None
-    try:
-        cache = _cache_folder()
-        if stored := _find_stored(cache, _key(source)):
-            return _open(stored, source)
-    except OSError as error:
-        trouble, note = error, f"for this process only ({error})"
-    try:
-        return _build(names, source, cache, note)
-    except OSError as error:
-        raise trouble or error from None
-
-
-# %% [markdown]
-# **Threads and forks.** The kernel of the next chapter runs on several threads by OpenMP, which keeps its threads from one call to the next. A process that forks copies only the thread that forked. GNU's OpenMP does not notice: in the child, the next parallel loop waits without end for threads that are not there. It does not matter who started them. Where our library and PyTorch use the same OpenMP (they do on the machine this was written on: `ldd` names one `libgomp.so.1` for both), it is enough that PyTorch had used two threads before the fork.
-#
-# OpenMP has a call that ends its idle threads, `omp_pause_resource_all`. Called just before a fork, it leaves nothing to wait for. Parent and child both start new threads when they need them. One thread only is used where this could not be done: in a child that imports this package after the fork, or with an OpenMP too old to know the call. (Clang's OpenMP looks after forks by itself.)
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-def _forked_before_import() -> bool:
-    """Whether this process is a fork that has started no program of its own since; on Linux."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    except OSError:  # elsewhere OpenMP is LLVM's
-        return False
-    return bool(int(fields[6]) & 0x40)  # PF_FORKNOEXEC
-
-
-def _end_idle_threads(libraries: Sequence[ctypes.CDLL]) -> bool:
-    """End the idle threads of GNU's OpenMP; whether none can be left."""
-    for library in libraries:
-        if not hasattr(library, "GOMP_parallel") or hasattr(library, "__kmpc_fork_call"):
-            continue  # no OpenMP, or LLVM's
-        if not hasattr(library, "omp_pause_resource_all") or library.omp_pause_resource_all(2):
-            return False
-    return True
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-class _Libraries:
-    """What this process has opened, and whether its OpenMP threads are its own."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.known: dict[tuple[str, ...], tuple[ctypes.CDLL | None, str]] = {}
-        self.threads_are_ours = not _forked_before_import()
-        self.ready_to_fork = False
-
-    def before_fork(self) -> None:
-        if self.threads_are_ours:
-            ours = [library for library, _ in list(self.known.values()) if library]
-            torchs = ctypes.CDLL(torch._C.__file__)
-            self.ready_to_fork = _end_idle_threads([torchs, *ours])
-
-    def after_fork_in_parent(self) -> None:
-        self.ready_to_fork = False
-
-    def after_fork_in_child(self) -> None:
-        self.lock = threading.Lock()  # another thread may have held it
-        self.threads_are_ours = self.threads_are_ours and self.ready_to_fork
-        self.ready_to_fork = False
-
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-class _Libraries(_Libraries):
-    def get(self, names: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
-        """The library and an empty string, or None and the reason."""
-        if names not in self.known:
-            with self.lock:
-                if names not in self.known:
-                    self.known[names] = self._try(names)
-        return self.known[names]
-
-    @staticmethod
-    def _try(names: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
-        try:
-            return _find_or_build(names), ""
-        except OSError as error:
-            log.warning("%s not compiled: %s", " + ".join(names), error)
-            return None, str(error)
-
-
-_libraries = _Libraries()
-
-# %% tags=["plumbing"]
-#| export fast/native.py
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: _libraries.before_fork(),
-        after_in_parent=lambda: _libraries.after_fork_in_parent(),
-        after_in_child=lambda: _libraries.after_fork_in_child(),
-    )
-
-
-# %% [markdown]
-# What the other chapters use of all this are three functions.
+# Is it right? Against PyTorch in float64, for 100,001 numbers from −100 to 100, and for the odd ones. The count is no multiple of 16, so the last vector is a partial one.
 
 # %%
-#| export fast/native.py
-def load_library(*names: str) -> ctypes.CDLL | None:
-    """C++ files of the package as one library, compiled at first use; any thread may call.
-
-    The library is kept in `$XDG_CACHE_HOME/mixconv` or `~/.cache/mixconv`; `$CXX` chooses the
-    compiler. A compiler that takes more than five minutes is ended.
-
-    Args:
-        names: files of `mixconv/fast`, such as "simd.cpp"; joined in this order.
-
-    Returns:
-        The library, or None where there cannot be one; one log line says why.
-
-    Source: ours (chapter 13).
-    """
-    return _libraries.get(names)[0]
+simd = load_library("simd.cpp")
 
 
-def why_no_library(*names: str) -> str:
-    """The reason why `load_library(*names)` is None; empty if it is not (ours; chapter 13)."""
-    return _libraries.get(names)[1]
+def activate(x: torch.Tensor, activation: int) -> torch.Tensor:
+    y, numbers = torch.empty_like(x), map(ctypes.c_int64, (x.numel(), activation))
+    simd.simd_activate(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), *numbers)
+    return y
 
 
-def kernel_threads() -> int:
-    """How many threads a kernel may use: PyTorch's number, or 1 (ours; chapter 13).
+x = torch.linspace(-100, 100, 100_001)
+odd = torch.tensor([math.nan, math.inf, -math.inf, 0.0, -0.0])
+functions = {"relu": F.relu, "silu": F.silu, "relu6": F.relu6, "sigmoid": torch.sigmoid}
+for number, (name, function) in enumerate(functions.items(), start=1) if simd else ():
+    exact = function(x.double())
+    seen = exact.abs() > 1e-30  # smaller: counted as zero
+    assert ((activate(x, number) - exact)[seen] / exact[seen]).abs().max() < 4 * 2**-23, name
+    assert activate(x, number)[~seen].abs().max() < 1e-30
+    expected = torch.where(odd == -math.inf, torch.tensor(0.0), function(odd))
+    torch.testing.assert_close(activate(odd, number), expected, equal_nan=True)
+print("relative error below 4 last places: " + ", ".join(functions))
 
-    It is 1 in a forked child whose parent's OpenMP threads could not be ended before the fork:
-    one that imports this package after the fork, or with GNU's OpenMP from before GCC 9.
-    """
-    return torch.get_num_threads() if _libraries.threads_are_ours else 1
+# %% [markdown]
+# ## Exercises
+#
+# **13.1** In step 2 every multiply-add loads two vectors, a tap and an input. In step 3 a tap is loaded once for a whole row of sums. How many loads for each multiply-add are left with T sums?
+
+# %%
+from mixconv.teaching import attempt
+
+
+def loads(tile: int) -> float:
+    raise NotImplementedError
+
+
+def test_loads(answer) -> None:
+    assert answer(1) == 2
+    assert answer(4) == 1.25
+    assert abs(answer(14) - 15 / 14) < 1e-9
+
+
+attempt(loads, test_loads)
+
+
+# %% tags=["solution"]
+def loads_solution(tile: int) -> float:
+    return (1 + tile) / tile  # a tap, and an input for each sum
+
+
+attempt(loads_solution, test_loads)
+
+# %% [markdown]
+# **13.2** Somebody has typed step 0 with one wrong index, three times. Each time the program ran on an image of 4×6 pixels and 2 channels that is zero but for a single 1, in row 1 and column 2 of both channels. The taps of channel 0 are 1 to 9, row by row, those of channel 1 are ten times that. Here is what the right program prints, and what the three print. Which line is wrong in each?
+#
+# - **A** `const Int iy = oy + ky;`
+# - **B** `w[(kx * k + ky) * channels + c]`
+# - **C** `w[(ky * k + kx) * channels]`
+# - **D** `x[(iy * height + ix) * channels + c]`
+# - **E** `w[(ky * k + ky) * channels + c]`
+
+# %% tags=["plumbing"]
+RIGHT = {
+    "iy": "oy + ky - k / 2",
+    "w": "w[(ky * k + kx) * channels + c]",
+    "x": "x[(iy * width + ix) * channels + c]",
+}
+WRONG = {
+    "A": {"iy": "oy + ky"},
+    "B": {"w": "w[(kx * k + ky) * channels + c]"},
+    "C": {"w": "w[(ky * k + kx) * channels]"},
+    "D": {"x": "x[(iy * height + ix) * channels + c]"},
+    "E": {"w": "w[(ky * k + ky) * channels + c]"},
+}
+
+
+# %% tags=["plumbing"]
+def run_typed(typed: dict[str, str]) -> list[list[list[int]]]:
+    """Step 0, in Python, with some of its lines as typed; two channels of four rows."""
+    names = {"channels": 2, "height": 4, "width": 6, "k": 3}
+    names["x"] = [int(place // 2 == 1 * 6 + 2) for place in range(4 * 6 * 2)]
+    names["w"] = [(1 + place // 2) * (1, 10)[place % 2] for place in range(3 * 3 * 2)]
+    code = {name: text.replace("/", "//") for name, text in {**RIGHT, **typed}.items()}
+    y = torch.zeros(2, 4, 6, dtype=torch.int64)
+    for c, oy, ox, ky, kx in product(*map(range, (2, 4, 6, 3, 3))):
+        names.update(c=c, oy=oy, ox=ox, ky=ky, kx=kx)
+        names["iy"], names["ix"] = eval(code["iy"], names), ox + kx - 1
+        if 0 <= names["iy"] < 4 and 0 <= names["ix"] < 6:
+            y[c, oy, ox] += eval(code["w"], names) * eval(code["x"], names)
+    return y.tolist()
+
+
+# %% tags=["plumbing"]
+def print_planes(title: str, planes: list[list[list[int]]]) -> None:
+    print(title)
+    for rows in zip(*planes, strict=True):
+        print("     ".join("".join(f"{value:3}" for value in row) for row in rows))
+
+
+# %%
+PRINTED = {
+    "first": [
+        [[0, 0, 0, 9, 8, 7], [8, 7, 0, 6, 5, 4], [5, 4, 0, 3, 2, 1], [2, 1, 0, 0, 0, 0]],
+        [
+            [0, 0, 0, 90, 80, 70],
+            [80, 70, 0, 60, 50, 40],
+            [50, 40, 0, 30, 20, 10],
+            [20, 10] + 4 * [0],
+        ],
+    ],
+    "second": [
+        [[0, 9, 9, 9, 0, 0], [0, 5, 5, 5, 0, 0], [0, 1, 1, 1, 0, 0], 6 * [0]],
+        [[0, 90, 90, 90, 0, 0], [0, 50, 50, 50, 0, 0], [0, 10, 10, 10, 0, 0], 6 * [0]],
+    ],
+    "third": 2 * [[[0, 9, 8, 7, 0, 0], [0, 6, 5, 4, 0, 0], [0, 3, 2, 1, 0, 0], 6 * [0]]],
+}
+print_planes("right", run_typed({}))
+for which, planes in PRINTED.items():
+    print_planes(which, planes)
+
+
+# %%
+def wrong_lines() -> tuple[str, str, str]:
+    """The letters of the first, the second and the third."""
+    raise NotImplementedError
+
+
+def test_lines(answer) -> None:
+    for letter, (which, printed) in zip(answer(), PRINTED.items(), strict=True):
+        assert run_typed(WRONG[letter]) == printed, f"{letter} does not print the {which}"
+
+
+attempt(wrong_lines, test_lines)
+
+
+# %% tags=["solution"]
+def wrong_lines_solution() -> tuple[str, str, str]:
+    # The right program prints the kernel turned by half a turn, around the 1.
+    # First: it stands two columns further, and what leaves on the right comes back on the left,
+    # a row lower: in memory everything moved by the same number, so the length of a row is wrong.
+    # Second: a row of the output holds one tap only, 9, 5 or 1: those with kx = ky.
+    # Third: both channels have the taps of channel 0.
+    return "D", "E", "C"
+
+
+attempt(wrong_lines_solution, test_lines)
+
+
+# %% [markdown]
+# **13.3** A row of outputs is computed in tiles of so many sums. Those beyond the row's end are computed, too, and thrown away. What part of all sums is that? Then see why `simd.cpp` has a `kShortTile`.
+
+# %%
+def thrown_away(width: int, tile: int) -> float:
+    raise NotImplementedError
+
+
+def test_thrown(answer) -> None:
+    assert [answer(width, 14) for width in (112, 56, 28, 14, 7)] == [0, 0, 0, 0, 0.5]
+    assert answer(7, 7) == 0
+    assert abs(answer(10, 14) - 4 / 14) < 1e-9
+
+
+attempt(thrown_away, test_thrown)
+
+
+# %% tags=["solution"]
+def thrown_away_solution(width: int, tile: int) -> float:
+    computed = -(-width // tile) * tile  # whole tiles
+    return 1 - width / computed
+
+
+attempt(thrown_away_solution, test_thrown)
 
 # %% [markdown]
 # ## Takeaways
-# - Lanes first, then sums that do not wait: each step is compared with the one before it.
-# - A fast kernel is a layout, a vector, some sums that do not wait, and a cache that fits.
+# - The layout comes first: with channels last, sixteen neighbours in memory need the same arithmetic.
+# - A sum that waits for itself leaves most of a core idle. Fourteen sums side by side keep it busy.
+# - A rewrite changes one thing, and is compared with the step before it. An image with a single 1 shows which index is wrong.
+# - An exponential is a power of two, which is free, times a short series.
 #
-# Previous: [12 · The operation](12_operation.ipynb) · Next: [14 · The whole kernel](14_whole_kernel.ipynb)
+# Previous: [12 · The operation](12_operation.ipynb) · Next: [13 · A kernel, compiled](13_kernel_in_steps_compiled.ipynb)

@@ -652,4 +652,4 @@ attempt(fetched_rows_solution, test_fetched, wrong=[without_a_ring])
 # - Strips for the lanes, bands for the cache, parts of equal cost for the threads: Python plans them, the kernel only follows.
 # - One line of the kernel says where a row comes from: `fetch_row`.
 #
-# Previous: [13 · A kernel in steps](13_kernel_in_steps.ipynb) · Next: [14 · The kernel, called](14_whole_kernel_called.ipynb)
+# Previous: [13 · A kernel, compiled](13_kernel_in_steps_compiled.ipynb) · Next: [14 · The kernel, called](14_whole_kernel_called.ipynb)

@@ -2,6 +2,7 @@
 // Edit the notebook, not this file.
 
 // Steps towards depthwise.cpp: one group, stride 1, channels a multiple of 16.
+// x and y are (height, width, channels); w is (k, k, channels).
 #include <cstdint>
 #include <vector>
 
@@ -26,7 +27,7 @@ extern "C" void step0_loops(const float* x, const float* w, float* y, Int height
 constexpr int kLanes = 16;
 typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-static Vec at(const float* p) { return *(const Vec*)p; }
+static Vec at(const float* p) { return *(const Vec*)p; }  // the 16 numbers from here on
 
 extern "C" void step1_lanes(const float* x, const float* w, float* y, Int height, Int width,
                             Int channels, Int k) {

@@ -1,4 +1,4 @@
-# Generated from notebooks/13_kernel_in_steps.ipynb by `make book`.
+# Generated from notebooks/13_kernel_in_steps_compiled.ipynb by `make book`.
 # Edit the notebook, not this file.
 
 """The package's C++ as libraries, compiled at first use (ours; chapter 13).

@@ -9,15 +9,15 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int kLanes = 16, kTile = 14;  // 32 registers: 14 sums, a weight, room for inputs
+constexpr int kLanes = 16, kTile = 14;
 #elif defined(__AVX__)
-constexpr int kLanes = 8, kTile = 7;  // 16 registers
+constexpr int kLanes = 8, kTile = 7;
 #elif defined(__aarch64__)
 constexpr int kLanes = 4, kTile = 14;
 #else
 constexpr int kLanes = 4, kTile = 7;
 #endif
-constexpr int kShortTile = 7;            // MixNet's last layers are 7 pixels wide
+constexpr int kShortTile = 7;  // MixNet's last layers are 7 pixels wide
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
@@ -37,14 +37,11 @@ inline Vec load(const float* from, int lanes) {
   return v;
 }
 
-// By value: taking an address would drive the sums out of their registers.
+// Lanes from `skip` on. By value: taking an address would drive the sums out of their registers.
 inline void store(float* to, Vec v, int skip, int lanes) {
   if (lanes == kLanes) *reinterpret_cast<LooseVec*>(to) = v;
   else copy_lanes(to, reinterpret_cast<const float*>(&v) + skip, lanes);
 }
-
-enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3, kSigmoid = 4 };
-constexpr float kLowest = -80;  // below, a sigmoid counts as zero
 
 // n is the nearest integer to x / ln 2, so |r| <= ln 2 / 2.
 inline Vec exp_vec(Vec x) {
@@ -60,6 +57,9 @@ inline Vec exp_vec(Vec x) {
   IntVec power = (reinterpret_cast<IntVec>(shifted) - 0x4B400000 + 127) << 23;
   return p * reinterpret_cast<Vec>(power);
 }
+
+enum Activation { kNone = 0, kRelu = 1, kSilu = 2, kRelu6 = 3, kSigmoid = 4 };
+constexpr float kLowest = -80;  // below, a sigmoid counts as zero
 
 template <int T>
 inline __attribute__((always_inline)) void activate(Vec (&sums)[T], int64_t activation) {
@@ -79,9 +79,7 @@ inline __attribute__((always_inline)) void activate(Vec (&sums)[T], int64_t acti
 
 }  // namespace
 
-extern "C" int simd_lanes() { return kLanes; }
-
-// y = activation of x, for whole vectors: what the chapter and the tests look at.
+// y = activation of x: for the chapter and the tests to look at.
 extern "C" void simd_activate(const float* x, float* y, int64_t count, int64_t activation) {
   for (int64_t i = 0; i < count; i += kLanes) {
     const int lanes = count - i < kLanes ? int(count - i) : kLanes;

@@ -41,7 +41,7 @@ class ConvNet(nn.Module):
         TypeError: for a number of classes that is not an integer.
         ValueError: for a negative number of classes or a rate outside 0 to 1.
 
-    Source: ours; method names as in timm. Chapter 5.
+    Source: ours; method names as in timm, but for `features`. Chapter 5.
     """
 
     def __init__(

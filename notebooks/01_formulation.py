@@ -5,7 +5,7 @@
 #
 # **You will be able to**
 # - write MixConv as loops, and as a few tensor operations, from the equations of section 3.1;
-# - compute its receptive field, parameters and multiply-adds with a pencil;
+# - compute its parameters and multiply-adds with a pencil, and how far a stack of layers sees;
 # - tell MixConv from a layer that has the same name and is not the same thing.
 #
 # **Know first:** `nn.Conv2d`, and [chapter 0](00_start_here.ipynb) for the tools.
@@ -251,7 +251,7 @@ check_rewrite(
 )
 
 # %% [markdown]
-# PyTorch has depthwise convolution too: `conv2d` with as many groups as channels. Beware of the word. PyTorch's `groups` of channels share a kernel *size*. MixConv's groups differ in it, so one call of `conv2d` cannot do it.
+# PyTorch has depthwise convolution too: `conv2d` with as many groups as channels. Beware of the word. PyTorch's `groups` of channels share a kernel *size*. MixConv's groups differ in it, so it takes one call of `conv2d` for each group. (Or one call with zeros around the smaller kernels: exercise 1.2.)
 
 # %%
 check_rewrite(
@@ -401,7 +401,9 @@ def receptive_field(
 )
 
 # %% [markdown]
-# Three 3×3 layers see as far as one 7×7. And the stack from above, measured: send a gradient back from one output and count how wide it arrives.
+# Three 3×3 layers see as far as one 7×7. In a MixConv layer, each group sees as far as its own kernel. In a network, a 1×1 convolution between two MixConvs mixes the groups, so the farthest that anything sees is the sum over the *largest* kernels.
+#
+# The stack from above, measured: send a gradient back from one output and count how wide it arrives.
 
 # %%
 stack = nn.Sequential(
@@ -486,7 +488,7 @@ counter.get_total_flops() == 2 * mixconv_multiply_adds((8,) * 4, (3, 5, 7, 9), 1
 # ## Why large kernels are cheap, until they are not
 #
 # A depthwise layer comes with a pointwise layer. For each output position, $c$ channels in and $c$ out, the first costs $k^2 c$ and the second $c^2$.
-# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 240 channels, 9 of 249.
+# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 240 channels, 9 of 249. (240 is the width inside four of MixNet-M's blocks: 40 channels, widened by 6.)
 
 # %%
 channels = 240

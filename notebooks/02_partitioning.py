@@ -15,7 +15,9 @@
 # %% [markdown]
 # ## Which kernel sizes
 #
-# > 📄 **Paper.** Section 3.2: kernel sizes start at 3 and grow by 2, so that group $i$ has size $2i + 1$. Two groups never share a size: they could be one group. (Ours allows it; nothing breaks.) Four groups are a safe choice for MobileNets. The MixNets that the search found use 1 to 5.
+# > 📄 **Paper.** Section 3.2: kernel sizes start at 3 and grow by 2, so that group $i$ has size $2i + 1$. Two groups never share a size: they could be one group. Four groups are a safe choice for MobileNets. The MixNets that the search found use 1 to 5.
+#
+# > ✏️ **Ours.** Two groups may share a size: nothing breaks, and nothing is gained.
 
 # %%
 #| export partition.py
@@ -48,12 +50,17 @@ default_kernel_sizes(4)
 # ## By hand: 32 channels over 3, 5, 7, 9
 #
 # **Equal.** 32 / 4 = 8 channels each.
-# With five groups 32 / 5 = 6, which makes 30. Two channels are left over. They go to the first group: 8, 6, 6, 6, 6.
+# With five groups 32 / 5 is 6 and a rest: five times 6 make 30, and two channels are left over. They go to the first group: 8, 6, 6, 6, 6.
 #
 # **Exponential.** Each group gets half of what the one before it got: 16, 8, 4. The last one gets as much as the one before it, so that the sum is right: 16, 8, 4, 4.
 #
 # **Logarithmic.** The share grows with the kernel: proportional to log k, to any base. The natural logarithms of 3, 5, 7, 9 are 1.10, 1.61, 1.95 and 2.20, together 6.85.
 # 32 · 1.10 / 6.85 = 5.1, then 7.5, 9.1 and 10.3. Rounded down: 5, 7, 9, 10. One channel is left over, and it goes to the first group: 6, 7, 9, 10.
+
+# %%
+sizes = (3, 5, 7, 9)
+splits = {"equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6, 7, 9, 10)}
+[sum(split) for split in splits.values()]
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -61,13 +68,11 @@ import matplotlib.pyplot as plt
 from mixconv.teaching import kernel_color, show, use_style
 
 use_style()
-sizes = (3, 5, 7, 9)
-splits = {"equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6, 7, 9, 10)}
 figure, axis = plt.subplots(figsize=(7.2, 2.3))
 for row, split in enumerate(splits.values()):
     left = 0
     for k, count in zip(sizes, split, strict=True):
-        ink = "black" if k in (5, 9) else "white"
+        ink = "white" if k == 3 else "black"
         axis.barh(row, count, left=left, color=kernel_color(k), edgecolor="white", height=0.75)
         axis.text(left + count / 2, row - 0.12, f"{count}", ha="center", va="center", color=ink,
                   weight="bold")  # fmt: skip
@@ -289,7 +294,7 @@ table(
 )  # fmt: skip
 
 # %% [markdown]
-# As the number of groups grows, the methods part. Here is the mean number of weights for each channel, $\sum_t c_t k_t^2 / c$, for 384 channels:
+# With more groups, and so with larger kernels, the three methods cost less and less alike. Here is the mean number of weights for each channel, $\sum_t c_t k_t^2 / c$, for 384 channels:
 
 # %%
 cost = {
@@ -300,6 +305,7 @@ cost = {
     ]
     for method in methods
 }  # fmt: skip
+assert cost["equal"][4] == 56.5  # the mean of 9, 25, 49, 81 and 121 is 57
 table(["groups", *map(str, range(1, 7))], [[m, *(f"{v:.1f}" for v in cost[m])] for m in methods])
 
 # %% tags=["drawing"]
@@ -323,7 +329,7 @@ show(
 
 
 # %% [markdown]
-# Exponential levels off. Each new kernel is larger but gets half as many channels: 9, 17, 23, 27, 29.5, 31, and so on, never reaching the full series $\sum_i 2^{-i} (2i + 1)^2 = 33$. Equal *is* the mean of $k^2$, and grows without bound.
+# Exponential levels off. Each new kernel is larger but gets half as many channels: 9, 17, 23, 27, 29.5, 31, and so on, never reaching the full series $\sum_i 2^{-i} (2i + 1)^2 = 33$. Equal gives every kernel size the same number of channels, so its cost is the mean of all $k^2$, and grows without bound. (Nearly the mean, where a remainder goes to the 3×3 kernels: with 5 groups of 384 channels it is 56.5, not 57.)
 #
 # > 📄 **Paper.** Figures 4 and 6 compare equal and exponential on MobileNets: on MobileNetV1, MixConv 3 to 13 costs about 705M against 622M multiply-adds (read off the plots). Chapter 5 recomputes the costs; the accuracies are cited.
 
@@ -423,7 +429,7 @@ attempt(equal_weights_solution, test_equal_weights)
 # ## Takeaways
 # - Kernel sizes: 3, 5, 7, …; one per group.
 # - Equal is what the official MixNets use. The remainder goes to group 0.
-# - Exponential levels off as groups are added. Logarithmic favours large kernels and costs most.
+# - Exponential levels off at 33 weights a channel as groups are added. Logarithmic favours large kernels and costs most.
 # - No group is ever empty: that is an error, not a surprise.
 #
 # Previous: [1 · Formulation](01_formulation.ipynb) · Next: [3 · The layer](03_layer.ipynb)

@@ -22,7 +22,7 @@
 # An image of 224 pixels is halved five times: 112, 56, 28, 14, 7. That is as far as these networks go, and it gives five sizes of feature maps.
 #
 # MobileNetV1, V2 and MixNet are all the same four things in a row: a **stem** convolution of stride 2, a row of **blocks**, a **head** (a last pointwise layer, or nothing) and, after the mean over all pixels, a **classifier**.
-# So they share one class. Its methods have the names that engineers know from timm.
+# So they share one class. Most of its methods have the names that engineers know from timm: `forward_features`, `forward_head`, `get_classifier`, `reset_classifier`. Only `features` is ours.
 
 # %%
 #| export network.py
@@ -56,7 +56,7 @@ class ConvNet(nn.Module):
         TypeError: for a number of classes that is not an integer.
         ValueError: for a negative number of classes or a rate outside 0 to 1.
 
-    Source: ours; method names as in timm. Chapter 5.
+    Source: ours; method names as in timm, but for `features`. Chapter 5.
     """
 
     def __init__(

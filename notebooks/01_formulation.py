@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 1 · Formulation
 #
-# From convolution to depthwise convolution to *mixed* depthwise convolution: what is computed, and what it costs.
+# Which input channels does an output channel read, and through how large a window? Two questions, and their answers tell all convolutions of this book apart. The picture below answers both, for four layers.
 #
 # **You will be able to**
 # - write MixConv as loops, and as a few tensor operations, from the equations of section 3.1;
@@ -11,6 +11,41 @@
 # **Know first:** `nn.Conv2d`, and [chapter 0](00_start_here.ipynb) for the tools.
 #
 # **Time:** 25 minutes to read. Runs in under 15 seconds on two cores.
+
+# %% tags=["drawing"]
+import matplotlib.pyplot as plt
+
+from mixconv.teaching import kernel_color, show, use_style
+
+use_style()
+layers = {  # for output z: the kernel size, and the channels it reads
+    "convolution": lambda z: (3, range(8)),
+    "depthwise": lambda z: (3, [z]),
+    "MixConv": lambda z: (3 if z < 4 else 5, [z]),
+    "YOLOv5's MixConv2d": lambda z: (3 if z < 4 else 5, [z % 4 * 2, z % 4 * 2 + 1]),
+}
+figure, axes = plt.subplots(1, 4, figsize=(8.3, 2.6))
+for axis, (name, reads) in zip(axes, layers.items(), strict=True):
+    for z in range(8):
+        k, channels = reads(z)
+        for channel in range(8):
+            color = kernel_color(k) if channel in channels else "#eeeeee"
+            axis.add_patch(plt.Rectangle((channel, z), 0.86, 0.86, color=color))
+    for z, k in ((1.9, reads(0)[0]), (5.9, reads(7)[0])):
+        axis.text(8.2, z, f"{k}×{k}", va="center", fontsize=9)
+    axis.set(xlim=(-0.1, 10), ylim=(8, -0.1), aspect="equal", xticks=[], yticks=[])
+    axis.set_title(name, fontsize=10, loc="left")
+    axis.set_xlabel("input channel", loc="left")
+    axis.spines[:].set_visible(False)
+axes[0].set_ylabel("output channel")
+show(
+    figure,
+    "four_layers.png",
+    "Four 8×8 grids, a coloured cell where an output channel reads an input channel. Convolution: "
+    "all cells. Depthwise: the diagonal, all 3×3. MixConv: the diagonal, half of it 3×3 and half "
+    "5×5. YOLOv5's layer of the same name: two cells for each output, four outputs with 3×3 "
+    "kernels and four with 5×5, so that every kernel size reads all channels.",
+)
 
 # %% [markdown]
 # ## Three convolutions
@@ -23,6 +58,8 @@
 #
 # **MixConv** is a depthwise convolution in which the kernel size depends on the channel.
 # The channels are split into groups. Each group has a kernel size of its own.
+#
+# How does a channel "know" that it needs the large kernel? It does not: which channels get which size is fixed before training, by position. The pointwise layer *before* learns to route to those channels what profits from a wide window, and the one after puts the parts together again.
 #
 # > 📄 **Paper.** Section 3.1. The next three formulas are the paper's: a depthwise convolution with channel multiplier $m$, the same for group $t$ of a MixConv, and the concatenation.
 #
@@ -57,11 +94,6 @@ x = torch.stack([torch.arange(25.0).view(5, 5), torch.ones(5, 5)])
 x
 
 # %% tags=["drawing"]
-import matplotlib.pyplot as plt
-
-from mixconv.teaching import kernel_color, show, use_style
-
-use_style()
 figure, axes = plt.subplots(1, 4, figsize=(7.5, 2.3))
 windows = [(0, 3, 2, 2), (0, 3, 0, 0), (1, 5, 2, 2), (1, 5, 0, 0)]
 for axis, (channel, k, row, column) in zip(axes, windows, strict=True):
@@ -304,7 +336,7 @@ show(
 # %% [markdown]
 # ## What MixConv is not
 #
-# YOLOv5 has a class `MixConv2d` that cites the same paper. In it *every* branch convolves *all* input channels, and the branches' outputs are concatenated.
+# YOLOv5 has a class `MixConv2d` that cites the same paper ([version 7.0](https://github.com/ultralytics/yolov5/blob/v7.0/models/experimental.py)). It is the fourth layer of the first picture. In it *every* branch convolves *all* input channels, and the branches' outputs are concatenated.
 # Here are both, reduced to the wiring, with 8 channels and kernels 3 and 5. In the second, 8 inputs are shared among the 4 outputs of a branch (`groups=4`), so each output reads two channels, and the branch reads all eight.
 
 # %%
@@ -329,27 +361,15 @@ for name, design in designs.items():
     wires[name] = jacobian != 0
     print(" ".join(name.split()), wires[name].sum(dim=1).tolist())
 
-# %% tags=["drawing"]
-figure, axes = plt.subplots(1, 2, figsize=(5.4, 2.7))
-for axis, (name, wired) in zip(axes, wires.items(), strict=True):
-    for z in range(8):
-        for channel in range(8):
-            color = kernel_color(3 if z < 4 else 5) if wired[z, channel] else "#eeeeee"
-            axis.add_patch(plt.Rectangle((channel, z), 0.9, 0.9, color=color))
-    axis.set(xlim=(-0.1, 9.6), ylim=(8, -0.1), aspect="equal", title=name)
-    axis.set(xlabel="input channel", ylabel="output channel")
-    axis.set(xticks=[0.45, 7.45], xticklabels=["0", "7"], yticks=[0.45, 7.45])
-    axis.set_yticklabels(["0", "7"])
-    for z, k in ((1.9, 3), (5.9, 5)):
-        axis.text(8.2, z, f"{k}×{k}", color=kernel_color(k), weight="bold", va="center")
-    axis.spines[:].set_visible(False)
-show(
-    figure,
-    "not_mixconv.png",
-    "Two 8×8 grids of wires from input channels to output channels. MixConv is a diagonal: blue "
-    "3×3 wires for channels 0 to 3, orange 5×5 wires for 4 to 7. In the other design every kernel "
-    "size reads all eight input channels, two of them for each output.",
-)
+# %%
+drawn = {
+    "MixConv": layers["MixConv"],
+    "every branch\nsees all channels": layers["YOLOv5's MixConv2d"],
+}
+for name, reads in drawn.items():
+    table_of = torch.tensor([[channel in reads(z)[1] for channel in range(8)] for z in range(8)])
+    assert torch.equal(wires[name], table_of)
+print("wired as drawn at the top")
 
 
 # %% [markdown]

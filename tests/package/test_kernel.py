@@ -299,7 +299,10 @@ def test_extreme_sizes_go_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
 # Memory
 
 
-def test_scratch_is_kept_unless_it_is_large_and_is_a_threads_own() -> None:
+def test_scratch_is_kept_unless_it_is_large_and_is_a_threads_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kernel, "_memory", kernel._Memory())  # whatever other tests have kept
     first = scratch(1000, 1)
     assert scratch(900, 1).data_ptr() == first.data_ptr()
     large = scratch(kernel.KEPT_NUMBERS + 1, 1)

@@ -531,7 +531,9 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 #
 # ## The plan
 #
-# What is left for Python to compute: room for the ring, with rows of whole tiles (14 is the longest), and the table.
+# What is left for Python to compute: room for the rings, with rows of whole tiles (14 is the longest), and the table.
+#
+# Two threads' rings must not lie side by side. A ring's rows are a fixed distance apart. The processor notices such steps and fetches ahead, and one step behind the last row lies the next thread's ring: the two cores take each other's cache lines away, all the time. We did not think of this. We measured two threads that were slower than one, and found it by moving the rings apart. The gap is never touched, so it costs addresses but no memory.
 
 # %%
 #| export fast/plan.py
@@ -543,10 +545,14 @@ def round_up(value: int, to: int) -> int:
     return -(-value // to) * to
 
 
+APART = 4096  # vectors between two threads' rings: several rows of the widest
+
+
 def ring_size(spec: MixSpec, width: int) -> int:
-    """Vectors that the largest ring of a layer takes at most, and the weights behind it."""
+    """Vectors that the largest ring of a layer takes at most, with its weights, and the gap."""
     columns = round_up(output_size(width, spec.stride), 14)
-    return max(k * ((columns - 1) * spec.stride + k) + k * k for k in spec.kernel_sizes)
+    rings = (k * ((columns - 1) * spec.stride + k) + k * k for k in spec.kernel_sizes)
+    return max(rings) + APART
 
 
 def plan_layer(
@@ -577,7 +583,7 @@ def plan_layer(
 
 # %%
 eleven = MixSpec((48,), (11,), 1, (1,), "symmetric", "none")
-assert ring_size(eleven, width=14) == 11 * (14 + 10) + 121
+assert ring_size(eleven, width=14) == 11 * (14 + 10) + 121 + APART
 plan_layer(eleven, (1, 48, 14, 14), cut_strips(eleven, 14, 14, 16), [137] * 3, parts=2)[:16]
 
 # %% [markdown]

@@ -194,28 +194,55 @@ class KernelForm(KernelForm):
 
 
 # %% [markdown]
-# What is left to do in each call: make sure of the layout, ask for an output, give six addresses away. `ctypes` lets go of Python's lock while the kernel runs.
+# Outputs are new memory. Linux gives it out in pages of 4 kB, each on first touch, and for a tensor of many megabytes that can take longer than the convolution. It can be asked for pages of 2 MB.
 
 # %%
 #| export fast/kernel.py
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+
+from mixconv.fast.plan import round_up
+
+_PAGE, _MANY_BYTES, _MADV_HUGEPAGE = 1 << 21, 1 << 25, 14
 
 
-def last_strides(size: Sequence[int]) -> tuple[int, ...]:
-    """Of a tensor `(N, C, H, W)` in channels_last."""
-    _, channels, height, width = size
-    return height * width * channels, 1, width * channels, channels
+def _ask_for_large_pages(y: Tensor) -> None:
+    """A hint to Linux about memory that nobody has touched yet."""
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    begin = round_up(y.data_ptr(), _PAGE)
+    advise(begin, (y.data_ptr() + 4 * y.numel() - begin) // _PAGE * _PAGE, _MADV_HUGEPAGE)
 
 
+def output_maker(size: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """What makes outputs of a size `(N, C, H, W)`, in channels_last, of the type of x."""
+    batch, channels, height, width = size
+    strides = height * width * channels, 1, width * channels, channels
+    large = 4 * batch * height * width * channels >= _MANY_BYTES and sys.platform == "linux"
+
+    def make(x: Tensor) -> Tensor:
+        y = x.new_empty_strided(size, strides)
+        if large:
+            _ask_for_large_pages(y)
+        return y
+
+    return make
+
+
+# %% [markdown]
+# What is left to do in each call: make sure of the layout, make an output, give six addresses away. `ctypes` lets go of Python's lock while the kernel runs.
+
+# %%
+#| export fast/kernel.py
 def _make_runner(
     function: Any, table: Any, size: tuple[int, ...], needed: int, parts: int
 ) -> Runner:
-    last, address, strides = torch.channels_last, ctypes.addressof, last_strides(size)
+    last, address, make_output = torch.channels_last, ctypes.addressof, output_maker(size)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = x.contiguous(memory_format=last), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        y, memory = x.new_empty_strided(size, strides), scratch(needed, parts)
+        y, memory = make_output(x), scratch(needed, parts)
         function(
             address(table), x.data_ptr(), weight.data_ptr(),
             None if bias is None else bias.data_ptr(), y.data_ptr(), memory.data_ptr(),
@@ -337,7 +364,7 @@ for batch in batches:
 # - **Strides.** A strip reads 64 bytes of each pixel and jumps over the rest, and a core can wait for only so many cache lines at a time. At stride 2, four pixels are read for each one written.
 # - **Fresh memory.** The system hands out a large output page by page, on first touch.
 #
-# Tried, and not worth it: reading several neighbouring strips in one pass at 112×112 (better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache); stores that go around the cache; tiles of 28 outputs (registers run out).
+# Tried, and not worth it: reading several neighbouring strips in one pass at 112×112 (better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache); stores that go around the cache; tiles of 28 outputs (registers run out); parts that are handed out as threads become free (no better than equal shares, once the rings were apart).
 #
 # A block of MixNet has five other steps that read or write the same tensor. Chapter 15 does them in the same pass.
 

@@ -237,7 +237,7 @@ show(
 #
 # ### An image, and all images
 #
-# What Python tells of a block, and what comes with a call. The gate: means from the parts' sums, then two small products. They are so small that every thread computes them for itself, rather than wait. The scratch memory holds rings, the wide tensor, gates and sums, one behind the other. In `run_image`, and only there, it is decided which `fetch_row` the depthwise kernel is compiled with.
+# What Python tells of a block, and what comes with a call. The gate: means from the parts' sums, then two products so small that one thread makes them while the others wait. The scratch memory holds rings, the wide tensor, the gate and the sums, one behind the other. In `run_image`, and only there, it is decided which `fetch_row` the depthwise kernel is compiled with.
 #
 # ```c++
 # //| export fast/inverted_residual.cpp
@@ -274,25 +274,18 @@ show(
 #   const float* x = b.x + image * l.height * l.width * b.sizes.pixel;
 #   float* y = b.y + image * pixels * b.project.outputs;
 #   float* wide = memory + l.parts * l.ring * kLanes;
-#   float* gates = wide + b.sizes.wide;
-#   float* sums = b.squeeze.inputs ? gates + l.parts * b.sizes.gate : nullptr;
+#   float* gate = b.squeeze.inputs ? wide + b.sizes.wide : nullptr;
+#   float* sums = gate ? gate + b.sizes.gate : nullptr;
 #   const Tensors tensors{b.weight, b.bias, wide};
 #   Vec* rings = reinterpret_cast<Vec*>(memory);
 #   if (b.expand.inputs)
 #     run_wide(plan, tensors, ExpandRow{b.expand, x, plan.strips, b.sources}, rings, sums);
 #   else run_wide(plan, tensors, CopyRow{x}, rings, sums);
-#   in_parallel(l.parts, [&](int64_t part, int64_t worker) {
-#     float* gate = sums ? gates + worker * b.sizes.gate : nullptr;
-#     if (gate) find_gate(b, l, sums, gate);
-#     project({b.project, wide, gate, b.sizes.residual ? x : nullptr, y}, pixels, part, l.parts);
-#   });
+#   if (gate) find_gate(b, l, sums, gate);
+#   const Projection last{b.project, wide, gate, b.sizes.residual ? x : nullptr, y};
+#   in_parallel(l.parts, [&](int64_t part, int64_t) { project(last, pixels, part, l.parts); });
 # }
-# ```
 #
-# While there are at least as many images as threads, each thread takes whole images: nobody waits, and the wide tensor stays in that core's own cache. On each of the rest all threads work together. Hence two plans.
-#
-# ```c++
-# //| export fast/inverted_residual.cpp
 # constexpr int64_t kBlockFields = sizeof(BlockSizes) / sizeof(int64_t);
 #
 # }  // namespace
@@ -398,9 +391,9 @@ def gate_size(spec: BlockSpec) -> int:
 
 
 def image_size(spec: BlockSpec, pixels: int, ring: int, parts: int) -> int:
-    """Numbers of scratch that an image takes: rings, wide tensor, gates, sums for the means."""
+    """Numbers of scratch that an image takes: rings, wide tensor, gate, sums for the means."""
     channels = sum(spec.mix.channels)
-    return round_up(parts * (ring + gate_size(spec) + channels) + pixels * channels, 16)
+    return round_up(parts * (ring + channels) + pixels * channels + gate_size(spec), 16)
 
 
 # %%
@@ -522,19 +515,19 @@ import torch
 from torch import Tensor
 
 from mixconv.fast.fused_block import BLOCK_FORMS
-from mixconv.fast.kernel import last_strides, scratch
+from mixconv.fast.kernel import output_maker, scratch
 
 
 def _make_runner(
     function: Any, table: Any, size: tuple[int, ...], needed: int, workers: int
 ) -> Runner:
-    last, pointers, strides = torch.channels_last, ctypes.c_void_p * 10, last_strides(size)
+    last, pointers, make_output = torch.channels_last, ctypes.c_void_p * 10, output_maker(size)
 
     def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         x = x.contiguous(memory_format=last)
         kept = [t.contiguous() for pair in zip(weights, biases, strict=True) for t in pair]
         parameters = pointers(*[t.data_ptr() for t in kept])
-        y, memory = x.new_empty_strided(size, strides), scratch(needed, workers)
+        y, memory = make_output(x), scratch(needed, workers)
         function(table, parameters, x.data_ptr(), y.data_ptr(), memory.data_ptr())
         return y
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mixconv.fast.forms import Call, Runner
 from mixconv.fast.fused_block import BLOCK_FORMS, PANEL, POINT_ACTIVATIONS, BlockSpec, PointwiseSpec
-from mixconv.fast.kernel import MOST_NUMBERS, count_lanes, last_strides, scratch, why_not
+from mixconv.fast.kernel import MOST_NUMBERS, count_lanes, output_maker, scratch, why_not
 from mixconv.fast.native import kernel_threads, load_library, why_no_library
 from mixconv.fast.plan import (
     COPY_COST,
@@ -89,9 +89,9 @@ def gate_size(spec: BlockSpec) -> int:
 
 
 def image_size(spec: BlockSpec, pixels: int, ring: int, parts: int) -> int:
-    """Numbers of scratch that an image takes: rings, wide tensor, gates, sums for the means."""
+    """Numbers of scratch that an image takes: rings, wide tensor, gate, sums for the means."""
     channels = sum(spec.mix.channels)
-    return round_up(parts * (ring + gate_size(spec) + channels) + pixels * channels, 16)
+    return round_up(parts * (ring + channels) + pixels * channels + gate_size(spec), 16)
 
 
 Block = namedtuple("Block", "images apart workers pixel residual wide gate share")
@@ -183,13 +183,13 @@ class BlockForm:
 def _make_runner(
     function: Any, table: Any, size: tuple[int, ...], needed: int, workers: int
 ) -> Runner:
-    last, pointers, strides = torch.channels_last, ctypes.c_void_p * 10, last_strides(size)
+    last, pointers, make_output = torch.channels_last, ctypes.c_void_p * 10, output_maker(size)
 
     def run(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
         x = x.contiguous(memory_format=last)
         kept = [t.contiguous() for pair in zip(weights, biases, strict=True) for t in pair]
         parameters = pointers(*[t.data_ptr() for t in kept])
-        y, memory = x.new_empty_strided(size, strides), scratch(needed, workers)
+        y, memory = make_output(x), scratch(needed, workers)
         function(table, parameters, x.data_ptr(), y.data_ptr(), memory.data_ptr())
         return y
 

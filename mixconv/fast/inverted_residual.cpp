@@ -189,18 +189,16 @@ void run_image(const Block& b, const Plan& plan, int64_t image, float* memory) {
   const float* x = b.x + image * l.height * l.width * b.sizes.pixel;
   float* y = b.y + image * pixels * b.project.outputs;
   float* wide = memory + l.parts * l.ring * kLanes;
-  float* gates = wide + b.sizes.wide;
-  float* sums = b.squeeze.inputs ? gates + l.parts * b.sizes.gate : nullptr;
+  float* gate = b.squeeze.inputs ? wide + b.sizes.wide : nullptr;
+  float* sums = gate ? gate + b.sizes.gate : nullptr;
   const Tensors tensors{b.weight, b.bias, wide};
   Vec* rings = reinterpret_cast<Vec*>(memory);
   if (b.expand.inputs)
     run_wide(plan, tensors, ExpandRow{b.expand, x, plan.strips, b.sources}, rings, sums);
   else run_wide(plan, tensors, CopyRow{x}, rings, sums);
-  in_parallel(l.parts, [&](int64_t part, int64_t worker) {
-    float* gate = sums ? gates + worker * b.sizes.gate : nullptr;
-    if (gate) find_gate(b, l, sums, gate);
-    project({b.project, wide, gate, b.sizes.residual ? x : nullptr, y}, pixels, part, l.parts);
-  });
+  if (gate) find_gate(b, l, sums, gate);
+  const Projection last{b.project, wide, gate, b.sizes.residual ? x : nullptr, y};
+  in_parallel(l.parts, [&](int64_t part, int64_t) { project(last, pixels, part, l.parts); });
 }
 
 constexpr int64_t kBlockFields = sizeof(BlockSizes) / sizeof(int64_t);

@@ -5,8 +5,9 @@
 
 import ctypes
 import os
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from mixconv.fast.plan import (
     cut_strips,
     plan_layer,
     ring_size,
+    round_up,
 )
 from mixconv.fast.spec import MixSpec, output_size
 
@@ -33,8 +35,8 @@ __all__ = [
     "SOURCES",
     "KernelForm",
     "count_lanes",
-    "last_strides",
     "load_kernel",
+    "output_maker",
     "scratch",
     "why_not",
 ]
@@ -132,21 +134,41 @@ class KernelForm:
         return _make_runner(library.mixed_depthwise2d, table, out, needed, parts)
 
 
-def last_strides(size: Sequence[int]) -> tuple[int, ...]:
-    """Of a tensor `(N, C, H, W)` in channels_last."""
-    _, channels, height, width = size
-    return height * width * channels, 1, width * channels, channels
+_PAGE, _MANY_BYTES, _MADV_HUGEPAGE = 1 << 21, 1 << 25, 14
+
+
+def _ask_for_large_pages(y: Tensor) -> None:
+    """A hint to Linux about memory that nobody has touched yet."""
+    advise = ctypes.CDLL(None).madvise
+    advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    begin = round_up(y.data_ptr(), _PAGE)
+    advise(begin, (y.data_ptr() + 4 * y.numel() - begin) // _PAGE * _PAGE, _MADV_HUGEPAGE)
+
+
+def output_maker(size: Sequence[int]) -> Callable[[Tensor], Tensor]:
+    """What makes outputs of a size `(N, C, H, W)`, in channels_last, of the type of x."""
+    batch, channels, height, width = size
+    strides = height * width * channels, 1, width * channels, channels
+    large = 4 * batch * height * width * channels >= _MANY_BYTES and sys.platform == "linux"
+
+    def make(x: Tensor) -> Tensor:
+        y = x.new_empty_strided(size, strides)
+        if large:
+            _ask_for_large_pages(y)
+        return y
+
+    return make
 
 
 def _make_runner(
     function: Any, table: Any, size: tuple[int, ...], needed: int, parts: int
 ) -> Runner:
-    last, address, strides = torch.channels_last, ctypes.addressof, last_strides(size)
+    last, address, make_output = torch.channels_last, ctypes.addressof, output_maker(size)
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x, weight = x.contiguous(memory_format=last), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
-        y, memory = x.new_empty_strided(size, strides), scratch(needed, parts)
+        y, memory = make_output(x), scratch(needed, parts)
         function(
             address(table), x.data_ptr(), weight.data_ptr(),
             None if bias is None else bias.data_ptr(), y.data_ptr(), memory.data_ptr(),

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, output_size, pads
 
 __all__ = [
+    "APART",
     "BAND_BYTES",
     "COPY_COST",
     "WORK_OF_A_THREAD",
@@ -107,10 +108,14 @@ def round_up(value: int, to: int) -> int:
     return -(-value // to) * to
 
 
+APART = 4096  # vectors between two threads' rings: several rows of the widest
+
+
 def ring_size(spec: MixSpec, width: int) -> int:
-    """Vectors that the largest ring of a layer takes at most, and the weights behind it."""
+    """Vectors that the largest ring of a layer takes at most, with its weights, and the gap."""
     columns = round_up(output_size(width, spec.stride), 14)
-    return max(k * ((columns - 1) * spec.stride + k) + k * k for k in spec.kernel_sizes)
+    rings = (k * ((columns - 1) * spec.stride + k) + k * k for k in spec.kernel_sizes)
+    return max(rings) + APART
 
 
 def plan_layer(

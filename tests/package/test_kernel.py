@@ -334,6 +334,31 @@ def test_the_plan_says_how_much_memory_the_kernel_touches(monkeypatch: pytest.Mo
     FORMS.forget()
 
 
+def test_large_outputs_ask_for_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only large ones, and only on Linux; the hint reaches no further than the tensor."""
+    asked: list[int] = []
+    advise = kernel._ask_for_large_pages
+
+    def note(y: Tensor) -> None:
+        advise(y)
+        asked.append(y.numel())
+
+    monkeypatch.setattr(kernel, "_ask_for_large_pages", note)
+    for size in ((1, 3, 5, 7), (1, 16, 800, 700), (2, 3, 0, 0)):
+        y = kernel.output_maker(size)(torch.zeros(1))
+        assert y.shape == size
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        y.fill_(1)
+    assert asked == ([16 * 800 * 700] if sys.platform == "linux" else [])
+
+
+def test_rings_lie_apart() -> None:
+    """Side by side, what a core fetches ahead of its own ring is the next core's."""
+    rows = 7 * (2 * 111 + 7) + 49  # of a 7×7 kernel at stride 2, 112 outputs in a row
+    spec = MixSpec((16,), (7,), 2, (1,), "symmetric", "none")
+    assert planning.ring_size(spec, 224) >= rows + 8 * (2 * 111 + 7)
+
+
 # Threads and processes
 
 

@@ -20,10 +20,13 @@
 # One of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, depthwise kernels 3 and 5, a gate, and back to 40. The input has 28 · 28 · 40 · 4 = 125,440 bytes, the expanded tensor six times as many, 752,640. Who reads and writes what? (Weights, and the addition of the input, are left out.)
 
 # %% tags=["drawing"]
+import logging
+
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import show, use_style
 
+logging.getLogger("mixconv").setLevel(logging.ERROR)  # a kernel may be compiled below
 small, wide = 28 * 28 * 40 * 4, 28 * 28 * 240 * 4
 assert (small, wide) == (125_440, 752_640)
 steps = ["expand 1×1", "activation", "depthwise, activation", "means", "times gate", "project 1×1"]

@@ -150,23 +150,74 @@ for s in cut_strips(tiny, height=8, width=8, lanes=4):
 # %% [markdown]
 # ## Bands, and parts of equal cost
 #
-# Neighbouring strips read and write the same rows of pixels. Those rows should be in the second-level cache still when the next strip comes. So an image is worked on in *bands* of rows, few enough for half of a common second-level cache. Not too few: each band fetches `kernel - 1` rows that the band above it has fetched before.
+# Neighbouring strips read and write the same rows of pixels. Those rows should be in the second-level cache still when the next strip comes. So an image is worked on in *bands* of rows, few enough for half of a common second-level cache.
 #
-# The order of the work is: for each image, for each band, for each strip, for each row. Threads get *parts* of this sequence. A 9×9 strip costs more than a 3×3 strip, so equal numbers of strips would be unfair. The cost of one output pixel of a strip, in multiply-adds of vectors: its taps, and `COPY_COST` for reading and writing.
-#
-# Number the rows of the work from 0 on. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
+# The order of the work is: for each image, for each band, for each strip, for each row. Each thread gets a *part* of this sequence. Where there are few strips, bands serve the threads, too: their number is a multiple of the number of parts. But bands must not be too small, since each fetches `kernel - 1` rows that the band above it has fetched before.
 
 # %%
 #| export fast/plan.py
 BAND_BYTES = 1 << 20  # rows worked on: half of a common second-level cache
+TASKS_OF_A_PART = 4  # at least, if that needs no bands of less than four rows
 
 
-def band_rows(out_height: int, row_bytes: int) -> int:
-    """Rows of a band: as many as the cache holds, but not so few that most are read twice."""
-    return max(1, min(out_height, max(4, BAND_BYTES // max(1, row_bytes))))
+def round_up(value: int, to: int) -> int:
+    """The next multiple."""
+    return -(-value // to) * to
 
 
-COPY_COST = 16  # of reading a pixel and writing an output, in multiply-adds of a vector
+def band_rows(out_height: int, row_bytes: int, strips: int, parts: int) -> int:
+    """Rows of a band, where `strips` counts those of all images."""
+    bands = -(-out_height * row_bytes // BAND_BYTES)
+    if parts > 1:
+        bands = max(bands, TASKS_OF_A_PART * parts // max(1, strips))
+    if bands > 1:
+        bands = round_up(bands, parts)
+    return max(1, min(out_height, max(4, -(-out_height // max(1, bands)))))
+
+
+# %% [markdown]
+# By hand: 56 rows of 56 pixels and 240 channels, read and written, are 56 · 112 · 240 · 4 bytes, 6 MB. So there are six bands, of 10 rows or less. And for two threads a single strip of 112 rows is cut into eight bands of 14:
+
+# %%
+print(band_rows(56, 4 * 240 * (56 + 56), strips=15, parts=2), "rows of 56")
+print(band_rows(112, 4 * 16 * (112 + 112), strips=1, parts=2), "rows of 112")
+
+# %% [markdown]
+# A 9×9 strip costs more than a 3×3 strip, so equal numbers of strips would be unfair. What does an output pixel of a strip cost? Its taps, as far as they lie inside the image from top to bottom; reading and writing, more with a stride; and its share of loading the taps. The two constants are fitted to measurements.
+
+# %%
+#| export fast/plan.py
+from collections.abc import Sequence
+
+from mixconv.fast.spec import output_size
+
+PIXEL_COST, TAP_COST = 8, 16  # of moving a pixel, of loading a tap: in multiply-adds of vectors
+
+
+def strip_costs(spec: MixSpec, height: int, width: int, strips: Sequence[Strip]) -> list[int]:
+    """What an output pixel of each strip costs, in multiply-adds of vectors."""
+    stride = spec.stride
+    rows, columns = output_size(height, stride), max(1, output_size(width, stride))
+    costs = {}
+    for k, top in {strip[:2] for strip in strips}:
+        begins = range(-top, rows * stride - top, stride)
+        inside = sum(max(0, min(height, y + k) - max(0, y)) for y in begins)
+        once = (k * inside * columns + TAP_COST * k * k) // max(1, rows * columns)
+        costs[k, top] = once + PIXEL_COST * (1 + stride)
+    return [costs[strip[:2]] for strip in strips]
+
+
+# %%
+wide = MixSpec((48, 48), (3, 11), 1, (1, 1), "symmetric", "none")
+for size in (112, 14, 7):
+    costs = strip_costs(wide, size, size, cut_strips(wide, size, size, lanes=16))
+    print(f"{size}×{size}: 3×3 costs {costs[0]}, 11×11 costs {costs[-1]}")
+
+# %% [markdown]
+# Work too small for several threads is one part. Parts are cut where the cost says. Number the rows of the work from 0 on; a part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
+
+# %%
+#| export fast/plan.py
 WORK_OF_A_THREAD = 10000  # multiply-adds of vectors: for less, waking it costs more
 
 
@@ -192,7 +243,6 @@ Layer = namedtuple(
 #| export fast/plan.py
 import bisect
 import itertools
-from collections.abc import Sequence
 
 
 def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> list[int]:
@@ -537,13 +587,7 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 
 # %%
 #| export fast/plan.py
-from mixconv.fast.spec import ACTIVATIONS, output_size
-
-
-def round_up(value: int, to: int) -> int:
-    """The next multiple."""
-    return -(-value // to) * to
-
+from mixconv.fast.spec import ACTIVATIONS
 
 APART = 4096  # vectors between two threads' rings: several rows of the widest
 
@@ -570,7 +614,8 @@ def plan_layer(
     batch, pixel, height, width = sizes
     rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
     channels, activation = sum(spec.channels), ACTIVATIONS.index(spec.activation)
-    band = band_rows(rows, 4 * (spec.stride * width * pixel + columns * channels))
+    row_bytes = 4 * (spec.stride * width * pixel + columns * channels)
+    band = band_rows(rows, row_bytes, batch * len(strips), parts)
     layer = Layer(
         batch, height, width, channels, rows, columns, spec.stride, activation,
         band, -(-rows // band), len(strips), parts, ring_size(spec, width),

@@ -174,7 +174,7 @@ class KernelForm:
 #| export fast/kernel.py
 from mixconv.fast.forms import Runner
 from mixconv.fast.native import kernel_threads
-from mixconv.fast.plan import COPY_COST, count_parts, cut_strips, plan_layer
+from mixconv.fast.plan import count_parts, cut_strips, plan_layer, strip_costs
 from mixconv.fast.spec import output_size
 
 
@@ -186,7 +186,7 @@ class KernelForm(KernelForm):
         rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
         lanes = count_lanes(library)
         strips = cut_strips(spec, height, width, lanes)
-        costs = [strip.kernel**2 + COPY_COST for strip in strips]
+        costs = strip_costs(spec, height, width, strips)
         threads = min(call.threads, kernel_threads())
         parts = count_parts(batch * rows * columns * sum(costs), threads)
         numbers = plan_layer(spec, call.sizes, strips, costs, parts)

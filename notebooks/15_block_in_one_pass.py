@@ -15,10 +15,13 @@
 # **Time:** 25 minutes to read. Runs in under 30 seconds on two cores, after the kernel has been compiled once. It is the second of two pages, after [Bytes of a block](15_block_bytes.ipynb).
 
 # %% tags=["drawing"]
+import logging
+
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import show, use_style
 
+logging.getLogger("mixconv").setLevel(logging.ERROR)  # a kernel may be compiled below
 use_style()
 figure, axis = plt.subplots(figsize=(8, 2.6))
 boxes = {
@@ -330,7 +333,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from mixconv.fast.fused_block import PANEL, BlockSpec, PointwiseSpec
-from mixconv.fast.plan import COPY_COST, Strip, cut_strips
+from mixconv.fast.plan import Strip, cut_strips, strip_costs
 
 
 class Source(NamedTuple):
@@ -370,7 +373,8 @@ def cut_block(
         strips = cut_strips(mix, height, width, lanes, point.outputs // point.groups)
         strips, sources = cut_expanded(point, strips, lanes)
         before = point.inputs // point.groups * mix.stride**2  # so many pixels for one output
-    return strips, [strip.kernel**2 + COPY_COST + before for strip in strips], sources
+    costs = [cost + before for cost in strip_costs(mix, height, width, strips)]
+    return strips, costs, sources
 
 
 # %%
@@ -566,9 +570,6 @@ def random_block(rng: random.Random) -> BlockSpec:
 
 
 # %%
-import logging
-
-logging.getLogger("mixconv").setLevel(logging.ERROR)  # it would say here that it compiles
 assert load_block_kernel() is not None, "this page needs a C++ compiler"
 torch.manual_seed(0)
 rng, threads = random.Random(0), torch.get_num_threads()

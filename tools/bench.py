@@ -519,6 +519,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=0, help="default 9, or 3 with --quick")
     parser.add_argument("--memory", choices=["fused", "timm"], help=argparse.SUPPRESS)
+    parser.add_argument("--against", type=Path, metavar="CHECKOUT",
+                        help="only compare with an older checkout; writes nothing")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "bench.json")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 9)
@@ -536,6 +538,9 @@ def main() -> int:
         print(peak_memory(options.memory))
         return 0
     torch.manual_seed(0)
+    if options.against:
+        against = importlib.import_module("tools.against")
+        return int(against.compare(options.against, options.batches, options.rounds) > 0)
     modules = {name: optional(name) for name in PEERS}
     peers = [name for name in ("timm", "geffnet", "pytorchcv") if modules[name]]
     machine = describe_machine(options.threads) | {"load_before": round(load, 2)}

@@ -18,13 +18,13 @@ from mixconv.fast.fused_block import BLOCK_FORMS, PANEL, POINT_ACTIVATIONS, Bloc
 from mixconv.fast.kernel import MOST_NUMBERS, count_lanes, output_maker, scratch, why_not
 from mixconv.fast.native import kernel_threads, load_library, why_no_library
 from mixconv.fast.plan import (
-    COPY_COST,
     Strip,
     count_parts,
     cut_strips,
     plan_layer,
     ring_size,
     round_up,
+    strip_costs,
 )
 from mixconv.fast.spec import output_size
 
@@ -80,7 +80,8 @@ def cut_block(
         strips = cut_strips(mix, height, width, lanes, point.outputs // point.groups)
         strips, sources = cut_expanded(point, strips, lanes)
         before = point.inputs // point.groups * mix.stride**2  # so many pixels for one output
-    return strips, [strip.kernel**2 + COPY_COST + before for strip in strips], sources
+    costs = [cost + before for cost in strip_costs(mix, height, width, strips)]
+    return strips, costs, sources
 
 
 def gate_size(spec: BlockSpec) -> int:

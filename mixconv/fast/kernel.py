@@ -17,7 +17,6 @@ from mixconv.fast.forms import Call, Runner
 from mixconv.fast.native import kernel_threads, load_library, why_no_library
 from mixconv.fast.operation import FORMS
 from mixconv.fast.plan import (
-    COPY_COST,
     Layer,
     Strip,
     count_parts,
@@ -25,6 +24,7 @@ from mixconv.fast.plan import (
     plan_layer,
     ring_size,
     round_up,
+    strip_costs,
 )
 from mixconv.fast.spec import MixSpec, output_size
 
@@ -124,7 +124,7 @@ class KernelForm:
         rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
         lanes = count_lanes(library)
         strips = cut_strips(spec, height, width, lanes)
-        costs = [strip.kernel**2 + COPY_COST for strip in strips]
+        costs = strip_costs(spec, height, width, strips)
         threads = min(call.threads, kernel_threads())
         parts = count_parts(batch * rows * columns * sum(costs), threads)
         numbers = plan_layer(spec, call.sizes, strips, costs, parts)

@@ -13,7 +13,9 @@ from mixconv.fast.spec import ACTIVATIONS, MixSpec, output_size, pads
 __all__ = [
     "APART",
     "BAND_BYTES",
-    "COPY_COST",
+    "PIXEL_COST",
+    "TAP_COST",
+    "TASKS_OF_A_PART",
     "WORK_OF_A_THREAD",
     "Layer",
     "Strip",
@@ -24,6 +26,7 @@ __all__ = [
     "ring_size",
     "round_up",
     "share_out",
+    "strip_costs",
 ]
 
 
@@ -64,13 +67,39 @@ def cut_strips(spec: MixSpec, height: int, width: int, lanes: int, part: int = 0
 
 BAND_BYTES = 1 << 20  # rows worked on: half of a common second-level cache
 
-
-def band_rows(out_height: int, row_bytes: int) -> int:
-    """Rows of a band: as many as the cache holds, but not so few that most are read twice."""
-    return max(1, min(out_height, max(4, BAND_BYTES // max(1, row_bytes))))
+TASKS_OF_A_PART = 4  # at least, if that needs no bands of less than four rows
 
 
-COPY_COST = 16  # of reading a pixel and writing an output, in multiply-adds of a vector
+def round_up(value: int, to: int) -> int:
+    """The next multiple."""
+    return -(-value // to) * to
+
+
+def band_rows(out_height: int, row_bytes: int, strips: int, parts: int) -> int:
+    """Rows of a band, where `strips` counts those of all images."""
+    bands = -(-out_height * row_bytes // BAND_BYTES)
+    if parts > 1:
+        bands = max(bands, TASKS_OF_A_PART * parts // max(1, strips))
+    if bands > 1:
+        bands = round_up(bands, parts)
+    return max(1, min(out_height, max(4, -(-out_height // max(1, bands)))))
+
+
+PIXEL_COST, TAP_COST = 8, 16  # of moving a pixel, of loading a tap: in multiply-adds of vectors
+
+
+def strip_costs(spec: MixSpec, height: int, width: int, strips: Sequence[Strip]) -> list[int]:
+    """What an output pixel of each strip costs, in multiply-adds of vectors."""
+    stride = spec.stride
+    rows, columns = output_size(height, stride), max(1, output_size(width, stride))
+    costs = {}
+    for k, top in {strip[:2] for strip in strips}:
+        begins = range(-top, rows * stride - top, stride)
+        inside = sum(max(0, min(height, y + k) - max(0, y)) for y in begins)
+        once = (k * inside * columns + TAP_COST * k * k) // max(1, rows * columns)
+        costs[k, top] = once + PIXEL_COST * (1 + stride)
+    return [costs[strip[:2]] for strip in strips]
+
 
 WORK_OF_A_THREAD = 10000  # multiply-adds of vectors: for less, waking it costs more
 
@@ -103,11 +132,6 @@ def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> li
     return cuts
 
 
-def round_up(value: int, to: int) -> int:
-    """The next multiple."""
-    return -(-value // to) * to
-
-
 APART = 4096  # vectors between two threads' rings: several rows of the widest
 
 
@@ -133,7 +157,8 @@ def plan_layer(
     batch, pixel, height, width = sizes
     rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
     channels, activation = sum(spec.channels), ACTIVATIONS.index(spec.activation)
-    band = band_rows(rows, 4 * (spec.stride * width * pixel + columns * channels))
+    row_bytes = 4 * (spec.stride * width * pixel + columns * channels)
+    band = band_rows(rows, row_bytes, batch * len(strips), parts)
     layer = Layer(
         batch, height, width, channels, rows, columns, spec.stride, activation,
         band, -(-rows // band), len(strips), parts, ring_size(spec, width),

@@ -11,7 +11,7 @@ import torch
 from mixconv.fast import block_kernel, kernel, native, plan
 from mixconv.fast.fused_block import BLOCK_FORMS, BlockSpec, PointwiseSpec, check_block
 from mixconv.fast.operation import FORMS
-from mixconv.fast.plan import COPY_COST, count_parts, cut_strips, plan_layer, ring_size
+from mixconv.fast.plan import count_parts, cut_strips, plan_layer, ring_size, strip_costs
 from mixconv.fast.spec import MixSpec, check_spec, output_size
 from tests.package.cases import Block, Layer, needs_kernel
 from tests.package.test_fused_block import call_of
@@ -87,7 +87,7 @@ def layer_case(spec: MixSpec, sizes: tuple[int, int, int], threads: int, lanes: 
     (batch, height, width), channels = sizes, sum(spec.channels)
     rows, columns = output_size(height, spec.stride), output_size(width, spec.stride)
     strips = cut_strips(spec, height, width, lanes)
-    costs = [strip.kernel**2 + COPY_COST for strip in strips]
+    costs = strip_costs(spec, height, width, strips)
     parts = count_parts(batch * rows * columns * sum(costs), threads)
     table = plan_layer(spec, (batch, channels, height, width), strips, costs, parts)
     numbers = (batch * channels * height * width, batch * channels * rows * columns,

@@ -19,7 +19,7 @@ from mixconv.fast import plan as planning
 from mixconv.fast.forms import Call
 from mixconv.fast.kernel import scratch
 from mixconv.fast.operation import FORMS, describe_call, mixed_depthwise2d
-from mixconv.fast.plan import COPY_COST, Strip, cut_strips, plan_layer
+from mixconv.fast.plan import Strip, cut_strips, plan_layer, strip_costs
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, check_spec, pack_weights, split_form
 from tests.package.cases import Layer, needs_kernel
 
@@ -171,7 +171,7 @@ def test_parts_cover_everything_once_and_cost_the_same(
         layer = Layer(seed)
         sizes = (2, *layer.x.shape[1:3], 17)
         strips = cut_strips(layer.spec, sizes[2], 17, 16)
-        costs = [strip.kernel**2 + COPY_COST for strip in strips]
+        costs = strip_costs(layer.spec, sizes[2], 17, strips)
         table = plan_layer(layer.spec, sizes, strips, costs, parts)
         fields = len(planning.Layer._fields)
         plan, ranges = planning.Layer(*table[:fields]), table[fields : fields + parts + 1]

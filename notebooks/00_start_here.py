@@ -44,6 +44,20 @@ assert (one_size, mixed) == (1296, 656)
 # | 3 | [The layer](03_layer.ipynb) | `MixConv2d`, where a depthwise `nn.Conv2d` was |
 # | 4 | [Blocks](04_blocks.ipynb) | what stands around it in a network |
 # | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, their costs, and what it found with them |
+# | 7 | [MixNet](07_mixnet.ipynb) | the networks that the search found |
+# | 8 | [Weights](08_weights.ipynb) | the same numbers as the official code; timm's weights |
+# | 9 | [Any model](09_any_model.ipynb) | MixConv in a network that is not ours |
+# | 10 | [Heirs](10_heirs.ipynb) | what came after, over the same layer |
+# | **II** | **Make it fast** | |
+# | 11 | [Why it is slow](11_why_slow.ipynb) | folding and merging: what is gained without a compiler |
+# | 12 | [The operation](12_operation.ipynb) | its meaning, before any kernel |
+# | 13 | [A kernel in steps](13_kernel_in_steps.ipynb) | loops, lanes, registers |
+# | 14 | [The whole kernel](14_whole_kernel.ipynb) | rings, strips, bands, threads |
+# | 15 | [Bytes of a block](15_block_bytes.ipynb) | a network's block in one pass |
+# | 16 | [A model, in pieces](16_model_pieces.ipynb) | a whole model, rewritten and checked |
+# | 17 | [On a GPU](17_gpu.ipynb) | the same operation, in tiles |
+# | **III** | **Use it** | |
+# | 18 | [Using it](18_using_it.ipynb) | command line, features, fine-tuning, export |
 #
 # You can stop after chapter 3 and know the layer; after chapter 8 you know the paper. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded: no weights, no data.
 #

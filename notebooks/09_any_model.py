@@ -620,4 +620,4 @@ attempt(shrink_solution, test_shrink, wrong=[corner, uncut])
 # - A swap goes wrong without an error: paddings, layers in two places, hooks.
 # - `replace_depthwise` puts MixConv into any model, keeps its function where kernels grow, and reports what it did.
 #
-# Previous: [8 · Weights](08_weights.ipynb) · Next: [11 · Why it is slow](11_why_slow.ipynb)
+# Previous: [8 · Weights](08_weights.ipynb) · Next: [10 · Heirs](10_heirs.ipynb)

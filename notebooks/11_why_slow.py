@@ -739,4 +739,4 @@ attempt(place_solution, test_place)
 # - Merging and folding are algebra: same outputs, fewer passes over memory, no compiler.
 # - What is left is one task: `MixSpec` says it, `split_form` is its meaning.
 #
-# Previous: [9 · Any model](09_any_model.ipynb) · Next: [12 · The operation](12_operation.ipynb)
+# Previous: [10 · Heirs](10_heirs.ipynb) · Next: [12 · The operation](12_operation.ipynb)

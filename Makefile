@@ -68,7 +68,7 @@ test-lab: $(INSTALLED) ## every notebook in a real JupyterLab; needs Chromium, t
 	$(RUN) -m pytest -rs tests/lab
 
 # Pairs of torch and Python: the oldest and the newest that are claimed.
-RANGE ?= 2.6.0@python3.11 2.14.1@python3.13
+RANGE ?= 2.13.0@python3.11 2.14.1@python3.13
 
 test-range: $(INSTALLED) ## the package's tests with other torches and Pythons; downloads gigabytes
 	$(RUN) -m tools.range $(RANGE)

@@ -25,7 +25,7 @@ NEEDED = ["pytest>=8", "numpy", "safetensors", "ipython", "matplotlib"]
 
 
 def claimed_floor() -> str:
-    """The oldest torch that pyproject.toml allows, such as "2.6"."""
+    """The oldest torch that pyproject.toml allows, such as "2.13"."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (requirement,) = project["dependencies"]
     return str(requirement).removeprefix("torch>=")

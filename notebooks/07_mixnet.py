@@ -69,11 +69,46 @@ def wider_than_neighbours(config) -> dict[int, bool]:
 wider_than_neighbours(MIXNET_S), wider_than_neighbours(MIXNET_M)
 
 # %% [markdown]
-# Five of eight. The exceptions are block 1 of S, which has 3×3 alone, and blocks 7 and 15 of M, which have neighbours as wide or wider. And the search has its whims: block 11 of M is a lone 3×3 among blocks of 3, 5, 7, 9.
+# Five of eight. The exceptions are block 1 of S, which has 3×3 alone, and blocks 7 and 15 of M, which have neighbours as wide or wider. Block 11 of M is a lone 3×3 among blocks of 3, 5, 7, 9.
 #
-# > 📄 **Paper.** Section 4: the search space is a row of MobileNetV2-like blocks. Each may have MixConv with one to five groups, split equally; exponential splits and dilation are left out to keep the space small. MixNet-S and M were found by search; L is M made wider.
+# ## The search, in short
 #
-# The search itself took many trained networks, and is out of this book's scope. Its results are strings, and those we can read.
+# Where does such an answer come from? From a program that proposes networks, trains them, and learns from the results what to propose next. Three things define it.
+#
+# **The space: what may be proposed.** A MobileNetV2-like row of blocks, and for each block a kernel mix, an expansion ratio, a number of channels.
+#
+# > 📄 **Paper.** Section 4.1: the search options of a block include five MixConvs, with one to five groups: 3, then 3, 5, up to 3, 5, 7, 9, 11, always split equally. Exponential splits and dilation are left out to keep the space small.
+#
+# Small is relative. Count the kernel choices alone, for as many blocks as MixNet-S has:
+
+# %%
+f"{5 ** len(unroll(MIXNET_S)):,} networks"
+
+# %% [markdown]
+# Nobody trains them all. MnasNet's search, which the paper follows, tried some 8,000 networks, and trained each for five epochs only ([MnasNet](https://arxiv.org/abs/1807.11626), section 5).
+#
+# **The objective: what is good.** Accuracy alone would always choose the largest network. MnasNet divides by cost, gently. With accuracy $A$, cost $C$ and a target $T$ for the cost, the reward of a network is
+#
+# $$
+# R = A \cdot (C / T)^{w}, \qquad w = -0.07
+# $$
+#
+# What does $-0.07$ mean? Ask how much better a network must be to be worth twice the cost:
+
+# %%
+wanted = 2**0.07  # R is the same if A grows by this factor while C doubles
+f"{100 * (wanted - 1):.1f}% better, as a factor: from 75.0% to {75 * wanted:.1f}%"
+
+# %% [markdown]
+# A doubling of cost must bring some 5% of accuracy. That is about what it brought in networks made by hand, so $w$ asks a search to do no worse than the trade that people already made (MnasNet, section 3: there $C$ is the time on a phone).
+#
+# **The method: what to try next.** In MnasNet a recurrent network writes a description, token by token, and is rewarded with $R$: reinforcement learning. MixNet's authors say only that their settings are similar to MnasNet, FBNet and ProxylessNAS, and that they search on ImageNet's training set and then verify a few of the best. No code of the search was published, as far as we know.
+#
+# > 📄 **Paper.** Section 4.2: MixNet-S and M were found this way. L is M made 1.3 times as wide.
+#
+# How to read the picture, then? With a cost in the objective, a large kernel must earn its taps. At 112×112 pixels they are dearest, and 3×3 stays. Where the image halves they gain most (Figure 5), and the mix is wide. Late in the network the image is small, most of the cost sits in the 1×1 layers, and large kernels add little to it. What no reason explains may be chance: a search stops at *a* good network, and M's lone 3×3 in block 11 may be just that.
+#
+# Running a search takes many trained networks, and is out of this book's scope. Its results are strings, and those we can read.
 #
 # ## A block string, by hand
 #

@@ -106,6 +106,57 @@ assert (one_size, mixed) == (1296, 656)
 # Shapes are written as PyTorch's documentation writes them: `C` is $c$, and `W` beside `H` is a width, not a weight.
 #
 # The paper's "FLOPS" are multiply-adds: one multiplication and one addition count as one. So do ours.
+#
+# ## Words
+#
+# The terms of this book, each with the chapter that explains it. Come back when one has slipped your mind.
+#
+# <details>
+# <summary>Glossary</summary>
+#
+# | word | meaning | chapter |
+# |---|---|---|
+# | block | a few layers that a network repeats: widen, convolve, narrow | [4](04_blocks.ipynb) |
+# | block string | one line such as `r2_k3.5_s22_e6_i16_o24` that defines a run of blocks | [7](07_mixnet.ipynb) |
+# | band | neighbouring rows of the output that are computed in one go | [14](14_whole_kernel.ipynb) |
+# | depthwise convolution | each output channel is computed from one input channel | [1](01_formulation.ipynb) |
+# | dilation | the taps of a kernel stand apart, with pixels between that it skips | [2](02_partitioning.ipynb) |
+# | dispatch | PyTorch's choice of the function that runs for a tensor: by device, gradient, wrapper | [12](12_operation.ipynb) |
+# | drop path | while training, a residual branch is now and then left out | [4](04_blocks.ipynb) |
+# | endpoint | a named place in a network whose values are compared | [8](08_weights.ipynb) |
+# | expansion | the 1×1 layer that widens a block before its depthwise layer | [4](04_blocks.ipynb) |
+# | fake | the rule that gives an operation's output shape without computing it | [12](12_operation.ipynb) |
+# | fold | take a batch norm into the weights of the layer before it | [11](11_why_slow.ipynb) |
+# | form | one way to compute the operation, which says when it declines | [12](12_operation.ipynb) |
+# | fuse | replace several layers by one that computes the same | [16](16_model_pieces.ipynb) |
+# | gate | see squeeze-and-excitation | [4](04_blocks.ipynb) |
+# | group | the channels of a mix that share a kernel size | [1](01_formulation.ipynb) |
+# | inverted residual | a block that is wide inside and narrow at its ends | [4](04_blocks.ipynb) |
+# | lane | one of the numbers that a processor's vector register holds | [13](13_kernel_in_steps.ipynb) |
+# | linear end | a block's last layer has no activation | [4](04_blocks.ipynb) |
+# | merge | write all groups as one depthwise convolution, kernels padded with zeros | [3](03_layer.ipynb) |
+# | mix | a list of kernel sizes, one for each group | [1](01_formulation.ipynb) |
+# | multiply-add | one multiplication and one addition; the book's unit of work | [1](01_formulation.ipynb) |
+# | parity | the same weights give the same numbers in two programs | [8](08_weights.ipynb) |
+# | partition, split | how many channels each group has | [2](02_partitioning.ipynb) |
+# | pointwise convolution, 1×1 | each output is a weighted sum of all channels at one pixel | [1](01_formulation.ipynb) |
+# | projection | the 1×1 layer that narrows a block at its end | [4](04_blocks.ipynb) |
+# | receptive field | the window of the input that one output sees | [1](01_formulation.ipynb) |
+# | ring | the last few rows of the input, kept where the kernel is at work | [14](14_whole_kernel.ipynb) |
+# | roofline | the speed that arithmetic and memory allow at most | [11](11_why_slow.ipynb) |
+# | 'SAME' padding | TensorFlow's rule: at stride 2 one side may get a zero more | [3](03_layer.ipynb) |
+# | squeeze-and-excitation | each channel is scaled by a number computed from all channels' means | [4](04_blocks.ipynb) |
+# | strip | up to 16 neighbouring channels of one group | [14](14_whole_kernel.ipynb) |
+# | surgery | replacing layers of a model that exists | [9](09_any_model.ipynb) |
+# | swish, SiLU | the activation $x \cdot \sigma(x)$ | [4](04_blocks.ipynb) |
+# | tap | one position of a kernel | [1](01_formulation.ipynb) |
+# | width multiplier | one number that scales all channels of a network | [5](05_mobilenets.ipynb) |
+#
+# </details>
+#
+# ## Where it comes from
+#
+# In one paragraph. Inception (2014) ran kernels of several sizes side by side, each over all channels. Xception and MobileNet (2017) split a convolution into a depthwise and a 1×1 layer, and kernels became small and of one size, 3×3. MnasNet (2018) let a search choose between 3×3 and 5×5 for each block. MixConv (2019) asked why a layer should have one size at all. Then transformers brought wide views back into fashion: ConvNeXt and RepLKNet (2022) answered with 7×7 and 31×31 depthwise kernels, again of one size, and others split the channels again. [Chapter 10](10_heirs.ipynb) tells that part.
 
 # %% [markdown]
 # ## Equal, or not

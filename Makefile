@@ -15,8 +15,10 @@ LAB_SETTINGS := $(VENV)/share/jupyter/lab/settings
 NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
   {"fetchNews": "false", "checkForUpdates": false}}
 
-# Two workers; a file, and so a notebook, stays on one of them.
+# Two workers; a file, and so a notebook, stays on one of them. With two threads each they would
+# wait for one another, and take twice as long.
 PARALLEL := --numprocesses 2 --dist loadfile
+test: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-lab test-range book check bench clean

@@ -27,6 +27,7 @@ from mixconv.mixnet import (
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
 from mixconv.official import load_official
 from mixconv.partition import default_kernel_sizes, partition_channels
+from mixconv.receptive_fields import effective_receptive_field, theoretical_receptive_field
 from mixconv.surgery import replace_depthwise
 from mixconv.weights import load_weights, to_timm
 from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s
@@ -49,6 +50,7 @@ __all__ = [
     "count_costs",
     "decode_block",
     "default_kernel_sizes",
+    "effective_receptive_field",
     "encode_block",
     "fuse_for_inference",
     "load_official",
@@ -64,5 +66,6 @@ __all__ = [
     "preprocess",
     "receptive_field",
     "replace_depthwise",
+    "theoretical_receptive_field",
     "to_timm",
 ]

@@ -44,6 +44,7 @@ assert (one_size, mixed) == (1296, 656)
 # | 3 | [The layer](03_layer.ipynb) | `MixConv2d`, where a depthwise `nn.Conv2d` was |
 # | 4 | [Blocks](04_blocks.ipynb) | what stands around it in a network |
 # | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, their costs, and what it found with them |
+# | 6 | [Receptive fields](06_receptive_fields.ipynb) | what an output can see, and what it looks at |
 # | 7 | [MixNet](07_mixnet.ipynb) | the networks that the search found |
 # | 8 | [Weights](08_weights.ipynb) | the same numbers as the official code; timm's weights |
 # | 9 | [Any model](09_any_model.ipynb) | MixConv in a network that is not ours |
@@ -123,6 +124,7 @@ assert (one_size, mixed) == (1296, 656)
 # | dilation | the taps of a kernel stand apart, with pixels between that it skips | [2](02_partitioning.ipynb) |
 # | dispatch | PyTorch's choice of the function that runs for a tensor: by device, gradient, wrapper | [12](12_operation.ipynb) |
 # | drop path | while training, a residual branch is now and then left out | [4](04_blocks.ipynb) |
+# | effective receptive field | how strongly an output reacts to each pixel that it can see | [6](06_receptive_fields.ipynb) |
 # | endpoint | a named place in a network whose values are compared | [8](08_weights.ipynb) |
 # | expansion | the 1×1 layer that widens a block before its depthwise layer | [4](04_blocks.ipynb) |
 # | fake | the rule that gives an operation's output shape without computing it | [12](12_operation.ipynb) |

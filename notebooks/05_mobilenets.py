@@ -829,4 +829,4 @@ attempt(growth_35_solution, test_growth)
 # - One kernel size for all channels has a best value; a mix does not fall behind it, and costs less (cited). Layers of stride 2 gain most.
 # - The paper's "FLOPS" are TensorFlow's profiler, halved: multiply-adds, and also what initialises and decays the weights. By that rule all 42 points of its Figures 1, 4 and 6 agree within 1M.
 #
-# Previous: [4 · Blocks](04_blocks.ipynb) · Next: [7 · MixNet](07_mixnet.ipynb)
+# Previous: [4 · Blocks](04_blocks.ipynb) · Next: [6 · Receptive fields](06_receptive_fields.ipynb)

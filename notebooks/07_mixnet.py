@@ -829,4 +829,4 @@ attempt(meeting_solution, test_meeting, wrong=[everywhere])
 # - The paper's figure leaves things out. The code is what the published numbers came from.
 # - Where expansion and projection have two groups and the mix has two or four sizes, small and large kernels are networks side by side that only gates connect.
 #
-# Previous: [5 · MobileNets](05_mobilenets.ipynb) · Next: [8 · Weights](08_weights.ipynb)
+# Previous: [6 · Receptive fields](06_receptive_fields.ipynb) · Next: [8 · Weights](08_weights.ipynb)

@@ -194,6 +194,7 @@ def dump(notebook: Any) -> str:
 def execute(notebook: Any, chapter: Chapter, package_parent: Path) -> None:
     """Run every cell in a fresh kernel, with `package_parent` first on the import path."""
     environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", "1")  # two chapters run: their threads would fight
     environment["PYTHONPATH"] = os.pathsep.join(
         [str(package_parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     )

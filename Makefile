@@ -18,7 +18,7 @@ NO_NEWS := {"@jupyterlab/apputils-extension:notification": \
 # Two workers; a file, and so a notebook, stays on one of them. With two threads each they would
 # wait for one another, and take twice as long.
 PARALLEL := --numprocesses 2 --dist loadfile
-test: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
+ONE_THREAD := OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1)
 
 .DEFAULT_GOAL := help
 .PHONY: help lab test test-lab test-range book check bench clean
@@ -61,8 +61,8 @@ test: $(INSTALLED) ## all that CI runs: style, types, freshness, tests, every no
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(RUN) -m tools.check
-	$(RUN) -m pytest $(PARALLEL) --ignore tests/lab tests
-	$(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
+	$(ONE_THREAD) $(RUN) -m pytest $(PARALLEL) --ignore tests/lab tests
+	$(ONE_THREAD) $(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
 
 test-lab: $(INSTALLED) ## every notebook in a real JupyterLab; needs Chromium, takes minutes
 	@$(RUN) -m pip install --quiet --disable-pip-version-check \

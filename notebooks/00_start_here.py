@@ -651,6 +651,42 @@ def use_style() -> None:
 
 # %% tags=["tool"]
 #| export teaching.py
+from typing import Any
+
+import matplotlib.colors
+import matplotlib.text
+import numpy as np
+
+PAGE_WIDTH = 830  # pixels of a page on GitHub; wider figures are shrunk to it
+SMALLEST, CONTRAST = 10, 4.5  # pixels of a letter's body; against white, as WCAG 2 asks
+
+
+def _contrast(color: Any) -> float:
+    """Of a colour against white: 1 to 21, as WCAG 2 defines it."""
+    parts = np.array(matplotlib.colors.to_rgb(color), dtype=float)
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(1.05 / (linear @ (0.2126, 0.7152, 0.0722) + 0.05))
+
+
+# %% tags=["tool"]
+#| export teaching.py
+def hard_to_read(figure: Figure) -> list[str]:
+    """What is written too small or too pale in a figure; white ink is taken to lie on dark."""
+    inch = min(PAGE_WIDTH / figure.get_figwidth(), 100)
+    hard = []
+    for text in figure.findobj(matplotlib.text.Text):
+        words, contrast = text.get_text(), _contrast(text.get_color())
+        size = float(text.get_fontsize()) / 72 * inch
+        if words.strip() and text.get_visible():
+            if size < SMALLEST:
+                hard.append(f"{words!r} is {size:.1f} pixels high, not {SMALLEST}")
+            if 1 < contrast < CONTRAST:
+                hard.append(f"{words!r} in {text.get_color()} has too little contrast")
+    return hard
+
+
+# %% tags=["tool"]
+#| export teaching.py
 def show(figure: Figure, filename: str, alt: str) -> None:
     """Draw a figure at the end of a cell.
 
@@ -658,7 +694,12 @@ def show(figure: Figure, filename: str, alt: str) -> None:
         figure: a matplotlib figure; it is closed afterwards.
         filename: its name in `figures/`, such as `partition_bars.png`.
         alt: one or two sentences that state what the picture shows.
+
+    Raises:
+        ValueError: for text that is too small or too pale.
     """
+    if hard := hard_to_read(figure):
+        raise ValueError(f"{filename}: " + "; ".join(hard))
     width = round(figure.get_figwidth() * 100)
     metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
     display(figure, metadata=metadata)
@@ -668,7 +709,6 @@ def show(figure: Figure, filename: str, alt: str) -> None:
 # %% tags=["tool"]
 #| export teaching.py
 import matplotlib.cbook
-import numpy as np
 
 
 def photograph(size: int = 224) -> Tensor:

@@ -310,7 +310,7 @@ for group, k in enumerate((3, 5, 7, 9)):
             axis.add_patch(plt.Rectangle(corner, 1.5, 0.24, color=color, alpha=alpha))
     middle, side = top + 0.54, 0.12 * k
     axis.add_patch(plt.Rectangle((4.6 - side / 2, middle - side / 2), side, side, color=color))
-    axis.text(5.4, middle, f"{k}×{k}", va="center", color=color, weight="bold")
+    axis.text(5.4, middle, f"{k}×{k}", va="center", weight="bold")
     for start, stop in ((1.7, 3.8), (6.3, 8.0)):
         axis.add_patch(FancyArrowPatch((start, middle), (stop, middle), **arrow))
 words = {

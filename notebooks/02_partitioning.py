@@ -312,7 +312,7 @@ table(["groups", *map(str, range(1, 7))], [[m, *(f"{v:.1f}" for v in cost[m])] f
 figure, axis = plt.subplots(figsize=(6, 2.8))
 largest = [(2 * g + 1) ** 2 for g in range(1, 7)]
 axis.plot(range(1, 7), largest, color="#999999", linestyle=":", marker="o", markersize=4)
-axis.text(4.35, 118, "one kernel,\nthe largest", color="#777777", ha="right", va="bottom")
+axis.text(4.35, 118, "one kernel,\nthe largest", color="#555555", ha="right", va="bottom")
 for method, style in zip(methods, ("-", "--", "-."), strict=True):
     axis.plot(range(1, 7), cost[method], style, color="black", marker="o", markersize=4)
     axis.text(6.12, cost[method][-1], method, va="center")

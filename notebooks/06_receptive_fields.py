@@ -98,7 +98,9 @@ for axis, (title, layers) in zip(axes, panels, strict=True):
         side, color = 1 + (k - 1) * layers, kernel_color(k)
         axis.add_patch(plt.Rectangle((-side / 2, -side / 2), side, side, color=color, alpha=0.85))
         label = f"all: {side}" if mixed else f"{k}×{k}: {side}"
-        axis.text(1 + 4 * layers + 1.5, 2.3 * (k - 6), label, color=color, weight="bold")
+        x, y = 2.5 + 4 * layers, 2.3 * (k - 6)
+        axis.plot(x, y, "s", color=color)
+        axis.text(x + 2, y, label, weight="bold", va="center")
     axis.plot(0, 0, "s", color="black", markersize=2.5)
     axis.set(xlim=(-17, 34), ylim=(-17, 17), aspect="equal", xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
@@ -628,7 +630,7 @@ for row, (name, color) in enumerate(zip(names, ("black", "#56B4E9", "#D55E00"), 
     half, y = energy_square(maps[name], 0.5), -0.08 - 0.08 * row
     axis.plot([-half / 2, half / 2], [y, y], color=color, lw=5, solid_capstyle="butt")
     words = f"{name}: half within {half}, {area(maps[name], 0.5):.1%} of the area"
-    axis.text(half / 2 + 10, y, words, color=color, va="center", fontsize=8)
+    axis.text(half / 2 + 10, y, words, va="center", fontsize=8)
 axis.set(xlabel="pixels from the centre", ylabel="contribution / maximum", yticks=[0, 0.5, 1])
 axis.set(xlim=(-512, 900), ylim=(-0.3, 1.05), xticks=range(-400, 401, 200))
 show(

@@ -30,7 +30,7 @@ for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict
             axis.axvline(column - 0.5, color="#bbbbbb", linewidth=1)
         if run.stride == 2 or column == 0:
             side //= run.stride
-            axis.text(column - 0.42, 5.4, f"{side} px", fontsize=7, color="#555555")
+            axis.text(column - 0.42, 5.4, f"{side} px", fontsize=8, color="#555555")
         for row, k in enumerate(run.kernel_sizes):
             axis.add_patch(plt.Rectangle((column - 0.4, row), 0.8, 0.94, color=kernel_color(k)))
             axis.text(column, row + 0.43, str(k), ha="center", va="center", weight="bold")

@@ -34,7 +34,7 @@ LANES = [  # name, colour, (year, height in the lane, label)
 figure, axis = plt.subplots(figsize=(8.6, 3.9))
 for lane, (name, color, works) in enumerate(LANES):
     axis.axhspan(-2.2 * lane - 0.95, -2.2 * lane + 0.95, color=color, alpha=0.12, lw=0)
-    axis.text(2016.8, -2.2 * lane, name, ha="right", va="center", color=color, weight="bold")
+    axis.text(2016.8, -2.2 * lane, name, ha="right", va="center", weight="bold")
     for year, height, label in works:
         weight = "bold" if label == "MixConv" else "normal"
         axis.plot(year, height - 2.2 * lane, "o", color=color, ms=7)
@@ -162,9 +162,8 @@ def draw_wires(axis, wires, title):
     rows = [sorted({(*pair,) for pair in row.tolist()} - {(0, 0)}) for row in windows]
     for pairs in {tuple(row): row for row in rows}.values():
         words = "\n".join("copy" if p == (1, 1) else f"{p[0]}×{p[1]}" for p in pairs)
-        color = kernel_color(max(pairs[0])) if len(pairs) == 1 else "black"
         place = step * (rows.index(pairs) + rows.count(pairs) / 2)
-        axis.text(8 * step + 2, place, words, color=color, va="center", weight="bold")
+        axis.text(8 * step + 2, place, words, va="center", weight="bold")
     axis.set(xlabel="input channel", ylabel="output channel", title=title, xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 

@@ -474,7 +474,7 @@ for degree, shade in zip(errors, ("#bbbbbb", "#888888", "#555555", "black"), str
         rest[-1] + 0.01, errors[degree][-1], f"up to r{'⁰¹²³⁴⁵⁶⁷'[degree]}", va="center", fontsize=8
     )
 axis.axhline(2**-24, color="#D55E00", lw=1, ls="--")
-axis.text(0, 2**-24 * 1.5, "rounding of a float32", color="#D55E00", ha="center", fontsize=8)
+axis.text(0, 2**-24 * 1.5, "rounding of a float32", color="black", ha="center", fontsize=8)
 axis.set(yscale="log", ylim=(1e-11, 1e-2), xlim=(-0.37, 0.44))
 axis.set(xlabel="r", ylabel="relative error of the series")
 assert max(errors[6]) > 2**-24 > 5 * max(errors[7])

@@ -44,7 +44,7 @@ for number, question in enumerate(QUESTIONS):
     axis.add_patch(plt.Rectangle(corner, 1.7, 1.3, facecolor="#e4e4e4", edgecolor="#999999"))
     axis.text(corner[0] + 0.85, 1.85, question, ha="center", va="center", fontsize=8.5)
 for x, text in ENDS.items():
-    color = "#D55E00" if "None" in text else "#0072B2"
+    color = "#a34600" if "None" in text else "#0072B2"
     axis.text(x, 0.1, text, ha="center", va="center", color=color, weight="bold", fontsize=9)
 for start, end, word, place in ARROWS:
     bend = -0.25 if start[1] > 2 else 0

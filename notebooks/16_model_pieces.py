@@ -28,7 +28,7 @@ rows = [
 half = (1.05, 1.3, 0.65, 1.2)  # widths of the boxes
 arrow = {"arrowstyle": "->"}
 for row, (layer, between, verdict) in enumerate(rows):
-    y, color = -row, "#8a8a8a" if row else "#009E73"
+    y, color = -row, "#555555" if row else "#006b4f"
     for place, text in enumerate((layer, "BatchNorm2d", "ReLU", "Conv2d 1×1")):
         face, ink = (color, "white") if place < 3 else ("#dddddd", "black")
         box = {"boxstyle": "round", "facecolor": face, "lw": 0}
@@ -41,7 +41,7 @@ for row, (layer, between, verdict) in enumerate(rows):
         axis.annotate(
             "", (1.35, y + 0.55), (1.35, y + 0.03), arrowprops={**arrow, "color": "#D55E00"}
         )
-        axis.text(1.55, y + 0.38, between, color="#D55E00", fontsize=9)
+        axis.text(1.55, y + 0.38, between, color="#a34600", fontsize=9)
 axis.set(xlim=(-1.2, 15.8), ylim=(-3.4, 0.4)), axis.axis("off")
 show(
     figure,

@@ -69,7 +69,7 @@ axis.axvline(1e-3, color="black", linewidth=0.9, linestyle="--")
 axis.text(1.2e-3, -5.9, "tolerance", fontsize=9)
 axis.set_yticks(range(0, -len(rewrites), -1), list(rewrites))
 for place, label in enumerate(axis.get_yticklabels()):
-    label.set_color("#009E73" if place < 2 else "#D55E00")
+    label.set_color("#006b4f" if place < 2 else "#a34600")
 axis.set(xscale="log", xlim=(5e-10, 5), xlabel="largest difference, over the largest value")
 axis.set_xticks([1e-9, 1e-6, 1e-3, 1], ["0", "1e-6", "1e-3", "1"])
 show(

@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from mixconv import mixnet_s
-from mixconv.teaching import kernel_color, show, use_style
+from mixconv.teaching import show, use_style
 
 torch.manual_seed(0)
 model = mixnet_s().eval()
@@ -137,7 +137,7 @@ for row, (k, group) in zip(axes, zip(layer.kernel_sizes, groups, strict=True), s
         axis.imshow(group[channel], cmap="gray")
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    row[0].set_ylabel(f"{k}×{k}", color=kernel_color(k), weight="bold")
+    row[0].set_ylabel(f"{k}×{k}", weight="bold")
 show(
     figure,
     "feature_maps.png",

@@ -188,3 +188,24 @@ def test_photograph_is_a_batch_of_one_between_0_and_1():
     assert image.dtype == torch.float32
     assert 0 <= image.min() < 0.2
     assert 0.8 < image.max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        ({"color": "#E69F00"}, "'5×5' in #E69F00 has too little contrast"),
+        ({"color": "#777777"}, "'5×5' in #777777 has too little contrast"),
+        ({"fontsize": 7}, "'5×5' is 9.7 pixels high, not 10"),
+        ({"color": "#555555", "fontsize": 7.3}, None),
+        ({"color": "white"}, None),  # lies on something dark
+        ({"color": "#E69F00", "visible": False}, None),
+    ],
+)
+def test_pale_and_small_text_is_refused(words, fault):
+    figure = plt.figure(figsize=(8.3, 2))
+    figure.text(0.5, 0.5, "5×5", **words)
+    assert teaching.hard_to_read(figure) == ([fault] if fault else [])
+    if fault:
+        with pytest.raises(ValueError, match=r"^dot\.png: '5×5' "):
+            teaching.show(figure, "dot.png", "A word.")
+    plt.close(figure)

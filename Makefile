@@ -43,7 +43,7 @@ ANEW:
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 ..."; exit 1; }
-	@echo "setting up $(VENV): once, 1 to 5 minutes; 1.9 GB, or 5.6 GB if torch comes with CUDA"
+	@echo "setting up $(VENV): once, 1 to 5 minutes; 2.6 GB, or 5.6 GB if torch comes with CUDA"
 	@rm -f $@
 	@$(PYTHON) -m venv $(VENV) || \
 	  { echo "no module venv? On Debian and Ubuntu: apt install python3-venv"; exit 1; }

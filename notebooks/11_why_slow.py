@@ -369,25 +369,11 @@ check_rewrite(
 merge_pointwise([*pair, nn.Conv2d(10, 5, 1)])  # not equal in size: None
 
 # %% [markdown]
-# All this algebra holds for what a *class* computes. A module may do more than its class says: a hook, a `forward` of its own, a parametrised weight. Then its parts must stay as they are. So before anything is rewritten, ask:
+# All this algebra holds for what a *class* computes. A module may do more than its class says: a hook, a `forward` of its own, a parametrised weight. Then its parts must stay as they are. So before anything is rewritten, chapter 9's question is asked:
 
 # %%
-#| export fast/folding.py
-from torch.nn.utils import parametrize
+from mixconv.surgery import has_hooks
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module does what its class does not show.
-
-    That is: hooks forward or backward, a `forward` of this one module, a parametrisation.
-    """
-    hooks = any(getattr(module, name, None) for name in _HOOKS)
-    return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)
-
-
-# %%
 plain, hooked, changed = (nn.Conv2d(4, 4, 1) for _ in range(3))
 hooked.register_forward_hook(lambda module, inputs, output: 2 * output)
 changed.forward = lambda x: x

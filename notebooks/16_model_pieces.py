@@ -529,7 +529,7 @@ def register_peers() -> None:
 
 # %%
 #| export fast/describe.py
-from mixconv.fast.folding import has_hooks
+from mixconv.surgery import has_hooks
 
 
 def _check_complete(block: nn.Module, rows: Iterable[Iterable[Step]]) -> None:

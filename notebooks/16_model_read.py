@@ -335,8 +335,8 @@ def _find_obstacles(
 #| export fast/chains.py
 from torch.fx import Node, Proxy
 
-from mixconv.fast.folding import has_hooks
 from mixconv.fast.trial import twin
+from mixconv.surgery import has_hooks
 
 
 class Chains:

@@ -13,9 +13,9 @@ from torch.fx import Node, Proxy
 from torch.utils._pytree import tree_leaves
 
 from mixconv.fast.describe import NORMS, activation_name, describe_layer, is_idle, is_one_of, steps
-from mixconv.fast.folding import has_hooks
 from mixconv.fast.spec import ACTIVATIONS
 from mixconv.fast.trial import twin
+from mixconv.surgery import has_hooks
 
 __all__ = ["CannotTraceError", "Chains"]
 

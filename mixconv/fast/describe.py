@@ -14,8 +14,9 @@ from typing import Any, NamedTuple, cast
 from torch import Tensor, nn
 
 from mixconv.blocks import DepthwiseSeparableBlock, MixConvBlock, SqueezeExcite
-from mixconv.fast.folding import fold_line, has_hooks, norm_as_line
+from mixconv.fast.folding import fold_line, norm_as_line
 from mixconv.layer import Conv2dSame, MixConv2d
+from mixconv.surgery import has_hooks
 
 __all__ = [
     "ACTIVATION_NAMES",

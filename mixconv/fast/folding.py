@@ -6,16 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-__all__ = [
-    "FoldedNorm",
-    "fold_line",
-    "has_hooks",
-    "merge_pointwise",
-    "norm_as_line",
-    "refuse_training",
-]
+__all__ = ["FoldedNorm", "fold_line", "merge_pointwise", "norm_as_line", "refuse_training"]
 
 
 def norm_as_line(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
@@ -89,15 +81,3 @@ def merge_pointwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d | None:
         biases = [conv.bias.detach() for conv in convs if conv.bias is not None]
         merged.bias = nn.Parameter(torch.cat(biases), False)
     return merged.train(first.training)
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a module does what its class does not show.
-
-    That is: hooks forward or backward, a `forward` of this one module, a parametrisation.
-    """
-    hooks = any(getattr(module, name, None) for name in _HOOKS)
-    return hooks or "forward" in vars(module) or parametrize.is_parametrized(module)

@@ -16,8 +16,9 @@ from mixconv.fast.spec import ACTIVATIONS, MixSpec, split_form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+needs_triton = pytest.mark.skipif(  # on Linux the test extra holds it: there, missing is an error
+    sys.platform != "linux" and importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed",
 )
 SPECS = [
     MixSpec((3, 5), (3, 5), 1, (1, 1), "symmetric", "none"),

@@ -493,6 +493,40 @@ Test = Callable[[Answer], None]
 
 _KNOWN_MISTAKES: dict[str, list[Answer]] = {}  # by the name of the test
 
+# %% tags=["tool"]
+#| export teaching.py
+import ast
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def _stored_mistakes(test: Test) -> list[Answer]:
+    """The wrong answers in the solution cell of this notebook, if the reader has not run it."""
+    try:
+        notebook = json.loads(Path(os.environ["JPY_SESSION_NAME"]).read_text(encoding="utf-8"))
+    except (KeyError, OSError, ValueError):  # not in Jupyter, or not from a file
+        return []
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if "solution" in cell["metadata"].get("tags", []) and f", {test.__name__}," in source:
+            return _run_definitions(ast.parse(source), vars(sys.modules[test.__module__]))
+    return []
+
+
+def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
+    """Define what a solution cell defines, apart from the reader's names; its `wrong` list."""
+    (call,) = [node.value for node in tree.body if isinstance(node, ast.Expr)]
+    assert isinstance(call, ast.Call)
+    (wrong,) = [keyword.value for keyword in call.keywords if keyword.arg == "wrong"]
+    tree.body = [node for node in tree.body if not isinstance(node, ast.Expr)]
+    scope = dict(known)
+    exec(compile(tree, "solution", "exec"), scope)
+    found = eval(compile(ast.Expression(wrong), "solution", "eval"), scope)
+    return list(found)
+
 
 # %% tags=["tool"]
 #| export teaching.py
@@ -500,7 +534,7 @@ def _explain(error: AssertionError, test: Test) -> str:
     """The message of a failed attempt; names the misconception if the value is a known one's."""
     if not isinstance(error, WrongAnswerError):
         return str(error)
-    for mistake in _KNOWN_MISTAKES.get(test.__name__, []):
+    for mistake in _KNOWN_MISTAKES.get(test.__name__) or _stored_mistakes(test):
         if _same(mistake(*error.arguments), error.value):
             return f"{error}\nThis is what you get if you {mistake.__doc__}."
     return str(error)
@@ -538,6 +572,7 @@ def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None
 _WRONG_EVERYWHERE: dict[str, Answer] = {
     "return nothing": lambda *arguments: None,
     "return 1, whatever the question": lambda *arguments: 1,
+    "return an empty list": lambda *arguments: [],
     "return the first argument as it came": lambda *arguments: arguments[0] if arguments else None,
 }
 
@@ -651,8 +686,6 @@ def use_style() -> None:
 
 # %% tags=["tool"]
 #| export teaching.py
-from typing import Any
-
 import matplotlib.colors
 import matplotlib.text
 import numpy as np

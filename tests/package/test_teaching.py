@@ -1,5 +1,7 @@
 """The tools of chapter 0: what they accept, what they refuse, what they say."""
 
+import json
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -209,3 +211,48 @@ def test_pale_and_small_text_is_refused(words, fault):
         with pytest.raises(ValueError, match=r"^dot\.png: '5×5' "):
             teaching.show(figure, "dot.png", "A word.")
     plt.close(figure)
+
+
+SOLUTION = """\
+def double_solution(x):
+    return twice(x)
+
+
+def twice(x):
+    return 2 * x
+
+
+def half(x):
+    \"\"\"divide where the question says double\"\"\"
+    return x / 2
+
+
+def square(x):
+    \"\"\"take the square: 2 is right by chance\"\"\"
+    return twice(x) * x // 2
+
+
+attempt(double_solution, test_double, wrong=[half, square])
+"""
+
+
+@pytest.mark.parametrize("tag", ["solution", "drawing"])
+def test_mistakes_are_known_before_the_solution_cell_has_run(tag, monkeypatch, tmp_path):
+    path = tmp_path / "00.ipynb"
+    cell = {"source": SOLUTION.splitlines(keepends=True), "metadata": {"tags": [tag]}}
+    path.write_text(json.dumps({"cells": [{"source": "# x", "metadata": {}}, cell]}))
+    monkeypatch.setenv("JPY_SESSION_NAME", str(path))
+    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    with pytest.raises(AssertionError) as caught:
+        attempt(lambda x: x**2, test_double)
+    named = "\nThis is what you get if you take the square: 2 is right by chance."
+    assert str(caught.value).endswith(named) == (tag == "solution")
+
+
+@pytest.mark.parametrize("path", ["", "missing.ipynb", __file__])
+def test_no_notebook_is_no_mistake(path, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", path)
+    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    with pytest.raises(AssertionError, match="expected") as caught:
+        attempt(lambda x: x**2, test_double)
+    assert "This is what" not in str(caught.value)

@@ -516,6 +516,8 @@ def _stored_mistakes(test: Test) -> list[Answer]:
     return []
 
 
+# %% tags=["tool"]
+#| export teaching.py
 def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
     """Define what a solution cell defines, apart from the reader's names; its `wrong` list."""
     (call,) = [node.value for node in tree.body if isinstance(node, ast.Expr)]
@@ -685,10 +687,15 @@ def use_style() -> None:
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export _readable.py
+"""Whether what is written in a figure can be read (chapter 0)."""
+
+from typing import Any
+
 import matplotlib.colors
 import matplotlib.text
 import numpy as np
+from matplotlib.figure import Figure
 
 PAGE_WIDTH = 830  # pixels of a page on GitHub; wider figures are shrunk to it
 SMALLEST, CONTRAST = 10, 4.5  # pixels of a letter's body; against white, as WCAG 2 asks
@@ -702,7 +709,7 @@ def _contrast(color: Any) -> float:
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export _readable.py
 def hard_to_read(figure: Figure) -> list[str]:
     """What is written too small or too pale in a figure; white ink is taken to lie on dark."""
     inch = min(PAGE_WIDTH / figure.get_figwidth(), 100)
@@ -720,6 +727,9 @@ def hard_to_read(figure: Figure) -> list[str]:
 
 # %% tags=["tool"]
 #| export teaching.py
+from mixconv._readable import hard_to_read
+
+
 def show(figure: Figure, filename: str, alt: str) -> None:
     """Draw a figure at the end of a cell.
 
@@ -742,6 +752,7 @@ def show(figure: Figure, filename: str, alt: str) -> None:
 # %% tags=["tool"]
 #| export teaching.py
 import matplotlib.cbook
+import numpy as np
 
 
 def photograph(size: int = 224) -> Tensor:

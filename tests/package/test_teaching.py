@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from mixconv import teaching
+from mixconv._readable import hard_to_read
 from mixconv.teaching import (
     KERNEL_COLORS,
     WrongAnswerError,
@@ -206,10 +207,10 @@ def test_photograph_is_a_batch_of_one_between_0_and_1():
 def test_pale_and_small_text_is_refused(words, fault):
     figure = plt.figure(figsize=(8.3, 2))
     figure.text(0.5, 0.5, "5×5", **words)
-    assert teaching.hard_to_read(figure) == ([fault] if fault else [])
+    assert hard_to_read(figure) == ([fault] if fault else [])
     if fault:
         with pytest.raises(ValueError, match=r"^dot\.png: '5×5' "):
-            teaching.show(figure, "dot.png", "A word.")
+            show(figure, "dot.png", "A word.")
     plt.close(figure)
 
 

@@ -9,6 +9,7 @@ import ast
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,9 +117,18 @@ def _same(one: object, other: object) -> bool:
 
 
 def _show(value: object) -> str:
-    if isinstance(value, Tensor) and value.numel() > 12:
-        return f"a tensor {tuple(value.shape)}"
-    return str(value.detach().tolist()) if isinstance(value, Tensor) else repr(value)
+    """In one short line, without addresses."""
+    if isinstance(value, Tensor):
+        numbers = _show(value.detach().squeeze().tolist()) if value.numel() <= 12 else "…"
+        return f"{numbers} {tuple(value.shape)}" if value.ndim > 1 else numbers
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_show, value)) + "," * (isinstance(value, tuple) and len(value) == 1)
+        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__name__}(…)"
+    return f"the function {value.__name__}" if hasattr(value, "__name__") else repr(value)
 
 
 def expect(answer: Callable[..., object], *arguments: object, gives: object, why: str) -> None:
@@ -169,8 +179,7 @@ def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
     tree.body = [node for node in tree.body if not isinstance(node, ast.Expr)]
     scope = dict(known)
     exec(compile(tree, "solution", "exec"), scope)
-    found = eval(compile(ast.Expression(wrong), "solution", "eval"), scope)
-    return list(found)
+    return list(eval(compile(ast.Expression(wrong), "solution", "eval"), scope))
 
 
 def _explain(error: AssertionError, test: Test) -> str:
@@ -224,7 +233,8 @@ def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
             test(answer)
         except AssertionError as error:
             if answer in wrong:
-                print(f"caught: {mistake} → {str(error).splitlines()[0]}")
+                line = f"caught: {mistake} → {str(error).splitlines()[0]}"
+                print(textwrap.fill(line, 96, subsequent_indent="    "))
         except Exception as error:
             if answer in wrong:  # the others may fail in any way
                 raise AssertionError(f"{answer.__name__} raised {error!r}") from error

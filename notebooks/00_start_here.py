@@ -460,9 +460,18 @@ def _same(one: object, other: object) -> bool:
 # %% tags=["tool"]
 #| export teaching.py
 def _show(value: object) -> str:
-    if isinstance(value, Tensor) and value.numel() > 12:
-        return f"a tensor {tuple(value.shape)}"
-    return str(value.detach().tolist()) if isinstance(value, Tensor) else repr(value)
+    """In one short line, without addresses."""
+    if isinstance(value, Tensor):
+        numbers = _show(value.detach().squeeze().tolist()) if value.numel() <= 12 else "…"
+        return f"{numbers} {tuple(value.shape)}" if value.ndim > 1 else numbers
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        inside = ", ".join(map(_show, value)) + "," * (isinstance(value, tuple) and len(value) == 1)
+        return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__name__}(…)"
+    return f"the function {value.__name__}" if hasattr(value, "__name__") else repr(value)
 
 
 # %% tags=["tool"]
@@ -499,6 +508,7 @@ import ast
 import json
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -526,8 +536,7 @@ def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
     tree.body = [node for node in tree.body if not isinstance(node, ast.Expr)]
     scope = dict(known)
     exec(compile(tree, "solution", "exec"), scope)
-    found = eval(compile(ast.Expression(wrong), "solution", "eval"), scope)
-    return list(found)
+    return list(eval(compile(ast.Expression(wrong), "solution", "eval"), scope))
 
 
 # %% tags=["tool"]
@@ -589,7 +598,8 @@ def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
             test(answer)
         except AssertionError as error:
             if answer in wrong:
-                print(f"caught: {mistake} → {str(error).splitlines()[0]}")
+                line = f"caught: {mistake} → {str(error).splitlines()[0]}"
+                print(textwrap.fill(line, 96, subsequent_indent="    "))
         except Exception as error:
             if answer in wrong:  # the others may fail in any way
                 raise AssertionError(f"{answer.__name__} raised {error!r}") from error

@@ -295,6 +295,122 @@ check_rewrite(
 )
 
 # %% [markdown]
+# **1.1** ★★ *10 minutes, one line.* Backward, by yourself. A layer of stride 1 computed `y`; somebody hands you $\partial L / \partial y$. Return $\partial L / \partial x$, as a MixConv of other kernels.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Input pixel $q$ reached output $p$ through the weight at offset $q - p$. Backward, output $p$ reaches input $q$ through the same weight. Seen from $q$, that output lies at the opposite offset.
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# $\partial L / \partial x_q = \sum_p w_{q - p} \cdot \partial L / \partial y_p$: the sum that `mixconv_reference` computes, with each kernel turned by half a turn.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def input_gradient(gradient: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_input_gradient(answer) -> None:
+    impulse = torch.zeros(1, 1, 3, 3)
+    impulse[0, 0, 1, 1] = 1
+    kernel = torch.arange(1.0, 10).view(1, 1, 3, 3)
+    expect(answer, impulse, [kernel], gives=kernel, why="each pixel reached it through its weight")
+    torch.manual_seed(0)
+    weights = [torch.randn(2, 1, 3, 3), torch.randn(1, 1, 5, 5)]
+    x = torch.randn(2, 3, 6, 7, requires_grad=True)
+    gradient = torch.randn(2, 3, 6, 7)
+    mixconv_reference(x, weights).backward(gradient)
+    expect(answer, gradient, weights, gives=x.grad, why="autograd's answer")
+
+
+attempt(input_gradient, test_input_gradient)
+
+
+# %% tags=["solution"]
+def input_gradient_solution(gradient: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    return mixconv_reference(gradient, [w.flip(2, 3) for w in weights])
+
+
+def unturned(gradient: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """use the kernels as they are, which is right for symmetric ones only"""
+    return mixconv_reference(gradient, weights)
+
+
+def transposed(gradient: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """swap rows and columns instead of turning by half a turn"""
+    return mixconv_reference(gradient, [w.transpose(2, 3) for w in weights])
+
+
+def one_axis(gradient: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
+    """flip the columns and forget the rows"""
+    return mixconv_reference(gradient, [w.flip(3) for w in weights])
+
+
+attempt(input_gradient_solution, test_input_gradient, wrong=[unturned, transposed, one_axis])
+
+
+# %% [markdown]
+# **1.2** ★★ *10 minutes, three lines.* A 3×3 kernel does what a 5×5 kernel with a border of zeros does. Use that: turn the kernels of a MixConv into *one* tensor of kernels of the largest size, so that a single depthwise convolution gives the same result. (Chapter 3 builds on it.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Where must the small kernel sit inside the large one, so that its middle stays in the middle?
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `largest = max(w.shape[-1] for w in weights)`, and then `F.pad(w, [left, right, top, bottom])` for each.
+#
+# </details>
+
+# %%
+def embed(weights: list[torch.Tensor]) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_embed(answer) -> None:
+    one, three = torch.ones(1, 1, 1, 1), torch.ones(1, 1, 3, 3)
+    middle = F.pad(one, [1] * 4)
+    expect(answer, [one, three], gives=torch.cat([middle, three]), why="the middle stays there")
+    torch.manual_seed(0)
+    weights = [torch.randn(2, 1, 3, 3), torch.randn(3, 1, 7, 7)]
+    x = torch.randn(1, 5, 6, 6)
+    merged = F.conv2d(x, answer(weights), padding=3, groups=5)
+    assert torch.allclose(merged, mixconv_reference(x, weights), atol=1e-5), "not the same layer"
+
+
+attempt(embed, test_embed)
+
+
+# %% tags=["solution"]
+def embed_solution(weights: list[torch.Tensor]) -> torch.Tensor:
+    largest = max(w.shape[-1] for w in weights)
+    return torch.cat([F.pad(w, [(largest - w.shape[-1]) // 2] * 4) for w in weights])
+
+
+def in_the_corner(weights: list[torch.Tensor]) -> torch.Tensor:
+    """put the zeros on the right and below only: the window moves off its pixel"""
+    largest = max(w.shape[-1] for w in weights)
+    return torch.cat([F.pad(w, [0, largest - w.shape[-1]] * 2) for w in weights])
+
+
+def stretched(weights: list[torch.Tensor]) -> torch.Tensor:
+    """stretch the small kernels instead of putting zeros around them"""
+    largest = max(w.shape[-1] for w in weights)
+    return torch.cat([F.interpolate(w, (largest, largest)) for w in weights])
+
+
+attempt(embed_solution, test_embed, wrong=[in_the_corner, stretched])
+
+# %% [markdown]
 # ## The whole operation in one picture
 
 # %% tags=["drawing"]
@@ -371,9 +487,90 @@ for name, reads in drawn.items():
     assert torch.equal(wires[name], table_of)
 print("wired as drawn at the top")
 
-
 # %% [markdown]
 # MixConv is a diagonal: one wire for each channel. The other layer mixes channels, sees each input at *every* kernel size, and has twice the weights here. It may be a good layer. It is another one, and its costs are not the paper's.
+
+# %% [markdown]
+# **1.3** ★★★ *20 minutes, eight lines.* A black box. Somebody hands you a layer as a function from `(N, channels, 15, 15)` to the same shape. Find its mix: return `(channels, kernel size)` for each run of neighbouring channels of one kernel size. If an output reads another channel than its own, raise ValueError: it is no MixConv.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Ask it about one pixel of one channel at a time: an *impulse*, a single 1 in an image of zeros. Whatever is lit afterwards has seen that pixel.
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# A batch of `channels` images, image $c$ with the 1 in channel $c$, answers all at once: the result at `[c, z]` is what output $z$ makes of input $c$. It must be dark for $z \ne c$.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `impulses = torch.zeros(channels, channels, 15, 15)`, then `impulses[range(channels), range(channels), 7, 7] = 1`
+#
+# </details>
+
+# %%
+from collections.abc import Callable
+from itertools import groupby
+
+Layer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def find_mix(layer: Layer, channels: int) -> list[tuple[int, int]]:
+    raise NotImplementedError
+
+
+def test_find_mix(answer) -> None:
+    torch.manual_seed(0)
+    for mix in ([(1, 3)], [(1, 5), (2, 3)], [(2, 7), (1, 3), (3, 5)], [(2, 3), (1, 5), (2, 3)]):
+        weights = [torch.randn(c, 1, k, k) for c, k in mix]
+
+        def hidden(x: torch.Tensor, weights=weights) -> torch.Tensor:
+            return mixconv_reference(x, weights)
+
+        expect(answer, hidden, sum(c for c, _ in mix), gives=mix, why="so it was built")
+    try:
+        found = answer(designs["every branch\nsees all channels"], 8)
+    except ValueError:
+        return
+    raise AssertionError(f"YOLOv5's layer was taken for a MixConv: {found}")
+
+
+attempt(find_mix, test_find_mix)
+
+
+# %% tags=["solution"]
+def find_mix_solution(layer: Layer, channels: int) -> list[tuple[int, int]]:
+    impulses = torch.zeros(channels, channels, 15, 15)
+    impulses[range(channels), range(channels), 7, 7] = 1
+    lit = layer(impulses) != 0
+    if not torch.equal(lit.any(dim=3).any(dim=2), torch.eye(channels).bool()):
+        raise ValueError("an output reads another channel than its own")
+    sides = [int(lit[c, c].any(dim=0).sum()) for c in range(channels)]
+    return [(len(list(run)), side) for side, run in groupby(sides)]
+
+
+def unasked(layer: Layer, channels: int) -> list[tuple[int, int]]:
+    """never ask which channels an output reads"""
+    lit = layer(torch.eye(15)[7].outer(torch.eye(15)[7]).expand(1, channels, 15, 15)) != 0
+    sides = [int(lit[0, c].any(dim=0).sum()) for c in range(channels)]
+    return [(len(list(run)), side) for side, run in groupby(sides)]
+
+
+def area(layer: Layer, channels: int) -> list[tuple[int, int]]:
+    """count the pixels of a window, and forget that its side is their root"""
+    return [(c, side**2) for c, side in find_mix_solution(layer, channels)]
+
+
+def by_size(layer: Layer, channels: int) -> list[tuple[int, int]]:
+    """sort by kernel size: two groups may share a size and stand apart"""
+    return sorted(find_mix_solution(layer, channels), key=lambda pair: pair[1])
+
+
+attempt(find_mix_solution, test_find_mix, wrong=[unasked, area, by_size])
+
 
 # %% [markdown]
 # ## Receptive field
@@ -664,65 +861,61 @@ with FlopCounterMode(display=False) as counter:
 assert counter.get_total_flops() == 2 * sum(c.multiply_adds for c in costs)
 sum(c.multiply_adds for c in costs)
 
+
 # %% [markdown]
 # ## Exercises
 #
-# **1.1** A MixConv layer has stride $s$ on an input of H×W. Its output has ⌈H/s⌉ × ⌈W/s⌉ positions. How many multiply-adds is that?
+# **1.4** ★ *5 minutes, two lines.* A MixConv layer has stride $s$ on an input of H×W. Its output has ⌈H/s⌉ × ⌈W/s⌉ positions. How many multiply-adds is that?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `mixconv_multiply_adds` takes the size of the *output*. In Python, `-(-h // s)` rounds up.
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt
-
-
 def strided_cost(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride) -> int:
     raise NotImplementedError
 
 
 def test_strided(answer) -> None:
-    assert answer((8, 8), (3, 5), 14, 14, 1) == 53_312
-    assert answer((8, 8), (3, 5), 7, 9, 2) == 5_440
+    expect(answer, (1,), (3,), 2, 2, 1, gives=36, why="four positions, nine weights")
+    expect(answer, (8, 8), (3, 5), 14, 14, 1, gives=53_312, why="196 positions, 272 weights")
+    expect(answer, (8, 8), (3, 5), 7, 9, 2, gives=5_440, why="4 · 5 positions, 272 weights")
 
 
 attempt(strided_cost, test_strided)
 
 
 # %% tags=["solution"]
-def strided_cost_solution(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride):
+def strided_cost_solution(
+    partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride
+) -> int:
     rows, columns = -(-h // stride), -(-w // stride)
     return mixconv_multiply_adds(partition, kernel_sizes, rows, columns)
 
 
-attempt(strided_cost_solution, test_strided)
+def rounded_down(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride) -> int:
+    """round down: the last pixel of an odd row has an output, too"""
+    return mixconv_multiply_adds(partition, kernel_sizes, h // stride, w // stride)
+
+
+def one_direction(partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride) -> int:
+    """stride along the rows only"""
+    return mixconv_multiply_adds(partition, kernel_sizes, h, -(-w // stride))
+
+
+attempt(strided_cost_solution, test_strided, wrong=[rounded_down, one_direction])
 
 
 # %% [markdown]
-# **1.2** A 3×3 kernel does what a 5×5 kernel with a border of zeros does. Use that: turn the kernels of a MixConv into *one* tensor of kernels of the largest size, so that a single depthwise convolution gives the same result. (Chapter 3 builds on it.)
-
-# %%
-def embed(weights: list[torch.Tensor]) -> torch.Tensor:
-    raise NotImplementedError
-
-
-def test_embed(answer) -> None:
-    weights = [torch.randn(2, 1, 3, 3), torch.randn(3, 1, 7, 7)]
-    x = torch.randn(1, 5, 6, 6)
-    merged = F.conv2d(x, answer(weights), padding=3, groups=5)
-    torch.testing.assert_close(merged, mixconv_reference(x, weights))
-
-
-attempt(embed, test_embed)
-
-
-# %% tags=["solution"]
-def embed_solution(weights: list[torch.Tensor]) -> torch.Tensor:
-    largest = max(w.shape[-1] for w in weights)
-    return torch.cat([F.pad(w, [(largest - w.shape[-1]) // 2] * 4) for w in weights])
-
-
-attempt(embed_solution, test_embed)
-
-
-# %% [markdown]
-# **1.3** Channel multiplier $m = 3$, counting from zero: which input channel does output channel `z` read? And how many 3×3 layers of stride 1 see as far as one k×k layer? Return both.
+# **1.5** ★ *5 minutes, one line.* Two questions about indices. Channel multiplier $m = 3$, counting from zero: which input channel does output channel `z` read? And how many 3×3 layers of stride 1 see as far as one k×k layer? Return both.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Outputs 0, 1 and 2 read input 0. And every 3×3 layer adds two pixels to the window.
+#
+# </details>
 
 # %%
 def two_answers(z: int, k: int) -> tuple[int, int]:
@@ -733,8 +926,11 @@ def test_answers(answer) -> None:
     weight = torch.ones(6, 1, 3, 3, dtype=torch.double)
     x = torch.stack([torch.zeros(3, 3), torch.ones(3, 3)]).double()
     reads = [int(plane.abs().sum() > 0) for plane in depthwise_loops(x, weight)]
-    assert [answer(z, 3)[0] for z in range(6)] == reads
-    assert all(receptive_field([3] * answer(0, k)[1]) == k for k in (3, 5, 7, 13))
+    for z, channel in enumerate(reads):
+        expect(answer, z, 3, gives=(channel, 1), why="so the loops do")
+    for k in (5, 7, 13):
+        layers = next(n for n in range(99) if receptive_field([3] * n) == k)
+        expect(answer, 0, k, gives=(0, layers), why=f"{layers} layers see {k} pixels")
 
 
 attempt(two_answers, test_answers)
@@ -745,7 +941,17 @@ def two_answers_solution(z: int, k: int) -> tuple[int, int]:
     return z // 3, (k - 1) // 2
 
 
-attempt(two_answers_solution, test_answers)
+def in_turn(z: int, k: int) -> tuple[int, int]:
+    """deal the outputs to the inputs in turn, like cards"""
+    return z % 2, (k - 1) // 2
+
+
+def side_by_side(z: int, k: int) -> tuple[int, int]:
+    """lay the windows side by side: they overlap in all but two pixels"""
+    return z // 3, -(-k // 3)
+
+
+attempt(two_answers_solution, test_answers, wrong=[in_turn, side_by_side])
 
 # %% [markdown]
 # ## Takeaways

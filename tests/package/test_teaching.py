@@ -257,3 +257,22 @@ def test_no_notebook_is_no_mistake(path, monkeypatch):
     with pytest.raises(AssertionError, match="expected") as caught:
         attempt(lambda x: x**2, test_double)
     assert "This is what" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (torch.ones(3), "[1, 1, 1]"),
+        (torch.tensor(2), "2"),
+        (torch.ones(1, 1, 2, 2), "[[1, 1], [1, 1]] (1, 1, 2, 2)"),
+        (torch.ones(5, 5), "… (5, 5)"),
+        (torch.ones(99), "…"),
+        ([torch.ones(5, 5), (3,)], "[… (5, 5), (3,)]"),
+        ((1, "a"), "(1, 'a')"),
+        ([1 / 3, 2.0, True], "[0.333333, 2, True]"),
+        (torch.nn.ReLU(), "ReLU(…)"),
+        (test_double, "the function test_double"),
+    ],
+)
+def test_values_are_shown_in_a_line_without_addresses(value, shown):
+    assert teaching._show(value) == shown

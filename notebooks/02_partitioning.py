@@ -277,6 +277,88 @@ assert computed == splits
 computed
 
 # %% [markdown]
+# **2.1** ★ *3 minutes, one line.* Before you run anything: 74 channels, kernels 3, 5, 7. What is the equal split, and what the exponential one? Return both.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Round every share down, and give what is left over to the first group.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def two_splits() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    raise NotImplementedError
+
+
+def test_two_splits(answer) -> None:
+    right = tuple(partition_channels(74, (3, 5, 7), m) for m in ("equal", "exponential"))
+    expect(answer, gives=right, why="24 each and 2 left over; 37, 18, 18 and 1 left over")
+
+
+attempt(two_splits, test_two_splits)
+
+
+# %% tags=["solution"]
+def two_splits_solution() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return (26, 24, 24), (38, 18, 18)
+
+
+def remainder_last() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """give the remainder to the last group, where a channel costs most"""
+    return (24, 24, 26), (37, 18, 19)
+
+
+def halves_to_the_end() -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """halve to the end: the last two exponential shares are equal"""
+    return (26, 24, 24), (47, 18, 9)
+
+
+attempt(two_splits_solution, test_two_splits, wrong=[remainder_last, halves_to_the_end])
+
+
+# %% [markdown]
+# **2.2** ★ *5 minutes, one line.* Write the exponential split the other way round: the *largest* kernel gets half of the channels. 32 in 4 groups becomes 4, 4, 8, 16.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The split does not look at the kernel sizes. Turn its result.
+#
+# </details>
+
+# %%
+def reversed_exponential(channels: int, groups: int) -> tuple[int, ...]:
+    raise NotImplementedError
+
+
+def test_reversed(answer) -> None:
+    expect(answer, 32, 4, gives=(4, 4, 8, 16), why="16, 8, 4, 4 from the other end")
+    expect(answer, 64, 3, gives=(16, 16, 32), why="32, 16, 16 from the other end")
+
+
+attempt(reversed_exponential, test_reversed)
+
+
+# %% tags=["solution"]
+def reversed_exponential_solution(channels: int, groups: int) -> tuple[int, ...]:
+    return partition_channels(channels, default_kernel_sizes(groups), "exponential")[::-1]
+
+
+def sizes_turned(channels: int, groups: int) -> tuple[int, ...]:
+    """turn the kernel sizes: the split does not look at them"""
+    return partition_channels(channels, default_kernel_sizes(groups)[::-1], "exponential")
+
+
+def doubled(channels: int, groups: int) -> tuple[int, ...]:
+    """double from group to group, and lose the channels that the first two share"""
+    return tuple(channels // 2 ** (groups - i) for i in range(groups))
+
+
+attempt(reversed_exponential_solution, test_reversed, wrong=[sizes_turned, doubled])
+
+# %% [markdown]
 # ## What each choice costs
 #
 # Chapter 1 gave the cost: $\sum_t c_t k_t^2$ weights, each used once for every output position. Only the split changes.
@@ -374,42 +456,34 @@ resolve_partition(32, (3, 5, 7, 9), (20, 6, 4, 2))
 # %% [markdown]
 # ## Exercises
 #
-# **2.1** Write the exponential split the other way round: the *largest* kernel gets half of the channels. 32 in 4 groups becomes 4, 4, 8, 16.
+# **2.3** ★★★ *20 minutes, six lines.* Split so that every group has about the same number of *weights*: $c_t$ proportional to $1 / k_t^2$. Round by the *largest remainder*: round every share down, then give one channel more to the groups that lost the largest fractions, until none is left. Beware of floats.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The exact shares are fractions: $c \cdot (1 / k_t^2) / \sum_s 1 / k_s^2$. For 74 channels over 5 and 7 they are 49 and 25, exactly. Does your program agree?
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `from fractions import Fraction`, and `shares = [Fraction(channels, k * k) / total for k in kernel_sizes]`
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt
+import math
+from fractions import Fraction
 
 
-def reversed_exponential(channels: int, groups: int) -> tuple[int, ...]:
-    raise NotImplementedError
-
-
-def test_reversed(answer) -> None:
-    assert answer(32, 4) == (4, 4, 8, 16)
-    assert answer(64, 3) == (16, 16, 32)
-
-
-attempt(reversed_exponential, test_reversed)
-
-
-# %% tags=["solution"]
-def reversed_exponential_solution(channels: int, groups: int) -> tuple[int, ...]:
-    return partition_channels(channels, default_kernel_sizes(groups), "exponential")[::-1]
-
-
-attempt(reversed_exponential_solution, test_reversed)
-
-
-# %% [markdown]
-# **2.2** Split so that every group has about the same number of *weights*: $c_t$ proportional to $1 / k_t^2$, rounded down, the remainder to group 0.
-
-# %%
 def equal_weights(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
     raise NotImplementedError
 
 
 def test_equal_weights(answer) -> None:
-    assert answer(256, (3, 5, 7)) == (167, 59, 30)  # 1503, 1475 and 1470 weights
+    expect(answer, 74, (5, 7), gives=(49, 25), why="1/25 : 1/49 is 49 : 25, exactly")
+    why = "165.8, 59.7 and 30.5: two channels are left, for the first two"
+    expect(answer, 256, (3, 5, 7), gives=(166, 60, 30), why=why)
+    expect(answer, 10, (3, 3, 3), gives=(4, 3, 3), why="of equal fractions the first")
 
 
 attempt(equal_weights, test_equal_weights)
@@ -417,13 +491,85 @@ attempt(equal_weights, test_equal_weights)
 
 # %% tags=["solution"]
 def equal_weights_solution(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
-    total = sum(1 / k**2 for k in kernel_sizes)
-    split = [int(channels / k**2 / total) for k in kernel_sizes]
-    split[0] += channels - sum(split)
+    total = sum(Fraction(1, k * k) for k in kernel_sizes)
+    shares = [Fraction(channels, k * k) / total for k in kernel_sizes]
+    split = [math.floor(share) for share in shares]
+    lost = sorted(range(len(shares)), key=lambda t: split[t] - shares[t])  # the most lost first
+    for t in lost[: channels - sum(split)]:
+        split[t] += 1
     return tuple(split)
 
 
-attempt(equal_weights_solution, test_equal_weights)
+def by_float(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """trust a float: 49 channels come out as 48.999…, and are cut to 48"""
+    total = sum(1 / k**2 for k in kernel_sizes)
+    split = [int(channels / k**2 / total) for k in kernel_sizes]
+    return (split[0] + channels - sum(split), *split[1:])
+
+
+def to_group_0(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """give all that is left over to group 0"""
+    total = sum(Fraction(1, k * k) for k in kernel_sizes)
+    split = [math.floor(Fraction(channels, k * k) / total) for k in kernel_sizes]
+    return (split[0] + channels - sum(split), *split[1:])
+
+
+def by_size(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """give a group channels in proportion to its weights, not against it"""
+    return equal_weights_solution(channels, tuple(kernel_sizes[::-1]))
+
+
+attempt(equal_weights_solution, test_equal_weights, wrong=[by_float, to_group_0, by_size])
+
+
+# %% [markdown]
+# **2.4** ★★ *10 minutes, two lines.* A budget. A layer has two kernel sizes, small and large, and may have `budget` weights. Give as many channels as you can to the large one. Return the partition, small first; neither group may be empty. (At least one large kernel can be paid.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# A channel that changes from the small kernel to the large one costs the *difference* of their weights.
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# All channels small: $c \cdot k^2$ weights. With $n$ of them large: $c \cdot k^2 + n \cdot (K^2 - k^2)$.
+#
+# </details>
+
+# %%
+def most_large(channels: int, small: int, large: int, budget: int) -> tuple[int, int]:
+    raise NotImplementedError
+
+
+def test_most_large(answer) -> None:
+    expect(answer, 2, 1, 3, 10, gives=(1, 1), why="1 + 9 weights")
+    expect(answer, 32, 3, 9, 800, gives=(25, 7), why="288 for 3×3, and 7 · 72 more")
+    expect(answer, 32, 3, 9, 5000, gives=(1, 31), why="the small group must not be empty")
+
+
+attempt(most_large, test_most_large)
+
+
+# %% tags=["solution"]
+def most_large_solution(channels: int, small: int, large: int, budget: int) -> tuple[int, int]:
+    affordable = (budget - channels * small**2) // (large**2 - small**2)
+    return channels - min(affordable, channels - 1), min(affordable, channels - 1)
+
+
+def full_price(channels: int, small: int, large: int, budget: int) -> tuple[int, int]:
+    """pay the full price of a large kernel, though the small one it replaces was paid"""
+    affordable = min((budget - channels * small**2) // large**2, channels - 1)
+    return channels - affordable, affordable
+
+
+def nobody_left(channels: int, small: int, large: int, budget: int) -> tuple[int, int]:
+    """let the large kernels take all channels when there is money for them"""
+    affordable = min((budget - channels * small**2) // (large**2 - small**2), channels)
+    return channels - affordable, affordable
+
+
+attempt(most_large_solution, test_most_large, wrong=[full_price, nobody_left])
 
 # %% [markdown]
 # ## Takeaways

@@ -303,6 +303,54 @@ def make_pointwise(
 make_pointwise(6, 8, groups=2)
 
 # %% [markdown]
+# **3.1** ★ *5 minutes, one line.* Kernel 9, stride 2. How many zeros does TensorFlow put before and after an axis of 28 pixels? And of 27? Work it out by hand.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# 14 outputs either way. How many pixels do 14 windows of 9 span, two pixels apart? What is missing is added, half in front.
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# $(14 - 1) \cdot 2 + 9 = 35$
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def zeros_by_hand() -> tuple[tuple[int, int], tuple[int, int]]:
+    raise NotImplementedError
+
+
+def test_zeros(answer) -> None:
+    right = (same_padding(28, 9, 2), same_padding(27, 9, 2))
+    expect(answer, gives=right, why="7 zeros and 8 zeros; of an odd number the smaller half first")
+
+
+attempt(zeros_by_hand, test_zeros)
+
+
+# %% tags=["solution"]
+def zeros_by_hand_solution() -> tuple[tuple[int, int], tuple[int, int]]:
+    return (3, 4), (4, 4)
+
+
+def odd_one_first() -> tuple[tuple[int, int], tuple[int, int]]:
+    """put the odd zero in front: TensorFlow puts it behind"""
+    return (4, 3), (4, 4)
+
+
+def as_pytorch() -> tuple[tuple[int, int], tuple[int, int]]:
+    """pad as PyTorch does, half a kernel on each side"""
+    return (4, 4), (4, 4)
+
+
+attempt(zeros_by_hand_solution, test_zeros, wrong=[odd_one_first, as_pytorch])
+
+# %% [markdown]
 # ## The layer
 #
 # `MixConv2d` is `TinyMixConv` with every option. Two defaults differ from `nn.Conv2d`: there is no bias, since a batch normalisation mostly follows, and the padding keeps the image size.
@@ -522,7 +570,62 @@ for layer in (full, dilated, strided):
 
 # %% [markdown]
 # With stride 2 the flag changes nothing: the third line has the kernels of the first.
+
+# %% [markdown]
+# **3.2** ★★ *10 minutes, two lines.* A dilated kernel skips pixels. Stack `layers` dilated 3×3 kernels of one dilation $d$: does the second layer see what the first one skipped? Return, along one axis, the offsets from the middle that lie inside the window and are *never* seen, sorted.
 #
+# <details><summary>Hint: the idea</summary>
+#
+# One layer steps by −d, 0 or d. Where can you be after several such steps?
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# After $L$ layers the window reaches from $-L \cdot d$ to $L \cdot d$. All sums of steps are multiples of $d$.
+#
+# </details>
+
+# %%
+def never_seen(dilation: int, layers: int) -> list[int]:
+    raise NotImplementedError
+
+
+def test_never_seen(answer) -> None:
+    expect(answer, 1, 3, gives=[], why="without dilation nothing is skipped")
+    expect(answer, 2, 1, gives=[-1, 1], why="the taps are at −2, 0 and 2")
+    for d, layers in ((2, 3), (3, 2)):
+        stack = [nn.Conv1d(1, 1, 3, dilation=d, bias=False) for _ in range(layers)]
+        row = torch.zeros(1, 1, 2 * d * layers + 1, requires_grad=True)
+        nn.Sequential(*stack)(row).backward()
+        dark = (row.grad[0, 0] == 0).nonzero().flatten() - d * layers
+        expect(answer, d, layers, gives=dark.tolist(), why="no gradient arrives there")
+
+
+attempt(never_seen, test_never_seen)
+
+
+# %% tags=["solution"]
+def never_seen_solution(dilation: int, layers: int) -> list[int]:
+    reach = dilation * layers
+    return [offset for offset in range(-reach, reach + 1) if offset % dilation]
+
+
+def odd_ones(dilation: int, layers: int) -> list[int]:
+    """take every other pixel, which is right for dilation 2 only"""
+    reach = dilation * layers
+    return [offset for offset in range(-reach, reach + 1) if offset % 2 and dilation > 1]
+
+
+def filled_later(dilation: int, layers: int) -> list[int]:
+    """hope that the second layer fills the gaps of the first"""
+    return never_seen_solution(dilation, 1) if layers == 1 else []
+
+
+attempt(never_seen_solution, test_never_seen, wrong=[odd_ones, filled_later])
+
+
+# %% [markdown]
 # ## The merged form
 #
 # Exercise 1.2 had it: a 3×3 kernel is a 7×7 kernel with a border of zeros. So a MixConv layer is *one* depthwise convolution whose kernels are mostly zeros for the small groups.
@@ -691,6 +794,64 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
+# **3.3** ★★★ *20 minutes, six lines.* Unmerge. You get the weights `(C, 1, K, K)` of a merged layer. Read its mix off the zeros: return `(channels, kernel size)` for each run of neighbouring channels of one size. A trained kernel may hold a zero of its own, anywhere but on all of its border.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The size of a kernel is that of the smallest centred square *outside of which* all is zero. A zero inside says nothing.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `far = torch.maximum(rows.abs(), columns.abs())` is each tap's distance from the middle, counted in squares; the largest distance with a weight gives the side.
+#
+# </details>
+
+# %%
+from itertools import groupby
+
+
+def unmerge(weight: torch.Tensor) -> list[tuple[int, int]]:
+    raise NotImplementedError
+
+
+def test_unmerge(answer) -> None:
+    for mix in ([(2, 3)], [(1, 3), (2, 5)], [(2, 3), (1, 7), (3, 5)]):
+        partition, sizes = zip(*mix, strict=True)
+        weight = MixConv2d(sum(partition), sizes, partition=partition).merged().weight.detach()
+        expect(answer, weight, gives=mix, why="so it was merged")
+        middle = weight.shape[-1] // 2
+        weight[:, :, middle] = 0  # a row of zeros that training left there
+        expect(answer, weight, gives=mix, why="zeros in its middle make no kernel smaller")
+
+
+attempt(unmerge, test_unmerge)
+
+
+# %% tags=["solution"]
+def unmerge_solution(weight: torch.Tensor) -> list[tuple[int, int]]:
+    axis = (torch.arange(weight.shape[-1]) - weight.shape[-1] // 2).abs()
+    far = torch.maximum(axis[:, None], axis[None, :])
+    sides = [2 * int(far[kernel[0] != 0].max()) + 1 for kernel in weight]
+    return [(len(list(run)), side) for side, run in groupby(sides)]
+
+
+def by_count(weight: torch.Tensor) -> list[tuple[int, int]]:
+    """count the weights that are not zero, and take the root"""
+    sides = [round(int((kernel != 0).sum()) ** 0.5) for kernel in weight]
+    return [(len(list(run)), side) for side, run in groupby(sides)]
+
+
+def by_middle_row(weight: torch.Tensor) -> list[tuple[int, int]]:
+    """look along the middle row only"""
+    sides = [int((kernel[0, weight.shape[-1] // 2] != 0).sum()) for kernel in weight]
+    return [(len(list(run)), side) for side, run in groupby(sides)]
+
+
+attempt(unmerge_solution, test_unmerge, wrong=[by_count, by_middle_row])
+
+# %% [markdown]
 # ## At home in PyTorch
 #
 # Nothing about the layer is special, so everything that works on modules works on it:
@@ -754,41 +915,20 @@ show(
     "as the rim of the glasses; the 9×9 group to larger shapes such as the stars of the flag.",
 )
 
+
 # %% [markdown]
 # One layer, four scales, at 9 + 25 + 49 + 81 = 164 weights. A plain 9×9 layer could hold the same four filters, zeros around the small ones (that is `merged`), with 324. These filters are ours; training would find its own.
 
 # %% [markdown]
 # ## Exercises
 #
-# **3.1** Kernel 9, stride 2. How many zeros does TensorFlow put before and after an axis of 28 pixels? And of 27? Work it out by hand.
-
-# %%
-from mixconv.teaching import attempt
-
-
-def zeros_by_hand() -> tuple[tuple[int, int], tuple[int, int]]:
-    raise NotImplementedError
-
-
-def test_zeros(answer) -> None:
-    assert answer() == (same_padding(28, 9, 2), same_padding(27, 9, 2))
-
-
-attempt(zeros_by_hand, test_zeros)
-
-
-# %% tags=["solution"]
-def zeros_by_hand_solution() -> tuple[tuple[int, int], tuple[int, int]]:
-    # 28: 14 outputs span 13 · 2 + 9 = 35 pixels; 7 are missing, 3 before and 4 after.
-    # 27: 14 outputs span 35 pixels again; 8 are missing, 4 on each side.
-    return (3, 4), (4, 4)
-
-
-attempt(zeros_by_hand_solution, test_zeros)
-
-
-# %% [markdown]
-# **3.2** What does merging cost in multiply-adds? Return the ratio of the merged form's to the split form's, for equal groups.
+# **3.4** ★ *5 minutes, two lines.* What does merging cost in multiply-adds? Return the ratio of the merged form's to the split form's, for equal groups.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Merged, every channel has the largest kernel. Split, a channel has the mean of the squares.
+#
+# </details>
 
 # %%
 def merging_ratio(kernel_sizes: tuple[int, ...]) -> float:
@@ -796,8 +936,9 @@ def merging_ratio(kernel_sizes: tuple[int, ...]) -> float:
 
 
 def test_ratio(answer) -> None:
-    assert abs(answer((3, 5, 7, 9)) - 81 / 41) < 1e-9
-    assert answer((5,)) == 1
+    expect(answer, (5,), gives=1.0, why="one group has nothing to merge with")
+    expect(answer, (3, 5, 7, 9), gives=81 / 41, why="81 against the mean of 9, 25, 49 and 81")
+    expect(answer, (3, 9), gives=1.8, why="81 against the mean of 9 and 81")
 
 
 attempt(merging_ratio, test_ratio)
@@ -809,7 +950,17 @@ def merging_ratio_solution(kernel_sizes: tuple[int, ...]) -> float:
     return max(squares) * len(squares) / sum(squares)
 
 
-attempt(merging_ratio_solution, test_ratio)
+def mean_size(kernel_sizes: tuple[int, ...]) -> float:
+    """square the mean size: the mean of the squares is larger"""
+    return max(kernel_sizes) ** 2 / (sum(kernel_sizes) / len(kernel_sizes)) ** 2
+
+
+def all_groups(kernel_sizes: tuple[int, ...]) -> float:
+    """count one channel of each group in the split form, and one channel in all in the merged"""
+    return max(kernel_sizes) ** 2 / sum(k * k for k in kernel_sizes)
+
+
+attempt(merging_ratio_solution, test_ratio, wrong=[mean_size, all_groups])
 
 # %% [markdown]
 # ## Takeaways

@@ -408,6 +408,66 @@ GroupedPointwise = make_pointwise  # its name until 0.2
 make_pointwise(6, 8, groups=2)
 
 # %% [markdown]
+# **4.1** ★★ *10 minutes, two lines.* Two grouped 1×1 layers, one after the other, never let the halves talk. A *channel shuffle* between them does: with two groups, reorder channels 0 1 2 3 4 5 to 0 3 1 4 2 5. Write it for any number of groups.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Write the channels into a table, one row for each group. Read the table by columns.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `split = x.view(n, groups, channels // groups, height, width)`
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def test_shuffle(answer) -> None:
+    for groups, order in (
+        (1, [0, 1, 2, 3, 4, 5]),
+        (2, [0, 3, 1, 4, 2, 5]),
+        (3, [0, 2, 4, 1, 3, 5]),
+    ):
+        x = torch.arange(6.0).view(1, 6, 1, 1)
+        expect(answer, x, groups, gives=x[:, order], why="one channel of each group in turn")
+    x = torch.randn(2, 6, 3, 4)
+    expect(answer, x, 2, gives=x[:, [0, 3, 1, 4, 2, 5]], why="pixels stay where they are")
+
+
+attempt(shuffle, test_shuffle)
+
+
+# %% tags=["solution"]
+def shuffle_solution(x: torch.Tensor, groups: int) -> torch.Tensor:
+    n, channels, height, width = x.shape
+    split = x.view(n, groups, channels // groups, height, width)
+    return split.transpose(1, 2).reshape(n, channels, height, width)
+
+
+def backwards(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """shuffle back: that is the way from 0 3 1 4 2 5 to 0 1 2 3 4 5"""
+    return shuffle_solution(x, x.shape[1] // groups)
+
+
+def read_by_rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """write the table and read it by rows again: nothing moves"""
+    return x.view(x.shape[0], groups, -1, *x.shape[2:]).reshape(x.shape)
+
+
+attempt(shuffle_solution, test_shuffle, wrong=[backwards, read_by_rows])
+
+# %% [markdown]
+# MixNet does not shuffle: its blocks with one group, and its squeeze-and-excitation gates, do the mixing.
+
+# %% [markdown]
 # ## The inverted residual, with MixConv
 #
 # MobileNetV2's block turns a bottleneck inside out: it *widens* by `expand_ratio`, looks around in the wide space, and narrows again. The narrow ends carry the residual connection.
@@ -610,23 +670,29 @@ kernels = [conv.weight.detach() for conv in block.depthwise.conv.convs]
 x = torch.randn(2, 8, 7, 7).double()
 check_rewrite(written_out, by_block, x, *kernels, what="block and its steps")
 
+
 # %% [markdown]
 # ## Exercises
 #
-# **4.1** How many weights does the expand-and-project pair of a block from c to c channels have, with `expand_ratio` e and `groups` groups in both? Convolutions only.
+# **4.2** ★ *5 minutes, one line.* How many weights does the expand-and-project pair of a block from c to c channels have, with `expand_ratio` e and `groups` groups in both? Convolutions only.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# A 1×1 layer from a to b channels has a · b weights. With g groups each output reads only a / g of the inputs.
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt
-
-
 def pair_weights(channels: int, expand_ratio: int, groups: int) -> int:
     raise NotImplementedError
 
 
 def test_pair(answer) -> None:
-    block = MixConvBlock(40, 40, expand_groups=2, project_groups=2)
-    pair = [block.expand.conv, block.project.conv]
-    assert answer(40, 6, 2) == sum(layer.weight.numel() for layer in pair)
+    expect(answer, 1, 2, 1, gives=4, why="1 · 2 and 2 · 1")
+    for c, e, g in ((40, 6, 2), (40, 6, 1), (24, 3, 4), (24, 3, 2)):
+        block = MixConvBlock(c, c, expand_ratio=e, expand_groups=g, project_groups=g)
+        counted = block.expand.conv.weight.numel() + block.project.conv.weight.numel()
+        expect(answer, c, e, g, gives=counted, why="counted in a block")
 
 
 attempt(pair_weights, test_pair)
@@ -637,37 +703,106 @@ def pair_weights_solution(channels: int, expand_ratio: int, groups: int) -> int:
     return 2 * channels * channels * expand_ratio // groups
 
 
-attempt(pair_weights_solution, test_pair)
+def two_groups(channels: int, expand_ratio: int, groups: int) -> int:
+    """count one layer and no groups, which is right by chance for two groups"""
+    return channels**2 * expand_ratio
+
+
+def one_of_them(channels: int, expand_ratio: int, groups: int) -> int:
+    """count the expansion and forget the projection"""
+    return channels**2 * expand_ratio // groups
+
+
+attempt(pair_weights_solution, test_pair, wrong=[two_groups, one_of_them])
 
 
 # %% [markdown]
-# **4.2** Two grouped pointwise layers, one after the other, never let the halves talk. A *channel shuffle* between them does: with two groups, reorder channels 0 1 2 3 4 5 to 0 3 1 4 2 5. Write it for any number of groups.
+# **4.3** ★ *5 minutes, one line.* How wide is the small layer of a block's gate? Given the block's input channels, its `expand_ratio` and its `squeeze_ratio`. (Round down, but never to nothing.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The official code takes the ratio of one of two numbers: the channels that enter the block, or those inside it. Which?
+#
+# </details>
 
 # %%
-def shuffle(x: torch.Tensor, groups: int) -> torch.Tensor:
+def gate_width(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int:
     raise NotImplementedError
 
 
-def test_shuffle(answer) -> None:
-    x = torch.arange(6.0).view(1, 6, 1, 1)
-    assert answer(x, 2).flatten().tolist() == [0, 3, 1, 4, 2, 5]
-    assert answer(x, 3).flatten().tolist() == [0, 2, 4, 1, 3, 5]
+def test_gate_width(answer) -> None:
+    for c, e, ratio in ((40, 6, 0.5), (40, 6, 0.25), (24, 3, 0.3), (2, 6, 0.25)):
+        block = MixConvBlock(c, 8, expand_ratio=e, squeeze_ratio=ratio)
+        width = block.squeeze_excite.squeeze.out_channels
+        expect(answer, c, e, ratio, gives=width, why="as the block builds it")
 
 
-attempt(shuffle, test_shuffle)
+attempt(gate_width, test_gate_width)
 
 
 # %% tags=["solution"]
-def shuffle_solution(x: torch.Tensor, groups: int) -> torch.Tensor:
-    n, channels, height, width = x.shape
-    split = x.view(n, groups, channels // groups, height, width)
-    return split.transpose(1, 2).reshape(n, channels, height, width)
+def gate_width_solution(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int:
+    return max(1, int(in_channels * squeeze_ratio))
 
 
-attempt(shuffle_solution, test_shuffle)
+def of_the_wide_part(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int:
+    """take the ratio of the widened channels, where the gate stands"""
+    return max(1, int(in_channels * expand_ratio * squeeze_ratio))
+
+
+def to_nothing(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int:
+    """round down to nothing: a gate without a layer"""
+    return int(in_channels * squeeze_ratio)
+
+
+attempt(gate_width_solution, test_gate_width, wrong=[of_the_wide_part, to_nothing])
+
 
 # %% [markdown]
-# MixNet does not shuffle: its blocks with one group, and its squeeze-and-excitation gates, do the mixing.
+# **4.4** ★★ *10 minutes, two lines.* A budget. A block from c to c channels, stride 1, no groups, no gate, one k×k kernel size, may cost `budget` multiply-adds for each pixel. What is the largest whole `expand_ratio`?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# All three layers grow with the ratio: expansion, depthwise, projection. What do they cost for a ratio of 1?
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# $e \cdot (c \cdot c + c \cdot k^2 + c \cdot c)$ for each pixel.
+#
+# </details>
+
+# %%
+def widest(channels: int, kernel_size: int, budget: int) -> int:
+    raise NotImplementedError
+
+
+def test_widest(answer) -> None:
+    expect(answer, 1, 3, 22, gives=2, why="11 for each step: 1 + 9 + 1")
+    expect(answer, 40, 3, 24_000, gives=6, why="3,560 for each step")
+    expect(answer, 40, 9, 24_000, gives=3, why="6,440 for each step: large kernels narrow a block")
+
+
+attempt(widest, test_widest)
+
+
+# %% tags=["solution"]
+def widest_solution(channels: int, kernel_size: int, budget: int) -> int:
+    return budget // (2 * channels**2 + channels * kernel_size**2)
+
+
+def depthwise_is_free(channels: int, kernel_size: int, budget: int) -> int:
+    """take the depthwise layer for free"""
+    return budget // (2 * channels**2)
+
+
+def narrow_depthwise(channels: int, kernel_size: int, budget: int) -> int:
+    """let the depthwise layer work on the narrow channels"""
+    return (budget - channels * kernel_size**2) // (2 * channels**2)
+
+
+attempt(widest_solution, test_widest, wrong=[depthwise_is_free, narrow_depthwise])
 
 # %% [markdown]
 # ## Takeaways

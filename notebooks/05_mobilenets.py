@@ -128,7 +128,7 @@ class ConvNet(ConvNet):
 # %% [markdown]
 # Detection and segmentation want the picture at several sizes: the last output at each of the strides 2, 4, 8, 16 and 32.
 
-# %%
+# %% tags=["plumbing"]
 #| export network.py
 from typing import cast
 
@@ -328,7 +328,7 @@ print(len(rows), rows[1])
 # %% [markdown]
 # What V1 and V2 have in common besides: the stem of stride 2, and how the parts become a network. Only V2 has a head.
 
-# %%
+# %% tags=["plumbing"]
 #| export mobilenet.py
 from collections.abc import Sequence
 
@@ -423,6 +423,50 @@ count_parameters(mobilenet_v1()), added
 
 # %% [markdown]
 # 4,231,976 is the published network: the paper's Table 2 prints 4.2M. MixConv 357 adds 92,176, or 2%.
+
+# %% [markdown]
+# **5.1** ★ *5 minutes, one line.* By how many parameters does MobileNetV1 grow, from 3×3 to equal MixConv 3, 5, if `channels` lists the channels of its depthwise layers? (All are even.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Half of the channels of each layer change, from 9 weights to 25.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def growth_35(channels: list[int]) -> int:
+    raise NotImplementedError
+
+
+def test_growth(answer) -> None:
+    expect(answer, [2], gives=16, why="one of two channels has 25 weights instead of 9")
+    channels = [row["in_channels"] for row in _unroll(_V1_STAGES, 1.0)]
+    grown = count_parameters(mobilenet_v1((3, 5))) - count_parameters(mobilenet_v1())
+    expect(answer, channels, gives=grown, why="counted in the networks")
+
+
+attempt(growth_35, test_growth)
+
+
+# %% tags=["solution"]
+def growth_35_solution(channels: list[int]) -> int:
+    return sum(channels) // 2 * (25 - 9)
+
+
+def new_weights(channels: list[int]) -> int:
+    """count the new 5×5 kernels and forget the 3×3 kernels that they replace"""
+    return sum(channels) // 2 * 25
+
+
+def everybody(channels: list[int]) -> int:
+    """enlarge every channel"""
+    return sum(channels) * (25 - 9)
+
+
+attempt(growth_35_solution, test_growth, wrong=[new_weights, everybody])
 
 # %% [markdown]
 # ## MobileNetV2
@@ -656,6 +700,49 @@ by_hand = millions(mobilenet_v1, (3,)) + sum(kinds.values()) + 1.5 * kinds["othe
 print(f"weights: {kinds['depthwise']:.2f}M depthwise, {kinds['other']:.2f}M other")
 print(f"by hand {by_hand:.1f}M, by the rule {rule:.1f}M")
 
+
+# %% [markdown]
+# **5.2** ★ *5 minutes, two lines.* How many positions does TensorFlow's profiler count for a dilated layer of stride 1, given the side of its image and the dilation?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Along one axis: `dilation` strips, each as long as the longest of them must be.
+#
+# </details>
+
+# %%
+def counted_positions(size: int, dilation: int) -> int:
+    raise NotImplementedError
+
+
+def test_positions(answer) -> None:
+    expect(answer, 7, 1, gives=49, why="nothing is cut")
+    expect(answer, 7, 6, gives=144, why="six strips of two, on each axis")
+    expect(answer, 14, 4, gives=256, why="four strips of four, on each axis")
+    expect(answer, 28, 4, gives=784, why="4 divides 28")
+
+
+attempt(counted_positions, test_positions)
+
+
+# %% tags=["solution"]
+def counted_positions_solution(size: int, dilation: int) -> int:
+    strip = -(-size // dilation)
+    return (dilation * strip) ** 2
+
+
+def cut_off(size: int, dilation: int) -> int:
+    """round the strips down: then pixels are lost"""
+    return (dilation * (size // dilation)) ** 2
+
+
+def unpadded(size: int, dilation: int) -> int:
+    """count the pixels that are there, as anybody would"""
+    return size**2
+
+
+attempt(counted_positions_solution, test_positions, wrong=[cut_off, unpadded])
+
 # %% [markdown]
 # ### Every point
 #
@@ -797,31 +884,101 @@ table(["against 3×3", "parameters +M, ours", "paper", "multiply-adds +B, ours",
 # %% [markdown]
 # ## Exercises
 #
-# **5.1** By how many parameters does MobileNetV1 grow, from 3×3 to equal MixConv 3, 5, if `channels` lists the channels of its depthwise layers? (All are even.)
+# **5.3** ★★ *10 minutes, one line.* A budget. What is the largest single kernel size, 3 to 13, with which a network costs at most `budget` million multiply-adds? (`millions` counts, and `build` is `mobilenet_v1` or `mobilenet_v2`.)
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `range(3, 14, 2)` holds the sizes; `max` takes a generator.
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt
+from collections.abc import Callable
 
 
-def growth_35(channels: list[int]) -> int:
+def largest_kernel(build: Callable[..., ConvNet], budget: float) -> int:
     raise NotImplementedError
 
 
-def test_growth(answer) -> None:
-    channels = [row["in_channels"] for row in _unroll(_V1_STAGES, 1.0)]
-    grown = count_parameters(mobilenet_v1((3, 5))) - count_parameters(mobilenet_v1())
-    assert answer(channels) == grown
+def test_largest(answer) -> None:
+    for build in (mobilenet_v1, mobilenet_v2):
+        five, seven = (millions(build, (k,)) for k in (5, 7))
+        expect(answer, build, seven, gives=7, why=f"7×7 costs exactly {seven:.1f}")
+        expect(answer, build, seven - 0.1, gives=5, why=f"7×7 costs {seven:.1f}, 5×5 {five:.1f}")
+    expect(answer, mobilenet_v2, 1e6, gives=13, why="13×13 is the largest")
 
 
-attempt(growth_35, test_growth)
+attempt(largest_kernel, test_largest)
 
 
 # %% tags=["solution"]
-def growth_35_solution(channels: list[int]) -> int:
-    return sum(channels) // 2 * (25 - 9)
+def largest_kernel_solution(build: Callable[..., ConvNet], budget: float) -> int:
+    return max(k for k in range(3, 14, 2) if millions(build, (k,)) <= budget)
 
 
-attempt(growth_35_solution, test_growth)
+def first_too_large(build: Callable[..., ConvNet], budget: float) -> int:
+    """stop at the first size that is too expensive, and return that one"""
+    return next((k for k in range(3, 14, 2) if millions(build, (k,)) >= budget), 13)
+
+
+def one_below(build: Callable[..., ConvNet], budget: float) -> int:
+    """refuse a network that costs exactly the budget"""
+    return max(k for k in range(3, 14, 2) if millions(build, (k,)) < budget)
+
+
+attempt(largest_kernel_solution, test_largest, wrong=[first_too_large, one_below])
+
+
+# %% [markdown]
+# **5.4** ★★ *10 minutes, two lines.* Where is a large kernel cheapest? A network's depthwise layers are given as (channels, side of the output). Return the index of the layer where going from 3×3 to 9×9 costs the fewest multiply-adds; of equal ones, the last.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Each output position of each channel costs 72 more, in whatever layer.
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# $72 \cdot c \cdot h^2$
+#
+# </details>
+
+# %%
+def cheapest_place(layers: list[tuple[int, int]]) -> int:
+    raise NotImplementedError
+
+
+def test_cheapest(answer) -> None:
+    expect(answer, [(32, 112), (64, 112), (160, 56)], gives=0, why="32 · 112² is the least")
+    expect(answer, [(512, 14), (512, 7), (1024, 7)], gives=1, why="512 · 49 is the least")
+    expect(answer, [(8, 28), (16, 14), (100, 7), (64, 7)], gives=3, why="3,136, as in layer 1")
+    v1 = [(64, 112), (128, 56), (256, 28), (512, 14), (1024, 7)]
+    expect(answer, v1, gives=4, why="each stage of MobileNetV1 costs half of the one before")
+
+
+attempt(cheapest_place, test_cheapest)
+
+
+# %% tags=["solution"]
+def cheapest_place_solution(layers: list[tuple[int, int]]) -> int:
+    costs = [channels * side**2 for channels, side in layers]
+    return max(i for i, cost in enumerate(costs) if cost == min(costs))
+
+
+def smallest_image(layers: list[tuple[int, int]]) -> int:
+    """look at the image alone"""
+    sides = [side for _, side in layers]
+    return max(i for i, side in enumerate(sides) if side == min(sides))
+
+
+def fewest_channels(layers: list[tuple[int, int]]) -> int:
+    """look at the channels alone"""
+    channels = [count for count, _ in layers]
+    return max(i for i, count in enumerate(channels) if count == min(channels))
+
+
+attempt(cheapest_place_solution, test_cheapest, wrong=[smallest_image, fewest_channels])
 
 # %% [markdown]
 # ## Takeaways

@@ -233,7 +233,6 @@ attempt(weights_of_depthwise, test_weights)
 
 
 # %% tags=["solution"]
-# Solution
 def weights_of_depthwise_solution(channels: int, kernel_size: int) -> int:
     return channels * kernel_size**2
 
@@ -259,8 +258,48 @@ try:
 except AssertionError as error:
     print(error)
 
+
 # %% [markdown]
-# **0.2** ★★ *5 minutes, one line.* Fool the check: write a function of `x` that returns exactly the values of `x * x` and has the gradient of `3 * x`.
+# **0.2** ★ *5 minutes, one line.* And a mix? The channels are split equally over the kernel sizes.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# How many channels does each size get? Sum over the sizes.
+#
+# </details>
+
+# %%
+def weights_of_mix(channels: int, kernel_sizes: tuple[int, ...]) -> int:
+    raise NotImplementedError
+
+
+def test_mix(answer) -> None:
+    expect(answer, 2, (1, 3), gives=10, why="one channel with 1 weight, one with 9")
+    expect(answer, 16, (3, 5, 7, 9), gives=656, why="4 · (9 + 25 + 49 + 81)")
+
+
+attempt(weights_of_mix, test_mix)
+
+
+# %% tags=["solution"]
+def weights_of_mix_solution(channels: int, kernel_sizes: tuple[int, ...]) -> int:
+    return channels // len(kernel_sizes) * sum(k**2 for k in kernel_sizes)
+
+
+def all_sizes_for_all(channels: int, kernel_sizes: tuple[int, ...]) -> int:
+    """give every channel a kernel of every size: channels are split, not copied"""
+    return channels * sum(k**2 for k in kernel_sizes)
+
+
+def mean_size(channels: int, kernel_sizes: tuple[int, ...]) -> int:
+    """square the mean size: the mean of the squares is larger"""
+    return channels * (sum(kernel_sizes) // len(kernel_sizes)) ** 2
+
+
+attempt(weights_of_mix_solution, test_mix, wrong=[all_sizes_for_all, mean_size])
+
+# %% [markdown]
+# **0.3** ★★ *5 minutes, one line.* Fool the check: write a function of `x` that returns exactly the values of `x * x` and has the gradient of `3 * x`.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -268,7 +307,7 @@ except AssertionError as error:
 #
 # </details>
 #
-# <details><summary>Hint: the first half</summary>
+# <details><summary>Hint: the equation</summary>
 #
 # `3 * x - (3 * x).detach()` is zero everywhere, and has a gradient all the same.
 #
@@ -286,14 +325,13 @@ def test_fool(answer) -> None:
     x = torch.tensor([1.0, 2.0, 5.0], requires_grad=True)
     expect(answer, x, gives=x * x, why="the values are those of x * x")
     (slope,) = torch.autograd.grad(answer(x).sum(), x)
-    assert torch.equal(slope, torch.full((3,), 3.0)), f"the gradient is {slope}, wanted 3, 3, 3"
+    assert slope.tolist() == [3, 3, 3], f"the gradient is {slope.tolist()}, wanted 3, 3, 3"
 
 
 attempt(square_with_a_wrong_slope, test_fool)
 
 
 # %% tags=["solution"]
-# Solution
 def square_with_a_wrong_slope_solution(x: Tensor) -> Tensor:
     return (x * x).detach() + (3 * x - (3 * x).detach())
 
@@ -309,6 +347,70 @@ def both(x: Tensor) -> Tensor:
 
 
 attempt(square_with_a_wrong_slope_solution, test_fool, wrong=[plain_square, both])
+
+# %% [markdown]
+# **0.4** ★★ *10 minutes, six lines.* Find the hidden fault. You get a function, several rewrites of it, and an input. Return the names of the rewrites that do not have the same values *and* gradients.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `check_rewrite` raises AssertionError where it finds a difference. Catch it.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `for name, rewrite in rewrites.items():` and in it `try: check_rewrite(function, rewrite, x, what=name)`
+#
+# </details>
+
+# %%
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
+
+Function = Callable[[Tensor], Tensor]
+
+
+def wrong_rewrites(function: Function, rewrites: dict[str, Function], x: Tensor) -> list[str]:
+    raise NotImplementedError
+
+
+def test_wrong_rewrites(answer) -> None:
+    product, power = (lambda t: t * t), (lambda t: t**2)
+    cases = {"power": power, "double": lambda t: 2 * t, "cut": lambda t: t * t.detach()}
+    with redirect_stdout(StringIO()):  # what check_rewrite prints
+        expect(answer, product, {"power": power}, x, gives=[], why="t**2 is t * t")
+        gives, why = ["double", "cut"], "one has other values, one another slope"
+        expect(answer, product, cases, x, gives=gives, why=why)
+
+
+attempt(wrong_rewrites, test_wrong_rewrites)
+
+
+# %% tags=["solution"]
+def wrong_rewrites_solution(
+    function: Function, rewrites: dict[str, Function], x: Tensor
+) -> list[str]:
+    wrong = []
+    for name, rewrite in rewrites.items():
+        try:
+            check_rewrite(function, rewrite, x, what=name)
+        except AssertionError:
+            wrong.append(name)
+    return wrong
+
+
+def values_only(function: Function, rewrites: dict[str, Function], x: Tensor) -> list[str]:
+    """compare values and not gradients"""
+    return [n for n, rewrite in rewrites.items() if not torch.equal(rewrite(x), function(x))]
+
+
+def the_others(function: Function, rewrites: dict[str, Function], x: Tensor) -> list[str]:
+    """return the rewrites that are right"""
+    return [n for n, rewrite in rewrites.items() if torch.equal(rewrite(x), function(x))]
+
+
+attempt(wrong_rewrites_solution, test_wrong_rewrites, wrong=[values_only, the_others])
 
 # %% [markdown]
 # That is why every rewrite in this book is compared in its gradient, too.
@@ -364,11 +466,11 @@ show(figure, "photograph.png", "The photograph: Grace Hopper in uniform, head an
 # %% [markdown]
 # ## How the tools are made
 #
-# You need not read these. They are the module `mixconv/teaching.py`, whole, and the first example of how the package is made: a cell that begins with `#| export teaching.py` goes there.
+# You need not read these. They are the modules `mixconv/teaching.py` and `mixconv/exercises.py`, whole, and the first example of how the package is made: a cell that begins with `#| export teaching.py` goes there.
 
 # %% tags=["tool"]
 #| export teaching.py
-"""What every chapter uses: checks, exercises, tables, figures, the photograph (chapter 0).
+"""What every chapter uses: checks, tables, figures, the photograph (chapter 0).
 
 The only module that needs more than torch: install `mixconv[tutorial]`.
 """
@@ -432,7 +534,15 @@ def check_rewrite(
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
+"""Exercises: a test that explains, an attempt that tests its own test (chapter 0)."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
 class WrongAnswerError(AssertionError):
     """An answer that gave something else than was expected; says what, and why.
 
@@ -458,7 +568,7 @@ def _same(one: object, other: object) -> bool:
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 def _show(value: object) -> str:
     """In one short line, without addresses."""
     if isinstance(value, Tensor):
@@ -471,11 +581,14 @@ def _show(value: object) -> str:
         return f"({inside})" if isinstance(value, tuple) else f"[{inside}]"
     if isinstance(value, torch.nn.Module):
         return f"{type(value).__name__}(…)"
-    return f"the function {value.__name__}" if hasattr(value, "__name__") else repr(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key!r}: {_show(one)}" for key, one in value.items()) + "}"
+    name = getattr(value, "__name__", "")
+    return "a function" if name == "<lambda>" else f"the function {name}" if name else repr(value)
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 def expect(answer: Callable[..., object], *arguments: object, gives: object, why: str) -> None:
     """Assert, inside the test of an exercise, that an answer gives what it should.
 
@@ -496,14 +609,14 @@ def expect(answer: Callable[..., object], *arguments: object, gives: object, why
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 Answer = Callable[..., object]
 Test = Callable[[Answer], None]
 
 _KNOWN_MISTAKES: dict[str, list[Answer]] = {}  # by the name of the test
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 import ast
 import json
 import os
@@ -527,7 +640,7 @@ def _stored_mistakes(test: Test) -> list[Answer]:
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
     """Define what a solution cell defines, apart from the reader's names; its `wrong` list."""
     (call,) = [node.value for node in tree.body if isinstance(node, ast.Expr)]
@@ -540,7 +653,7 @@ def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 def _explain(error: AssertionError, test: Test) -> str:
     """The message of a failed attempt; names the misconception if the value is a known one's."""
     if not isinstance(error, WrongAnswerError):
@@ -552,7 +665,7 @@ def _explain(error: AssertionError, test: Test) -> str:
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None:
     """Try an exercise: run `test(answer)` and say whether it is to do or solved.
 
@@ -579,7 +692,7 @@ def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 _WRONG_EVERYWHERE: dict[str, Answer] = {
     "return nothing": lambda *arguments: None,
     "return 1, whatever the question": lambda *arguments: 1,
@@ -589,7 +702,7 @@ _WRONG_EVERYWHERE: dict[str, Answer] = {
 
 
 # %% tags=["tool"]
-#| export teaching.py
+#| export exercises.py
 def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
     """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
     named = {str(answer.__doc__): answer for answer in wrong}
@@ -609,6 +722,11 @@ def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
 
 # %% tags=["tool"]
 #| export teaching.py
+from mixconv.exercises import WrongAnswerError as WrongAnswerError
+from mixconv.exercises import attempt as attempt
+from mixconv.exercises import expect as expect
+
+
 class Table:
     """Rows under a header; the last line of a notebook cell draws it.
 

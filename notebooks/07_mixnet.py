@@ -361,6 +361,50 @@ MIXNET_M = MixNetConfig(
 MIXNET_L = replace(MIXNET_M, width_multiplier=1.3)
 
 # %% [markdown]
+# **7.1** ★ *2 minutes, one line.* Write the block string of one block with kernels 3, 5, 7, 9, ungrouped, stride 2, expansion 4, from 64 to 96 channels, squeeze ratio 0.25, swish.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Kernels and the groups of the two 1×1 layers are lists, with dots between. The stride is written for both axes.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def my_block() -> str:
+    raise NotImplementedError
+
+
+def test_block(answer) -> None:
+    block = asdict(decode_block(str(answer())))
+    wanted = BlockConfig(64, 96, (3, 5, 7, 9), 2, 4, squeeze_ratio=0.25, activation="swish")
+    wrong = [name for name, value in asdict(wanted).items() if block[name] != value]
+    assert not wrong, f"{answer()} has another {', '.join(wrong)}"
+
+
+attempt(my_block, test_block)
+
+
+# %% tags=["solution"]
+def my_block_solution() -> str:
+    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25_sw"
+
+
+def no_swish() -> str:
+    """leave out sw: ReLU is what a string without it means"""
+    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25"
+
+
+def grouped() -> str:
+    """write two groups for the 1×1 layers"""
+    return "r1_k3.5.7.9_a1.1_p1.1_s22_e4_i64_o96_se0.25_sw"
+
+
+attempt(my_block_solution, test_block, wrong=[no_swish, grouped])
+
+# %% [markdown]
 # ## From configuration to network
 #
 # First the strings are unrolled: one configuration for each block, with its channels scaled.
@@ -505,7 +549,7 @@ table(["network", "parameters"], [[f"MixNet-{name}", count] for name, count in c
 #
 # MixNet-S on 224×224 pixels:
 
-# %%
+# %% tags=["drawing"]
 from mixconv.formulation import count_costs
 
 model = networks["S"].eval()
@@ -580,7 +624,69 @@ table(["MixNet", "weights, M", "paper", "multiply-adds, M", "rule, no decay", "o
 
 # %% [markdown]
 # > ✏️ **Ours.** S, M and M with ten classes agree with the decay counted twice, L with none. That the paper counts something for each weight is sure: the two Ms differ in their classifiers alone, by 1.5 million weights and as many multiply-adds, and the paper's figures differ by 8 million. In S and M each weight that is not depthwise costs six operations more than in L. Which ones is not known; they match a decay counted twice. No single setting fits S, M and L.
+
+# %% [markdown]
+# **7.2** ★★ *15 minutes, seven lines.* MobileNetV2 is a MixNet with one kernel size. Write its seven runs of blocks (chapter 5) as block strings, so that a MixNet of them, with a stem of 32 and a head of 1280 channels, has MobileNetV2's 3,504,872 parameters. (Its activation is ReLU6, which the notation does not know. Write ReLU.)
 #
+# <details><summary>Hint: the idea</summary>
+#
+# Chapter 5 lists output channels, repeats and stride of each run. The stride is that of its first block; the others have stride 1, and so do their strings' readers assume.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `r1_k3_a1_p1_s11_e1_i32_o16`, then `r2_k3_a1_p1_s22_e6_i16_o24`, and so on
+#
+# </details>
+
+# %%
+from mixconv.mobilenet import mobilenet_v2
+
+
+def mobilenet_v2_blocks() -> list[str]:
+    raise NotImplementedError
+
+
+def test_v2_blocks(answer) -> None:
+    blocks = answer()
+    assert isinstance(blocks, list), f"a list of seven strings, got {blocks!r}"
+    assert len(blocks) == 7, f"seven strings, got {len(blocks)}"
+    with torch.device("meta"):
+        ours, theirs = MixNet(MixNetConfig((*blocks,), 32, 1280)), mobilenet_v2()
+    counts = [sum(p.numel() for p in m.parameters()) for m in (ours, theirs)]
+    assert counts[0] == counts[1] == 3_504_872, f"{counts[0]:,} parameters, not {counts[1]:,}"
+    shapes = [[tuple(p.shape) for p in m.parameters()] for m in (ours, theirs)]
+    assert shapes[0] == shapes[1], "as many parameters, of other shapes"
+    strides = [[block.stride for block in m.blocks] for m in (ours, theirs)]
+    assert strides[0] == strides[1], f"strides {strides[0]}, not {strides[1]}"
+
+
+attempt(mobilenet_v2_blocks, test_v2_blocks)
+
+
+# %% tags=["solution"]
+def mobilenet_v2_blocks_solution() -> list[str]:
+    return [
+        "r1_k3_a1_p1_s11_e1_i32_o16", "r2_k3_a1_p1_s22_e6_i16_o24", "r3_k3_a1_p1_s22_e6_i24_o32",
+        "r4_k3_a1_p1_s22_e6_i32_o64", "r3_k3_a1_p1_s11_e6_i64_o96", "r3_k3_a1_p1_s22_e6_i96_o160",
+        "r1_k3_a1_p1_s11_e6_i160_o320",
+    ]  # fmt: skip
+
+
+def always_six() -> list[str]:
+    """widen the first block, too"""
+    return [text.replace("e1", "e6") for text in mobilenet_v2_blocks_solution()]
+
+
+def halved_at_96() -> list[str]:
+    """halve the image where the channels grow to 96: weights cannot tell, shapes of maps can"""
+    return [text.replace("s11_e6_i64", "s22_e6_i64") for text in mobilenet_v2_blocks_solution()]
+
+
+attempt(mobilenet_v2_blocks_solution, test_v2_blocks, wrong=[always_six, halved_at_96])
+
+# %% [markdown]
 # ## The halves that never meet
 #
 # Look at blocks 4 to 6 of both networks: `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`. Follow the channels by hand.
@@ -719,7 +825,56 @@ table(["network", "block", "first half", "second half", "gate"], rows)
 # What brings the halves together again? The blocks with one group on either side: block 3 expands from all channels at once, block 7 too. Between them, the only thing that passes from the 3×3 half to the 5×5 half is the gate's news: one number a channel, the mean over the whole image, and no position.
 #
 # > ✏️ **Ours.** Neither the paper nor the code says this, nor any text that we found. The authors may have meant it or not: grouped 1×1 convolutions save weights, and the equal split of two sizes happens to cut at the same place.
+
+# %% [markdown]
+# **7.3** ★★ *10 minutes, two lines.* Let the halves meet: return MixNet-S with a projection of one group wherever expansion and projection both have two. Nothing else changes.
 #
+# <details><summary>Hint: the idea</summary>
+#
+# In a block string `a1.1_p1.1` says that both have two. Change the string, not the network.
+#
+# </details>
+
+# %%
+def meeting() -> MixNet:
+    raise NotImplementedError
+
+
+def test_meeting(answer) -> None:
+    model = answer()
+    assert isinstance(model, MixNet), f"a MixNet, got {type(model).__name__}"
+    for run, old in zip(unroll(model.config), unroll(MIXNET_S), strict=True):
+        both = old.expand_groups == old.project_groups == 2
+        wanted = replace(old, project_groups=1) if both else old
+        assert run == wanted, f"{encode_block(old)} became {encode_block(run)}"
+    assert wires(without_gates(model.double().eval().blocks[4:7]), 40).all(), "halves still apart"
+
+
+attempt(meeting, test_meeting)
+
+
+# %% tags=["solution"]
+def meeting_solution() -> MixNet:
+    blocks = tuple(text.replace("a1.1_p1.1", "a1.1_p1") for text in MIXNET_S.blocks)
+    return MixNet(replace(MIXNET_S, blocks=blocks))
+
+
+def everywhere() -> MixNet:
+    """take the groups off every projection, also where the expansion has one group"""
+    blocks = tuple(text.replace("p1.1", "p1") for text in MIXNET_S.blocks)
+    return MixNet(replace(MIXNET_S, blocks=blocks))
+
+
+def first_side() -> MixNet:
+    """take the groups off the expansion: the halves meet, but that is another network"""
+    blocks = tuple(text.replace("a1.1_p1.1", "a1_p1.1") for text in MIXNET_S.blocks)
+    return MixNet(replace(MIXNET_S, blocks=blocks))
+
+
+attempt(meeting_solution, test_meeting, wrong=[everywhere, first_side])
+
+
+# %% [markdown]
 # ## What goes in
 #
 # Images as they were in training: RGB with the mean of ImageNet's pixels taken away, divided by their standard deviation. Chapter 18 sends a photograph through, and looks inside.
@@ -752,75 +907,73 @@ from mixconv.teaching import photograph
 
 [f"{value:.1f}" for value in preprocess(photograph(224)).aminmax()]
 
+
 # %% [markdown]
 # ## Exercises
 #
-# **7.1** ★ *2 minutes, one line.* Write the block string of one block with kernels 3, 5, 7, 9, ungrouped, stride 2, expansion 4, from 64 to 96 channels, squeeze ratio 0.25, swish.
+# **7.4** ★★★ *30 minutes, six lines.* Design under a budget. All depthwise layers of a network have 3×3 kernels; `layers` lists their channels and the side of their output. You may spend `budget` multiply-adds on 9×9 kernels, channel by channel. How many channels of each layer get one, so that they are as many as possible in all? Of layers with equal images fill the last one first. (The paper's MixNet-S has 256M "FLOPS": with a plain 3×3 network below that, what is left buys a lot, if spent in the right place.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# A channel of any layer counts the same. What does one cost, and where is it cheapest?
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# A 9×9 in place of a 3×3: $72 \cdot h^2$ for each channel. Buy where $h$ is smallest until that layer is full, then in the next.
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt
-
-
-def my_block() -> str:
+def large_channels(layers: list[tuple[int, int]], budget: int) -> list[int]:
     raise NotImplementedError
 
 
-def test_block(answer) -> None:
-    block = asdict(decode_block(answer()))
-    wanted = BlockConfig(64, 96, (3, 5, 7, 9), 2, 4, squeeze_ratio=0.25, activation="swish")
-    wrong = [name for name, value in asdict(wanted).items() if block[name] != value]
-    assert not wrong, f"{answer()} has another {', '.join(wrong)}"
+def test_large_channels(answer) -> None:
+    expect(answer, [(4, 2), (3, 1)], 72 * 2, gives=[0, 2], why="72 for each in the second layer")
+    expect(answer, [(4, 2), (3, 1)], 72 * 8, gives=[1, 3], why="216 fill it, 288 buy one more")
+    sides = [112, 56, 56, 28, 28, 28, 28, 14, 14, 14, 14, 14, 14, 7, 7, 7]
+    widths = [run.in_channels * run.expand_ratio for run in unroll(MIXNET_S)]
+    layers = list(zip(widths, sides, strict=True))
+    budget = 3 * 9 * sum(c * h * h for c, h in layers)
+    gives = [0] * 6 + [175] + [c for c, h in layers if h < 28]
+    expect(answer, layers, budget, gives=gives, why="at 28×28 the money ends")
 
 
-attempt(my_block, test_block)
-
-
-# %% tags=["solution"]
-def my_block_solution() -> str:
-    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25_sw"
-
-
-def no_swish() -> str:
-    """leave out sw: ReLU is what a string without it means"""
-    return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25"
-
-
-attempt(my_block_solution, test_block, wrong=[no_swish])
-
-
-# %% [markdown]
-# **7.2** ★★ *10 minutes, two lines.* Let the halves meet: return MixNet-S with a projection of one group wherever expansion and projection both have two. Nothing else changes.
-
-# %%
-def meeting() -> MixNet:
-    raise NotImplementedError
-
-
-def test_meeting(answer) -> None:
-    model = answer()
-    for run, old in zip(unroll(model.config), unroll(MIXNET_S), strict=True):
-        both = old.expand_groups == old.project_groups == 2
-        wanted = replace(old, project_groups=1) if both else old
-        assert run == wanted, f"{encode_block(old)} became {encode_block(run)}"
-    assert wires(without_gates(model.double().eval().blocks[4:7]), 40).all(), "halves still apart"
-
-
-attempt(meeting, test_meeting)
+attempt(large_channels, test_large_channels)
 
 
 # %% tags=["solution"]
-def meeting_solution() -> MixNet:
-    blocks = tuple(text.replace("a1.1_p1.1", "a1.1_p1") for text in MIXNET_S.blocks)
-    return MixNet(replace(MIXNET_S, blocks=blocks))
+def large_channels_solution(layers: list[tuple[int, int]], budget: int) -> list[int]:
+    bought = [0] * len(layers)
+    for i in sorted(range(len(layers)), key=lambda i: (layers[i][1], -i)):
+        channels, side = layers[i]
+        bought[i] = min(channels, budget // (72 * side**2))
+        budget -= bought[i] * 72 * side**2
+    return bought
 
 
-def everywhere() -> MixNet:
-    """take the groups off every projection, also where the expansion has one group"""
-    blocks = tuple(text.replace("p1.1", "p1") for text in MIXNET_S.blocks)
-    return MixNet(replace(MIXNET_S, blocks=blocks))
+def front_to_back(layers: list[tuple[int, int]], budget: int) -> list[int]:
+    """spend from front to back, where the images are large"""
+    bought = []
+    for channels, side in layers:
+        bought.append(min(channels, budget // (72 * side**2)))
+        budget -= bought[-1] * 72 * side**2
+    return bought
 
 
-attempt(meeting_solution, test_meeting, wrong=[everywhere])
+def whole_layers(layers: list[tuple[int, int]], budget: int) -> list[int]:
+    """buy whole layers only"""
+    bought = [0] * len(layers)
+    for i in sorted(range(len(layers)), key=lambda i: (layers[i][1], -i)):
+        cost = 72 * layers[i][0] * layers[i][1] ** 2
+        if cost <= budget:
+            bought[i], budget = layers[i][0], budget - cost
+    return bought
+
+
+attempt(large_channels_solution, test_large_channels, wrong=[front_to_back, whole_layers])
 
 # %% [markdown]
 # ## Takeaways

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from mixconv import teaching
+from mixconv import exercises, teaching
 from mixconv._readable import hard_to_read
 from mixconv.teaching import (
     KERNEL_COLORS,
@@ -109,7 +109,7 @@ def test_attempt_says_to_do_or_solved(capsys):
 
 
 def test_wrong_answers_are_caught_and_named_afterwards(monkeypatch, capsys):
-    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    monkeypatch.setattr(exercises, "_KNOWN_MISTAKES", {})
     attempt(double, test_double, wrong=[once])
     assert capsys.readouterr().out.splitlines() == [
         "solved: double",
@@ -123,7 +123,7 @@ def test_wrong_answers_are_caught_and_named_afterwards(monkeypatch, capsys):
 
 
 def test_a_test_that_accepts_a_wrong_answer_is_refused(monkeypatch):
-    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    monkeypatch.setattr(exercises, "_KNOWN_MISTAKES", {})
 
     def accepts_all(answer):
         answer(1)
@@ -143,7 +143,7 @@ def test_a_test_that_accepts_a_wrong_answer_is_refused(monkeypatch):
 
 
 def test_a_wrong_answer_that_crashes_is_no_wrong_answer(monkeypatch):
-    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    monkeypatch.setattr(exercises, "_KNOWN_MISTAKES", {})
 
     def crash(x):
         """crash"""
@@ -243,7 +243,7 @@ def test_mistakes_are_known_before_the_solution_cell_has_run(tag, monkeypatch, t
     cell = {"source": SOLUTION.splitlines(keepends=True), "metadata": {"tags": [tag]}}
     path.write_text(json.dumps({"cells": [{"source": "# x", "metadata": {}}, cell]}))
     monkeypatch.setenv("JPY_SESSION_NAME", str(path))
-    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    monkeypatch.setattr(exercises, "_KNOWN_MISTAKES", {})
     with pytest.raises(AssertionError) as caught:
         attempt(lambda x: x**2, test_double)
     named = "\nThis is what you get if you take the square: 2 is right by chance."
@@ -253,7 +253,7 @@ def test_mistakes_are_known_before_the_solution_cell_has_run(tag, monkeypatch, t
 @pytest.mark.parametrize("path", ["", "missing.ipynb", __file__])
 def test_no_notebook_is_no_mistake(path, monkeypatch):
     monkeypatch.setenv("JPY_SESSION_NAME", path)
-    monkeypatch.setattr(teaching, "_KNOWN_MISTAKES", {})
+    monkeypatch.setattr(exercises, "_KNOWN_MISTAKES", {})
     with pytest.raises(AssertionError, match="expected") as caught:
         attempt(lambda x: x**2, test_double)
     assert "This is what" not in str(caught.value)
@@ -271,8 +271,9 @@ def test_no_notebook_is_no_mistake(path, monkeypatch):
         ((1, "a"), "(1, 'a')"),
         ([1 / 3, 2.0, True], "[0.333333, 2, True]"),
         (torch.nn.ReLU(), "ReLU(…)"),
+        ({"a": lambda x: x, "b": 1.0}, "{'a': a function, 'b': 1}"),
         (test_double, "the function test_double"),
     ],
 )
 def test_values_are_shown_in_a_line_without_addresses(value, shown):
-    assert teaching._show(value) == shown
+    assert exercises._show(value) == shown

@@ -62,7 +62,7 @@ test: $(INSTALLED) ## all that CI runs: style, types, freshness, tests, every no
 	$(RUN) -m mypy
 	$(RUN) -m tools.check
 	$(ONE_THREAD) $(RUN) -m pytest $(PARALLEL) --ignore tests/lab tests
-	$(ONE_THREAD) $(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
+	FIGURES=$(CURDIR)/figures $(ONE_THREAD) $(RUN) -m pytest $(PARALLEL) --nbval --nbval-cell-timeout=300 notebooks
 
 test-lab: $(INSTALLED) ## every notebook in a real JupyterLab; needs Chromium, takes minutes
 	@$(RUN) -m pip install --quiet --disable-pip-version-check \

@@ -2,14 +2,17 @@
 
 """Whether what is written in a figure can be read (chapter 0)."""
 
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import matplotlib.colors
+import matplotlib.pyplot as plt
 import matplotlib.text
 import numpy as np
 from matplotlib.figure import Figure
 
-__all__ = ["CONTRAST", "PAGE_WIDTH", "SMALLEST", "hard_to_read"]
+__all__ = ["CONTRAST", "PAGE_WIDTH", "SMALLEST", "compare_figure", "hard_to_read"]
 
 
 PAGE_WIDTH = 830  # pixels of a page on GitHub; wider figures are shrunk to it
@@ -37,3 +40,20 @@ def hard_to_read(figure: Figure) -> list[str]:
             if 1 < contrast < CONTRAST:
                 hard.append(f"{words!r} in {text.get_color()} has too little contrast")
     return hard
+
+
+def compare_figure(figure: Figure, path: Path) -> None:
+    """Assert that a figure is the stored picture, but for a little noise.
+
+    Raises:
+        AssertionError: if its size differs, or its pixels by more than 0.02% on average.
+    """
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight", facecolor="white")
+    drawn.seek(0)
+    new, old = plt.imread(drawn), plt.imread(path)
+    near = max(abs(a - b) for a, b in zip(new.shape, old.shape, strict=True)) <= 2
+    rows, columns = (min(sizes) for sizes in zip(new.shape[:2], old.shape[:2], strict=True))
+    error = float(np.abs(new[:rows, :columns] - old[:rows, :columns]).mean())
+    if not near or error > 2e-4:
+        raise AssertionError(f"{path.name} is not what is drawn: {error:.2%} off, {new.shape[:2]}")

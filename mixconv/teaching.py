@@ -5,7 +5,9 @@
 The only module that needs more than torch: install `mixconv[tutorial]`.
 """
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import matplotlib.cbook
 import matplotlib.pyplot as plt
@@ -15,7 +17,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mixconv._readable import hard_to_read
+from mixconv._readable import compare_figure, hard_to_read
 from mixconv.exercises import WrongAnswerError as WrongAnswerError
 from mixconv.exercises import attempt as attempt
 from mixconv.exercises import expect as expect
@@ -164,10 +166,13 @@ def show(figure: Figure, filename: str, alt: str) -> None:
         alt: one or two sentences that state what the picture shows.
 
     Raises:
+        AssertionError: in `make test`, if it is not the picture that is stored.
         ValueError: for text that is too small or too pale.
     """
     if hard := hard_to_read(figure):
         raise ValueError(f"{filename}: " + "; ".join(hard))
+    if folder := os.environ.get("FIGURES"):  # `make test` sets it: nbval compares no pictures
+        compare_figure(figure, Path(folder) / filename)
     width = round(figure.get_figwidth() * 100)
     metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
     display(figure, metadata=metadata)

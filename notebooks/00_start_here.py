@@ -854,8 +854,36 @@ def hard_to_read(figure: Figure) -> list[str]:
 
 
 # %% tags=["tool"]
+#| export _readable.py
+from io import BytesIO
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+
+def compare_figure(figure: Figure, path: Path) -> None:
+    """Assert that a figure is the stored picture, but for a little noise.
+
+    Raises:
+        AssertionError: if its size differs, or its pixels by more than 0.02% on average.
+    """
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight", facecolor="white")
+    drawn.seek(0)
+    new, old = plt.imread(drawn), plt.imread(path)
+    near = max(abs(a - b) for a, b in zip(new.shape, old.shape, strict=True)) <= 2
+    rows, columns = (min(sizes) for sizes in zip(new.shape[:2], old.shape[:2], strict=True))
+    error = float(np.abs(new[:rows, :columns] - old[:rows, :columns]).mean())
+    if not near or error > 2e-4:
+        raise AssertionError(f"{path.name} is not what is drawn: {error:.2%} off, {new.shape[:2]}")
+
+
+# %% tags=["tool"]
 #| export teaching.py
-from mixconv._readable import hard_to_read
+import os
+from pathlib import Path
+
+from mixconv._readable import compare_figure, hard_to_read
 
 
 def show(figure: Figure, filename: str, alt: str) -> None:
@@ -867,10 +895,13 @@ def show(figure: Figure, filename: str, alt: str) -> None:
         alt: one or two sentences that state what the picture shows.
 
     Raises:
+        AssertionError: in `make test`, if it is not the picture that is stored.
         ValueError: for text that is too small or too pale.
     """
     if hard := hard_to_read(figure):
         raise ValueError(f"{filename}: " + "; ".join(hard))
+    if folder := os.environ.get("FIGURES"):  # `make test` sets it: nbval compares no pictures
+        compare_figure(figure, Path(folder) / filename)
     width = round(figure.get_figwidth() * 100)
     metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
     display(figure, metadata=metadata)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from tools.notebooks import (
 )
 
 HAND_WRITTEN = {"__init__.py", "py.typed"}
+PASSED_OVER = {"__pycache__", ".ipynb_checkpoints"}
+# What nbval obeys inside a cell: it would then compare nothing, run nothing, or want an error.
+MARKER = re.compile(r"NBVAL_[A-Z_]+|PYTEST_VALIDATE_[A-Z_]+")
 
 
 def cell_problems(stem: str, notebook: Any) -> list[str]:
@@ -33,6 +37,8 @@ def cell_problems(stem: str, notebook: Any) -> list[str]:
             problems.append(f"{where}: unknown tag {', '.join(sorted(unknown))}")
         if cell.cell_type != "code":
             continue
+        if marker := MARKER.search(cell.source):
+            problems.append(f"{where}: {marker[0]} switches the comparison off")
         count += 1
         if cell.get("execution_count") != count:
             problems.append(f"{where}: execution count {cell.get('execution_count')}, not {count}")
@@ -70,21 +76,21 @@ def find_problems(root: Path = ROOT) -> list[str]:
             problems.append(f"{name}: missing")
         elif path.read_bytes() != content and path not in pairs:  # pairs: compared above
             problems.append(f"{name}: stale, differs from what its notebook makes")
-    return problems + strays(set(files), root)
+    return problems + strays({*files, *(c.ipynb for c, _ in notebooks)}, root)
 
 
 def strays(expected: set[Path], root: Path) -> list[str]:
-    """Files in generated places that no notebook makes."""
+    """Files and folders in generated places that no notebook makes."""
     found = [*(root / "mixconv").rglob("*"), *(root / "figures").rglob("*")]
-    found += (root / "notebooks").glob("*.md")
+    found += (root / "notebooks").rglob("*")
     return [
         f"{path.relative_to(root)}: no notebook makes it; remove it with git rm"
         for path in sorted(found)
-        if path.is_file()
-        and "__pycache__" not in path.parts
+        if not any(part in PASSED_OVER for part in path.relative_to(root).parts)
         and path not in expected
+        and not any(path in known.parents for known in expected)
         and path.name not in HAND_WRITTEN
-        and path.suffix != ".json"
+        and not (path.suffix == ".json" and path.parent.name == "figures")
     ]
 
 
@@ -96,7 +102,7 @@ def main() -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
-        print(f"{len(problems)} stale or wrong. To mend: make book", file=sys.stderr)
+        print(f"{len(problems)} found. What is stale or missing: make book", file=sys.stderr)
         return 1
     print("check: pairs, package, pages and figures are what the notebooks make")
     return 0

@@ -277,3 +277,20 @@ def test_no_notebook_is_no_mistake(path, monkeypatch):
 )
 def test_values_are_shown_in_a_line_without_addresses(value, shown):
     assert exercises._show(value) == shown
+
+
+def test_a_replaced_picture_is_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(teaching, "display", lambda *what, **how: None)
+    monkeypatch.setenv("FIGURES", str(tmp_path))
+
+    def draw(word):
+        figure = plt.figure(figsize=(4, 2))
+        figure.text(0.5, 0.5, word)
+        return figure
+
+    draw("17").savefig(tmp_path / "x.png", bbox_inches="tight", facecolor="white")
+    show(draw("17"), "x.png", "A number.")
+    with pytest.raises(AssertionError, match=r"^x\.png is not what is drawn: "):
+        show(draw("18"), "x.png", "Another number.")
+    with pytest.raises(FileNotFoundError):
+        show(draw("17"), "y.png", "A number.")

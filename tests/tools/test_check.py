@@ -32,7 +32,11 @@ def remove(name):
 
 
 def write(name, text="x = 1\n"):
-    return lambda root: (root / name).write_text(text)
+    def spoil(root):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(text)
+
+    return spoil
 
 
 def change(function):
@@ -49,6 +53,12 @@ SPOILERS = {
     "missing figure": (remove("figures/dot.png"), "figures/dot.png: missing"),
     "stray module": (write("mixconv/old.py"), "mixconv/old.py: no notebook makes it"),
     "stray figure": (write("figures/old.png"), "figures/old.png: no notebook makes it"),
+    "stray folder": (write("mixconv/old/x.py"), "mixconv/old: no notebook makes it"),
+    "stray data": (write("notebooks/data.csv"), "notebooks/data.csv: no notebook makes it"),
+    "nbval marker": (
+        change(lambda nb: nb.cells[1].update(source="# NBVAL_IGNORE_OUTPUT\ndouble(21)")),
+        f"{NOTEBOOK}, cell 2: NBVAL_IGNORE_OUTPUT switches the comparison off",
+    ),
     "stray page": (write("notebooks/07_old.md"), "notebooks/07_old.md: no notebook makes it"),
     "edited text": (append("notebooks/00_start.py"), "notebooks/00_start: the .ipynb and the .py"),
     "missing text": (remove("notebooks/00_start.py"), "notebooks/00_start.py: missing"),

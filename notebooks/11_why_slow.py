@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 11 · Why it is slow
 #
-# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why? In the picture below every dot is one of its depthwise layers, the black line is how fast the machine could compute it from memory, and the hollow dots are how fast PyTorch's usual way is.
+# MixNet needs few multiply-adds, and the usual programs run it slowly all the same. Why? In the picture below every dot is one of its depthwise layers, and the black line, the *roof*, is how fast this machine could be. The hollow dots are PyTorch's usual way.
 #
 # **You will be able to**
 # - tell from a layer's multiply-adds and bytes how fast it can be;
@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from mixconv.teaching import attempt, check, check_rewrite, kernel_color, show, table, use_style
+from mixconv.teaching import attempt, check_rewrite, expect, kernel_color, show, table, use_style
 
 use_style()
 bench = json.loads(Path("../figures/bench.json").read_text())
@@ -71,6 +71,8 @@ for name, form in (("split (timm)", "timm"), ("one operation", "fused")):
 print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['system']}")
 
 # %% [markdown]
+# More than 100%? The roof is drawn for data that comes from memory, and a small layer's data is still in the *cache*, the small fast memory inside the processor. (Chapter 14 draws a stricter roof.)
+#
 # Every time in this part of the book comes from one file, `figures/bench.json`. `make bench` writes it. No cell measures anything, so a slow day cannot change the book.
 #
 # ## Bytes, by hand
@@ -79,7 +81,7 @@ print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['s
 #
 # **Multiply-adds.** Every output takes k² of them: 14 · 14 · 90 · (9 + 25 + 49 + 81) = 2,892,960.
 #
-# **Bytes.** Read the input once, write the output once, four bytes per number: 2 · 14 · 14 · 360 · 4 = 564,480.
+# **Bytes.** Read the input once, write the output once, four bytes per number: 2 · 14 · 14 · 360 · 4 = 564,480. (The weights are a tenth of that, and the same for any number of images. They are left out.)
 #
 # **Intensity.** 2,892,960 / 564,480 = 5.1 multiply-adds for each byte.
 #
@@ -94,9 +96,64 @@ print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['s
 # %%
 layer_work, layer_bytes = 14 * 14 * 90 * (9 + 25 + 49 + 81), 2 * 14 * 14 * 360 * 4
 assert (layer_work, layer_bytes) == (2_892_960, 564_480)
-assert [round(k * k / 8 + 0.001, 1) for k in (3, 5, 7, 9, 11)] == [1.1, 3.1, 6.1, 10.1, 15.1]
+assert [round(k * k / 8, 1) for k in (3, 5, 7, 9, 11)] == [1.1, 3.1, 6.1, 10.1, 15.1]
+assert 0.1 < 4 * 90 * (9 + 25 + 49 + 81) / layer_bytes < 0.11  # the weights
 print(f"this layer: {layer_work / layer_bytes:.1f} multiply-adds for each byte")
 print(f"this machine: {peak / copying:.0f}")
+
+
+# %% [markdown]
+# **11.1** ★ *5 minutes, two lines.* What does a layer move, in bytes, this time with its weights? Input, weights and output once each, float32. Work the second case out on paper before you run anything: it is the layer above.
+#
+# <details><summary>Hint: the equation</summary>
+#
+# An output has $\lceil \mathrm{size} / \mathrm{stride} \rceil$ rows and columns. A group of $c$ channels has $c k^2$ weights, however many images there are.
+#
+# </details>
+
+# %%
+def bytes_moved(
+    batch: int, size: int, stride: int, channels: tuple[int, ...], kernel_sizes: tuple[int, ...]
+) -> int:
+    raise NotImplementedError
+
+
+def test_bytes_moved(answer) -> None:
+    layer = (90, 90, 90, 90), (3, 5, 7, 9)
+    expect(answer, 1, 2, 1, (1,), (1,), gives=36, why="four numbers in, one weight, four out")
+    expect(answer, 1, 14, 1, *layer, gives=623_520, why="564,480 and 14,760 weights")
+    expect(answer, 8, 14, 1, *layer, gives=4_574_880, why="eight images, and the same weights")
+    expect(answer, 1, 5, 2, (3,), (3,), gives=516, why="25 pixels in, 9 out, 27 weights")
+
+
+attempt(bytes_moved, test_bytes_moved)
+
+
+# %% tags=["solution"]
+def bytes_moved_solution(
+    batch: int, size: int, stride: int, channels: tuple[int, ...], kernel_sizes: tuple[int, ...]
+) -> int:
+    pixels = batch * (size**2 + (-(-size // stride)) ** 2)
+    weights = sum(c * k * k for c, k in zip(channels, kernel_sizes, strict=True))
+    return 4 * (pixels * sum(channels) + weights)
+
+
+def weights_each_time(
+    batch: int, size: int, stride: int, channels: tuple[int, ...], kernel_sizes: tuple[int, ...]
+) -> int:
+    """read the weights again for each image"""
+    return batch * bytes_moved_solution(1, size, stride, channels, kernel_sizes)
+
+
+def without_stride(
+    batch: int, size: int, stride: int, channels: tuple[int, ...], kernel_sizes: tuple[int, ...]
+) -> int:
+    """take the output to be as large as the input"""
+    return bytes_moved_solution(batch, size, 1, channels, kernel_sizes)
+
+
+attempt(bytes_moved_solution, test_bytes_moved, wrong=[weights_each_time, without_stride])
+
 
 # %% [markdown]
 # So time is at least the larger of work / peak and bytes / bandwidth. As a speed, against intensity:
@@ -105,15 +162,58 @@ print(f"this machine: {peak / copying:.0f}")
 # \mathrm{speed} \le \min\left(\mathrm{peak},\ \mathrm{bandwidth} \times \mathrm{intensity}\right)
 # $$
 #
-# That is a slope and a flat part: the roof in the picture. The bandwidth is that of a copy between two large arrays. A small array stays in the cache, so its dot may lie above the slope.
+# That is a slope and a flat part: the roof in the picture. The rule is known as the *roofline model* (Williams, Waterman and Patterson, 2009). The bandwidth is that of a copy between two large arrays.
 #
+# **11.2** ★★ *5 minutes, one line.* How many multiply-adds for each byte has a depthwise layer with a k×k kernel at *stride 2*? Count float32 numbers read and written, for a large image, without weights. Is stride 2 good or bad for a layer that waits for memory?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Stand at one output. How many inputs are read for it, if each input of the image is read once?
+#
+# </details>
+
+# %%
+def intensity_at_stride_2(k: int) -> float:
+    raise NotImplementedError
+
+
+def test_intensity(answer) -> None:
+    expect(answer, 1, gives=1 / 20, why="one multiply-add, four numbers read, one written")
+    expect(answer, 3, gives=9 / 20, why="nine multiply-adds for the same 20 bytes")
+    for k in (5, 11):
+        outputs = 112**2
+        moved = 4 * ((2 * 112) ** 2 + outputs)
+        expect(answer, k, gives=outputs * k * k / moved, why="224 rows in, 112 rows out")
+
+
+attempt(intensity_at_stride_2, test_intensity)
+
+
+# %% tags=["solution"]
+def intensity_at_stride_2_solution(k: int) -> float:
+    return k * k / (4 * 5)  # lower than k² / 8: the same kernel waits longer for memory
+
+
+def as_at_stride_1(k: int) -> float:
+    """count one number read for each output, as at stride 1"""
+    return k * k / 8
+
+
+def by_numbers(k: int) -> float:
+    """count numbers and not bytes"""
+    return k * k / 5
+
+
+attempt(intensity_at_stride_2_solution, test_intensity, wrong=[as_at_stride_1, by_numbers])
+
+# %% [markdown]
 # ## Why split, convolve, concatenate is slow
 #
 # Follow the bytes of one layer with g groups.
 #
 # - **Copies.** The convolutions read C channels and write C channels. Then the concatenation reads those and writes them again. Twice the traffic, for nothing.
 # - **Calls.** g convolutions and one concatenation, each with a start of its own. In a small layer the starts take longer than the work.
-# - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A vector of 16 numbers does not fit a row of 14 or 7 pixels, and every shift by one pixel is misaligned. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps.
+# - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A processor computes with *vectors* of up to 16 neighbouring numbers at a time (chapter 13). Such a vector does not fit a row of 14 or 7 pixels, and one shifted by a pixel begins in the middle of what memory hands out at a time. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps.
 # - **Cache.** Between two calls, what was in the cache may be gone.
 #
 # The first two can be counted without a clock. PyTorch shows a *mode* every operation that runs; this one adds up what each reads and writes:
@@ -145,7 +245,7 @@ torch.manual_seed(0)
 layer = MixConv2d(360, (3, 5, 7, 9)).eval().requires_grad_(False)
 x = torch.randn(1, 360, 14, 14)
 with Traffic() as traffic:
-    split = layer(x)
+    layer(x)
 assert traffic.bytes == 2 * layer_bytes
 print(f"split: {traffic.calls} calls, {traffic.bytes / layer_bytes:.0f} times the bytes needed")
 
@@ -165,8 +265,8 @@ from mixconv.layer import merge_depthwise
 
 merged = merge_depthwise(list(layer.convs))
 with Traffic() as traffic:
-    together = merged(x)
-check(together, split, "merged and split")
+    merged(x)
+check_rewrite(layer, merged, x, what="split and merged")
 print(f"merged: {traffic.calls} call, {traffic.bytes / layer_bytes:.0f} times the bytes needed")
 print(f"multiply-adds: {81 * 4 / (9 + 25 + 49 + 81):.1f} times those of the split form")
 
@@ -327,6 +427,69 @@ try:
     nn.Sequential(conv, FoldedNorm()).train()
 except RuntimeError as error:
     print(error)
+
+# %% [markdown]
+# **11.3** ★★ *10 minutes, two lines.* A batch norm may also come *before* a 1×1 convolution. Fold its scale and shift (one number for each *input* channel) into weight `(out, in, 1, 1)` and bias `(out,)`. Why would this fail for a 3×3 convolution with padding?
+#
+# <details><summary>Hint: the equation</summary>
+#
+# One channel: $w (s x + t) + b = (w s)\, x + (w t + b)$. With several, the sum over inputs of $w t$ goes into the bias.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `weight * scale.view(1, -1, 1, 1)` scales the inputs; a view of `(-1, 1, 1, 1)` would scale the outputs.
+#
+# </details>
+
+# %%
+import torch.nn.functional as F
+
+
+def fold_before(
+    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    raise NotImplementedError
+
+
+def test_fold(answer) -> None:
+    one = torch.ones(1, 1, 1, 1)
+    numbers = 2 * one, torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor([5.0])
+    wanted = 6 * one, torch.tensor([11.0])
+    expect(answer, *numbers, gives=wanted, why="2 (3 x + 5) + 1 = 6 x + 11")
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(6, 4, 1, 1), torch.randn(6), torch.randn(2, 4, 3, 3)
+    scale, shift = torch.randn(2, 4)
+    line = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    folded = F.conv2d(x, *answer(weight, bias, scale, shift))
+    torch.testing.assert_close(folded, F.conv2d(line, weight, bias), rtol=1e-4, atol=1e-4)
+
+
+attempt(fold_before, test_fold)
+
+
+# %% tags=["solution"]
+def fold_before_solution(
+    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    # With padding, the zeros come after the shift: at the border it must not be added.
+    return weight * scale.view(1, -1, 1, 1), bias + weight[:, :, 0, 0] @ shift
+
+
+def as_behind(weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+    """fold it as if the norm came behind"""
+    return weight * scale.view(-1, 1, 1, 1), bias * scale + shift
+
+
+def past_the_weights(
+    weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor]:
+    """add the shift without sending it through the weights"""
+    return weight * scale.view(1, -1, 1, 1), bias + shift.sum()
+
+
+attempt(fold_before_solution, test_fold, wrong=[as_behind, past_the_weights])
 
 # %% [markdown]
 # ## Merging 1×1 convolutions
@@ -625,68 +788,19 @@ check_spec(spec)  # channels, and numbers in the packed tensor
 # %% [markdown]
 # ## Exercises
 #
-# **11.1** How many multiply-adds per byte has a depthwise layer with a k×k kernel at stride 2? Count float32 numbers read and written, for large images.
-
-# %%
-def intensity_at_stride_2(k: int) -> float:
-    raise NotImplementedError
-
-
-def test_intensity(answer) -> None:
-    size, channels = 224, 64
-    outputs = channels * (size // 2) ** 2
-    moved = 4 * (channels * size**2 + outputs)
-    for k in (3, 5):
-        assert abs(answer(k) - outputs * k * k / moved) < 1e-9
-
-
-attempt(intensity_at_stride_2, test_intensity)
-
-
-# %% tags=["solution"]
-def intensity_at_stride_2_solution(k: int) -> float:
-    # For each output: k² multiply-adds, four numbers read, one written.
-    return k * k / (4 * 5)
-
-
-attempt(intensity_at_stride_2_solution, test_intensity)
-
-
-# %% [markdown]
-# **11.2** A batch norm may also come *before* a 1×1 convolution. Fold its scale and shift (one number for each input channel) into weight `(out, in, 1, 1)` and bias. Why would this fail for a 3×3 convolution with padding?
-
-# %%
-def fold_before(
-    weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    raise NotImplementedError
-
-
-def test_fold(answer) -> None:
-    weight, bias = torch.randn(6, 4, 1, 1).double(), torch.randn(6).double()
-    scale, shift = torch.randn(2, 4).double()
-    x = torch.randn(2, 4, 3, 3).double()
-    line = x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
-    folded = F.conv2d(x, *answer(weight, bias, scale, shift))
-    torch.testing.assert_close(folded, F.conv2d(line, weight, bias))
-
-
-attempt(fold_before, test_fold)
-
-
-# %% tags=["solution"]
-def fold_before_solution(
-    weight: torch.Tensor, bias: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    # With padding, the zeros come after the shift: at the border it must not be added.
-    return weight * scale.view(1, -1, 1, 1), bias + weight[:, :, 0, 0] @ shift
-
-
-attempt(fold_before_solution, test_fold)
-
-
-# %% [markdown]
-# **11.3** Where in the packed tensor lies the weight of channel `c` of group `group`, at row `i` and column `j` of its kernel? Count from 0.
+# **11.4** ★★ *10 minutes, two lines.* Where in the packed tensor lies the weight of channel `c` of group `group`, at row `i` and column `j` of its kernel? Count from 0.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Three things come before it: all earlier groups; in its own group, all channels of the taps before; in its own tap, the channels before.
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# A group takes $c k^2$ places, and its tap $(i, j)$ begins $(i k + j) \cdot c$ places after the group.
+#
+# </details>
 
 # %%
 def place(
@@ -696,13 +810,16 @@ def place(
 
 
 def test_place(answer) -> None:
+    expect(answer, (1,), (3,), 0, 0, 1, 2, gives=5, why="row 1, column 2 of a 3×3 kernel")
+    expect(answer, (2,), (3,), 0, 1, 0, 0, gives=1, why="the second channel's first tap")
+    expect(answer, (2, 1), (3, 1), 1, 0, 0, 0, gives=18, why="behind the 18 of the first group")
     channels, sizes = (2, 3, 1), (3, 5, 1)
     for group in range(3):
         kernels = [torch.zeros(n, 1, k, k) for n, k in zip(channels, sizes, strict=True)]
-        c, k = channels[group] - 1, sizes[group]
-        kernels[group][c, 0, k // 2, k - 1] = 1
+        c, i, j = channels[group] - 1, sizes[group] // 2, sizes[group] - 1
+        kernels[group][c, 0, i, j] = 1
         at = pack_weights(kernels).nonzero().item()
-        assert answer(channels, sizes, group, c, k // 2, k - 1) == at
+        expect(answer, channels, sizes, group, c, i, j, gives=at, why="pack_weights puts it there")
 
 
 attempt(place, test_place)
@@ -716,7 +833,22 @@ def place_solution(
     return before + (i * kernel_sizes[group] + j) * channels[group] + c
 
 
-attempt(place_solution, test_place)
+def channel_first(
+    channels: tuple[int, ...], kernel_sizes: tuple[int, ...], group: int, c: int, i: int, j: int
+) -> int:
+    """let a channel's taps lie side by side, as PyTorch stores them"""
+    before, k = place_solution(channels, kernel_sizes, group, 0, 0, 0), kernel_sizes[group]
+    return before + c * k * k + i * k + j
+
+
+def alone(
+    channels: tuple[int, ...], kernel_sizes: tuple[int, ...], group: int, c: int, i: int, j: int
+) -> int:
+    """forget the groups that come before"""
+    return (i * kernel_sizes[group] + j) * channels[group] + c
+
+
+attempt(place_solution, test_place, wrong=[channel_first, alone])
 
 # %% [markdown]
 # ## Takeaways

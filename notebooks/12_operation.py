@@ -62,7 +62,7 @@ show(
 #
 # ## Forms, and why they decline
 #
-# The kernel of chapter 14 will want 32-bit floats on a CPU, and a compiler. Triton's kernel will want a GPU. Each is a **form** of the operation: `declines` lists its reasons, and if there are none, `prepare` plans the work once and returns the function that runs.
+# The kernel of chapter 14 will want 32-bit floats on a CPU, and a compiler. The kernel of chapter 17 will want a GPU. Each is a **form** of the operation: `declines` lists its reasons, and if there are none, `prepare` plans the work once and returns the function that runs. (A `Protocol` is a list of what a class must have; a form need not inherit from it.)
 #
 # A form decides by everything about a call except the numbers in it. So its decision can be remembered:
 
@@ -251,11 +251,72 @@ for case in (equal, equal._replace(kernel_sizes=(3, 5), dilations=(2, 1))):
         x, weight, what=f"kernels {case.kernel_sizes}",
     )  # fmt: skip
 
+# %% [markdown]
+# **12.1** ★★ *10 minutes, four lines.* A kernel was compiled for kernel sizes 3, 5 and 7 in float32. Write its `declines`: a reason that names each other kernel size (once, ascending), and a reason that names the dtype.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Collect *all* reasons: who asks why wants to mend everything at once. A set knows each size once.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `others = sorted(set(call.spec.kernel_sizes) - {3, 5, 7})`
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt
+
+
+def declines(call: Call) -> list[str]:
+    raise NotImplementedError
+
+
+def test_declines(answer) -> None:
+    def ask(sizes, dtype):
+        spec = MixSpec((1,) * len(sizes), sizes, 1, (1,) * len(sizes), "same", "none")
+        return answer(Call(spec, (1, len(sizes), 8, 8), dtype, "cpu", False, 1))
+
+    assert ask((3, 7), torch.float32) == [], "3×3 and 7×7 in float32 are taken: no reason"
+    reasons = ask((1,), torch.bfloat16)
+    assert len(reasons) == 2, f"1×1 in bfloat16 is wrong in two ways, and the reasons are {reasons}"
+    (reason,) = ask((11, 9, 11, 3), torch.float32)
+    found = [reason.count("11"), reason.index("9") < reason.index("11")]
+    assert found == [1, True], f"9, then 11, each once; the reason is {reason!r}"
+
+
+attempt(declines, test_declines)
+
+
+# %% tags=["solution"]
+def declines_solution(call: Call) -> list[str]:
+    reasons = [] if call.dtype == torch.float32 else [f"dtype {call.dtype}, not float32"]
+    if others := sorted(set(call.spec.kernel_sizes) - {3, 5, 7}):
+        reasons.append(f"kernel sizes {', '.join(map(str, others))} were not compiled")
+    return reasons
+
+
+def first_only(call: Call) -> list[str]:
+    """stop at the first reason"""
+    return declines_solution(call)[:1]
+
+
+def as_they_come(call: Call) -> list[str]:
+    """name the sizes group by group, as they come"""
+    others = [str(k) for k in call.spec.kernel_sizes if k not in (3, 5, 7)]
+    reasons = [] if call.dtype == torch.float32 else [f"dtype {call.dtype}"]
+    return reasons + ([f"kernel sizes {', '.join(others)}"] if others else [])
+
+
+attempt(declines_solution, test_declines, wrong=[first_only, as_they_come])
+
 
 # %% [markdown]
 # A call is described by its tensors. That is also where tensors that do not belong together are refused. (Where their *sizes* do not fit, `check_call` says so.)
 
-# %%
+# %% tags=["plumbing"]
 #| export fast/operation.py
 def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Call:
     """The call that these tensors make.
@@ -279,12 +340,12 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
 # %% [markdown]
 # ## Who must see a call
 #
-# The short way leads from Python straight to a C++ function. It costs little, and nobody sees it. PyTorch's own way leads through its dispatcher, and costs several times as much; small layers feel that. So take the short way, but only when nobody watches. Somebody watches if
+# The short way leads from Python straight to a C++ function, and nobody sees it. PyTorch's own way leads through its *dispatcher*: the part that looks, at each call, who wants to take part. That takes microseconds, and a small layer is over in some tens of them. So take the short way, but only when nobody watches. Somebody watches if
 #
 # - a gradient is wanted, or a function transform (`vmap`, `torch.func.grad`) is at work;
 # - a compiler or exporter traces, or a mode or the profiler records;
 # - autocast rules over dtypes;
-# - a tensor is not what it looks like. A wrapper (a quantised or distributed tensor, say) has no memory of its own: its address is 0. A view may be *still to be negated*: PyTorch keeps `−x` of a complex number's part as the old numbers and a mark.
+# - a tensor is not what it looks like. A wrapper (a quantised or distributed tensor, say) has no memory of its own: its address is 0. A view may be *still to be negated*: PyTorch keeps `−x` of a complex number's part as the old numbers and a mark. And some programs give a weight's memory back between two forwards.
 
 # %%
 #| export fast/forms.py
@@ -301,6 +362,13 @@ def is_plain(tensor: Tensor) -> bool:
     """
     known = type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
     return known and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+
+
+def check_memory(*tensors: Tensor) -> None:
+    """Raise a RuntimeError for a tensor whose storage was given back: reading it would crash."""
+    for tensor in tensors:
+        if type(tensor) in _CLASSES and tensor.numel() and tensor.data_ptr() == 0:
+            raise RuntimeError(f"a tensor {tuple(tensor.shape)} has no memory: its storage is gone")
 
 
 # %%
@@ -345,11 +413,61 @@ for name, context in {
     with context:
         print(f"{name}:", *(must_dispatch(tensor) for tensor in (ordinary, weight, negated)))
 
+# %% [markdown]
+# **12.2** ★ *5 minutes, one line.* Which of these calls must go through the dispatcher? Decide for each before you run the test.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Ask of each: does anybody watch, and do the numbers lie in the CPU's memory as they are? Gaps between them are no obstacle: C++ can be handed a copy without gaps.
+#
+# </details>
+
+# %%
+from mixconv.teaching import expect
+
+SITUATIONS = {
+    "a weight that wants a gradient": lambda: must_dispatch(weight),
+    "the same, under no_grad": lambda: torch.no_grad()(must_dispatch)(weight),
+    "every second number of a tensor": lambda: must_dispatch(torch.ones(6)[::2]),
+    "the imaginary part of a conjugate": lambda: must_dispatch(negated),
+    "a tensor on the meta device": lambda: must_dispatch(ordinary.to("meta")),
+}
+
+
+def is_dispatched(situation: str) -> bool:
+    raise NotImplementedError
+
+
+def test_dispatched(answer) -> None:
+    for situation, ask in SITUATIONS.items():
+        expect(answer, situation, gives=ask(), why="must_dispatch says so")
+
+
+attempt(is_dispatched, test_dispatched)
+
+
+# %% tags=["solution"]
+def is_dispatched_solution(situation: str) -> bool:
+    return situation not in ("the same, under no_grad", "every second number of a tensor")
+
+
+def by_the_flag(situation: str) -> bool:
+    """go by the weight's requires_grad alone: under no_grad nobody wants it"""
+    return situation != "every second number of a tensor"
+
+
+def by_the_gaps(situation: str) -> bool:
+    """take a view with gaps for one whose numbers are not there"""
+    return situation != "the same, under no_grad"
+
+
+attempt(is_dispatched_solution, test_dispatched, wrong=[by_the_flag, by_the_gaps])
+
 
 # %% [markdown]
 # Two kinds of derivative are not offered to registered operations by PyTorch: forward mode, and `torch.func`'s `grad` and its kin. For them the steps of `split_form` are taken, whose formulas PyTorch knows.
 
-# %%
+# %% tags=["plumbing"]
 #| export fast/forms.py
 def needs_steps() -> bool:
     """Whether a derivative is taken that PyTorch does not offer to registered operations.
@@ -431,7 +549,7 @@ def mixed_depthwise2d(
 # %% [markdown]
 # ## Registered with PyTorch
 #
-# A registered operation has a name, a schema and an implementation. PyTorch then treats it as one of its own: the profiler names it, an exporter writes it as one node. The schema is written out, so that all versions of PyTorch read it alike.
+# A registered operation has a name, a *schema* (its signature, in PyTorch's words) and an implementation. PyTorch then treats it as one of its own: the profiler names it, an exporter writes it as one node. The schema is written out, so that all versions of PyTorch read it alike.
 
 # %%
 #| export fast/rules.py
@@ -444,7 +562,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixconv.fast.forms import is_plain
+from mixconv.fast.forms import check_memory, is_plain
 from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call
 from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unpack_weights
 
@@ -456,8 +574,10 @@ from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unp
 )  # fmt: skip
 def _operation(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
     call = describe_call(x, weight, bias, _as_spec(entries))
-    if x.is_cpu and not all(is_plain(t) for t in (x, weight, bias) if t is not None):
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if x.is_cpu and not all(map(is_plain, given)):
         check_call(call)
+        check_memory(*given)
         return FORMS.fallback(call)(x, weight, bias)  # its steps know what to do with them
     return FORMS.choose(call)(x, weight, bias)
 
@@ -640,6 +760,59 @@ check(mapped, torch.stack(wanted), "vmap over images and weights")
 
 
 # %% [markdown]
+# **12.3** ★★ *10 minutes, two lines.* `torch.vmap` maps an operation over n sets of weights. Describe the one operation that computes it, as above, without looking at `_vmap`.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The packed weights of the copies lie one after another. So the copies' groups must come in that order, too.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# A tuple times n is the tuple n times in a row: `(4, 3) * 2 == (4, 3, 4, 3)`.
+#
+# </details>
+
+# %%
+def mapped_spec(spec: MixSpec, n: int) -> MixSpec:
+    raise NotImplementedError
+
+
+def test_mapped(answer) -> None:
+    two = MixSpec((4, 3), (3, 5), 2, (1, 2), "same", "silu")
+    four = MixSpec((4, 3, 4, 3), (3, 5, 3, 5), 2, (1, 2, 1, 2), "same", "silu")
+    expect(answer, two, 2, gives=four, why="the whole row of groups, twice")
+    weights, x = torch.randn(3, check_spec(two)[1]), torch.randn(1, 7, 5, 5)
+    one = split_form(x.repeat(1, 3, 1, 1), weights.flatten(), None, answer(two, 3))
+    torch.testing.assert_close(one, torch.cat([split_form(x, w, None, two) for w in weights], 1))
+
+
+attempt(mapped_spec, test_mapped)
+
+
+# %% tags=["solution"]
+def mapped_spec_solution(spec: MixSpec, n: int) -> MixSpec:
+    groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
+    return spec._replace(**groups)
+
+
+def each_group(spec: MixSpec, n: int) -> MixSpec:
+    """repeat each group, instead of the whole row of groups"""
+    three = spec.channels, spec.kernel_sizes, spec.dilations
+    channels, sizes, dilations = (tuple(v for v in line for _ in range(n)) for line in three)
+    return spec._replace(channels=channels, kernel_sizes=sizes, dilations=dilations)
+
+
+def wider(spec: MixSpec, n: int) -> MixSpec:
+    """make each group n times as wide: its packed weights would lie mixed"""
+    return spec._replace(channels=tuple(n * c for c in spec.channels))
+
+
+attempt(mapped_spec_solution, test_mapped, wrong=[each_group, wider])
+
+
+# %% [markdown]
 # **Autocast.** Under `torch.autocast` the layer before hands over bfloat16, and the weights are float32. Without a rule, that is an error: the tensors differ. The rule: on a CPU all becomes float32, since that is what the kernel computes; on a GPU, the type that autocast was asked for. Double precision stays, as everywhere in PyTorch.
 
 # %%
@@ -707,9 +880,9 @@ def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpe
     squares = [(*conv.kernel_size, *conv.dilation) for conv in convs]
     strides = {stride for conv in convs for stride in conv.stride}
     depthwise = all(c.groups == c.in_channels == c.out_channels for c in convs)
-    even = any(k != h or k % 2 == 0 or d != e for k, h, d, e in squares)
+    crooked = any(k != h or d != e for k, h, d, e in squares)
     mixed_up = len(paddings) != 1 or len(strides) != 1
-    if not depthwise or even or mixed_up or len({c.bias is None for c in convs}) != 1:
+    if not depthwise or crooked or mixed_up or len({c.bias is None for c in convs}) != 1:
         return None
     channels = tuple(conv.out_channels for conv in convs)
     sizes, dilations = tuple(k for k, *_ in squares), tuple(square[2] for square in squares)
@@ -727,6 +900,8 @@ try:
     merge_depthwise(list(layer.convs))
 except ValueError as error:
     print("merged:", error)
+others = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, (3, 5), 1, (1, 2), groups=4), nn.Conv2d(4, 8, 3, 1, 1)
+assert [describe_mix([conv]) for conv in others] == [None] * 3  # padding, shape, not depthwise
 describe_mix(list(layer.convs))
 
 
@@ -784,71 +959,6 @@ fused = FusedMixConv2d(list(layer.convs), describe_mix(list(layer.convs)))
 with torch.no_grad():
     x = torch.randn(2, 20, 6, 7)
     check(fused(x), layer(x), "layer and fused layer")
-
-# %% [markdown]
-# ## Exercises
-#
-# **12.1** A kernel was compiled for kernel sizes 3, 5 and 7 in float32. Write its `declines`: a reason that names each other kernel size (once, ascending), and a reason that names the dtype.
-
-# %%
-from mixconv.teaching import attempt
-
-
-def declines(call: Call) -> list[str]:
-    raise NotImplementedError
-
-
-def test_declines(answer) -> None:
-    def ask(sizes, dtype):
-        spec = MixSpec((1,) * len(sizes), sizes, 1, (1,) * len(sizes), "same", "none")
-        return answer(Call(spec, (1, len(sizes), 8, 8), dtype, "cpu", False, 1))
-
-    assert ask((3, 7), torch.float32) == []
-    (reason,) = ask((11, 9, 11, 3), torch.float32)
-    assert reason.index("9") < reason.index("11") == reason.rindex("11")
-    assert len(ask((1,), torch.bfloat16)) == 2
-
-
-attempt(declines, test_declines)
-
-
-# %% tags=["solution"]
-def declines_solution(call: Call) -> list[str]:
-    reasons = [] if call.dtype == torch.float32 else [f"dtype {call.dtype}, not float32"]
-    if others := sorted(set(call.spec.kernel_sizes) - {3, 5, 7}):
-        reasons.append(f"kernel sizes {', '.join(map(str, others))} were not compiled")
-    return reasons
-
-
-attempt(declines_solution, test_declines)
-
-
-# %% [markdown]
-# **12.2** `torch.vmap` maps an operation over n sets of weights. Describe the one operation that computes it.
-
-# %%
-def mapped_spec(spec: MixSpec, n: int) -> MixSpec:
-    raise NotImplementedError
-
-
-def test_mapped(answer) -> None:
-    spec = MixSpec((4, 3), (3, 5), 2, (1, 2), "same", "silu")
-    weights = torch.randn(3, check_spec(spec)[1])
-    x = torch.randn(1, 7, 5, 5)
-    one = split_form(x.repeat(1, 3, 1, 1), weights.flatten(), None, answer(spec, 3))
-    torch.testing.assert_close(one, torch.cat([split_form(x, w, None, spec) for w in weights], 1))
-
-
-attempt(mapped_spec, test_mapped)
-
-
-# %% tags=["solution"]
-def mapped_spec_solution(spec: MixSpec, n: int) -> MixSpec:
-    groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
-    return spec._replace(**groups)
-
-
-attempt(mapped_spec_solution, test_mapped)
 
 # %% [markdown]
 # ## Takeaways

@@ -345,7 +345,7 @@ BLOCK_FORMS = Forms("inverted_residual", _prepare_block_form, check_block_call)
 
 # %%
 #| export fast/fused_block.py
-from mixconv.fast.forms import is_plain
+from mixconv.fast.forms import check_memory, is_plain
 from mixconv.fast.spec import output_size
 
 
@@ -357,6 +357,7 @@ def _operation(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], s
     call = describe_block_call(x, weights, biases, BlockSpec.parse(spec))
     if x.is_cpu and not all(is_plain(t) for t in (x, *weights, *biases)):
         check_block_call(call)
+        check_memory(x, *weights, *biases)
         return BLOCK_FORMS.fallback(call)(x, weights, biases)
     return BLOCK_FORMS.choose(call)(x, weights, biases)
 

@@ -12,7 +12,16 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Call", "Form", "Forms", "Runner", "is_plain", "must_dispatch", "needs_steps"]
+__all__ = [
+    "Call",
+    "Form",
+    "Forms",
+    "Runner",
+    "check_memory",
+    "is_plain",
+    "must_dispatch",
+    "needs_steps",
+]
 
 
 class Call(NamedTuple):
@@ -106,6 +115,13 @@ def is_plain(tensor: Tensor) -> bool:
     """
     known = type(tensor) in _CLASSES and tensor.is_cpu and not tensor.is_neg()
     return known and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+
+
+def check_memory(*tensors: Tensor) -> None:
+    """Raise a RuntimeError for a tensor whose storage was given back: reading it would crash."""
+    for tensor in tensors:
+        if type(tensor) in _CLASSES and tensor.numel() and tensor.data_ptr() == 0:
+            raise RuntimeError(f"a tensor {tuple(tensor.shape)} has no memory: its storage is gone")
 
 
 def must_dispatch(*tensors: Tensor | None) -> bool:

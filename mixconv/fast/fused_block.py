@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.forms import Call, Forms, Runner, is_plain, must_dispatch
+from mixconv.fast.forms import Call, Forms, Runner, check_memory, is_plain, must_dispatch
 from mixconv.fast.operation import run_operation
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, activate, check_spec, output_size
 
@@ -217,6 +217,7 @@ def _operation(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], s
     call = describe_block_call(x, weights, biases, BlockSpec.parse(spec))
     if x.is_cpu and not all(is_plain(t) for t in (x, *weights, *biases)):
         check_block_call(call)
+        check_memory(x, *weights, *biases)
         return BLOCK_FORMS.fallback(call)(x, weights, biases)
     return BLOCK_FORMS.choose(call)(x, weights, biases)
 

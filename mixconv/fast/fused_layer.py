@@ -25,9 +25,9 @@ def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpe
     squares = [(*conv.kernel_size, *conv.dilation) for conv in convs]
     strides = {stride for conv in convs for stride in conv.stride}
     depthwise = all(c.groups == c.in_channels == c.out_channels for c in convs)
-    even = any(k != h or k % 2 == 0 or d != e for k, h, d, e in squares)
+    crooked = any(k != h or d != e for k, h, d, e in squares)
     mixed_up = len(paddings) != 1 or len(strides) != 1
-    if not depthwise or even or mixed_up or len({c.bias is None for c in convs}) != 1:
+    if not depthwise or crooked or mixed_up or len({c.bias is None for c in convs}) != 1:
         return None
     channels = tuple(conv.out_channels for conv in convs)
     sizes, dilations = tuple(k for k, *_ in squares), tuple(square[2] for square in squares)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
-from mixconv.fast.forms import is_plain
+from mixconv.fast.forms import check_memory, is_plain
 from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call
 from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unpack_weights
 
@@ -22,8 +22,10 @@ from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unp
 )  # fmt: skip
 def _operation(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
     call = describe_call(x, weight, bias, _as_spec(entries))
-    if x.is_cpu and not all(is_plain(t) for t in (x, weight, bias) if t is not None):
+    given = [tensor for tensor in (x, weight, bias) if tensor is not None]
+    if x.is_cpu and not all(map(is_plain, given)):
         check_call(call)
+        check_memory(*given)
         return FORMS.fallback(call)(x, weight, bias)  # its steps know what to do with them
     return FORMS.choose(call)(x, weight, bias)
 

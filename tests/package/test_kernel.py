@@ -14,14 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mixconv import MixConv2d
-from mixconv.fast import kernel
+from mixconv.fast import block_kernel, kernel
 from mixconv.fast import plan as planning
 from mixconv.fast.forms import Call
+from mixconv.fast.fused_block import BLOCK_FORMS, describe_block_call
 from mixconv.fast.kernel import scratch
 from mixconv.fast.operation import FORMS, describe_call, mixed_depthwise2d
 from mixconv.fast.plan import Strip, cut_strips, plan_layer, strip_costs
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, check_spec, pack_weights, split_form
-from tests.package.cases import Layer, needs_kernel
+from tests.package.cases import Block, Layer, needs_kernel
 
 ROOT = Path(__file__).parents[2]
 PLAIN = MixSpec((12, 8), (3, 5), 1, (1, 1), "symmetric", "none")
@@ -134,13 +135,15 @@ def test_silu_is_accurate() -> None:
     assert ((y - wanted).abs() / wanted.abs().clamp_min(1e-30)).max().item() < 1e-6
 
 
-def test_the_default_type_does_not_matter() -> None:
+def test_the_default_type_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = torch.randn(1, 20, 9, 9), torch.randn(308)
     wanted = split_form(x, weight, None, PLAIN._replace(stride=2))
     for dtype in (torch.float64, torch.bfloat16):
         try:
             torch.set_default_dtype(dtype)
             FORMS.forget()
+            monkeypatch.setattr(kernel, "_memory", kernel._Memory())  # half of it would not do
+            assert scratch(10, 1).dtype == torch.float32
             y = mixed_depthwise2d(x, weight, **PLAIN._replace(stride=2)._asdict())
         finally:
             torch.set_default_dtype(torch.float32)
@@ -439,3 +442,37 @@ assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 assert run() == before
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_plans_anew() -> None:
+    """The parent's plans are for threads that a child may not have."""
+    Layer(1).compute()
+    Block(1).compute()
+    assert all(forms.choose.cache_info().currsize for forms in (FORMS, BLOCK_FORMS))
+    child = os.fork()
+    if child == 0:
+        os._exit(sum(forms.choose.cache_info().currsize for forms in (FORMS, BLOCK_FORMS)))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert FORMS.choose.cache_info().currsize
+
+
+@needs_kernel
+def test_where_threads_are_not_ours_plans_have_one_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, block = call_of(PLAIN, 8, 20, 90, 90, threads=4), Block(1)
+    block.x = torch.randn(8, block.x.shape[1], 90, 90)
+    torch.set_num_threads(4)
+    whole = describe_block_call(block.x, *block.packed(), block.spec())
+    for allowed in (4, 1):
+        cuts: list[int] = []
+
+        def note(*arguments: Any, cuts: list[int] = cuts) -> list[int]:
+            cuts.append(arguments[-1])
+            return plan_layer(*arguments)
+
+        monkeypatch.setattr(kernel, "plan_layer", note)
+        for module in (kernel, block_kernel):
+            monkeypatch.setattr(module, "kernel_threads", lambda allowed=allowed: allowed)
+        kernel.KernelForm().prepare(layer)
+        assert cuts == [allowed]
+        assert block_kernel.plan_block(whole, 16)[2] == allowed

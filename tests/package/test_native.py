@@ -5,6 +5,7 @@ import errno
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -366,7 +367,7 @@ def test_no_home_is_no_cache(process: Process, home: str) -> None:
 
 @needs_compiler
 @pytest.mark.parametrize("target", ["folder", "file"])
-@pytest.mark.parametrize("mode", [0o777, 0o770, 0o722])
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702])
 def test_what_others_may_write_is_not_opened(process: Process, target: str, mode: int) -> None:
     process.load()
     path = process.stored()
@@ -485,11 +486,64 @@ def alive(pid: int) -> bool:
 def test_an_interrupt_ends_the_compiler(process: Process) -> None:
     pids = process.root / "pids"
     process.compiler(f"sleep 60 & echo $! $$ > {pids}; sleep 0.5; kill -INT {os.getpid()}; wait")
-    with pytest.raises(KeyboardInterrupt):
-        process.load()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            process.load()
+    finally:
+        signal.signal(signal.SIGINT, before)
     for pid in pids.read_text().split():
         assert not alive(int(pid))
     assert litter(process) == []
+
+
+@needs_compiler
+def test_all_tries_together_have_one_limit(process: Process) -> None:
+    """There are several flags to try: none of them has the whole time for itself."""
+    process.patch.setattr(native, "_TIME_LIMIT", 1.0)
+    process.compiler("sleep 0.4; exit 1")
+    assert process.load() is None
+    assert "did not end in" in process.why()
+
+
+@needs_root
+@needs_compiler
+def test_what_another_user_left_is_not_swept(process: Process) -> None:
+    theirs = process.temporary / "mixconv-build-d"
+    theirs.mkdir(mode=0o700)
+    os.utime(theirs, (0, 0))
+    os.chown(theirs, OTHER_USER, OTHER_USER)
+    process.load()
+    assert theirs.exists()
+
+
+@needs_compiler
+def test_what_is_stored_is_its_owners_alone_whatever_the_umask(process: Process) -> None:
+    before = os.umask(0)
+    try:
+        assert process.load().answer() == 42
+    finally:
+        os.umask(before)
+    path = process.stored()
+    assert [p.stat().st_mode & 0o777 for p in (path, path.parent)] == [0o700, 0o700]
+    process.without_compiler()
+    assert process.load().answer() == 42
+
+
+@needs_compiler
+def test_a_library_comes_to_its_place_in_one_step(process: Process) -> None:
+    """Copied there, another process could open half of it."""
+    copied: list[Path] = []
+    copy = shutil.copyfile
+
+    def note(source: Path, target: Path) -> Any:
+        copied.append(Path(target))
+        return copy(source, target)
+
+    process.patch.setattr(shutil, "copyfile", note)
+    process.load()
+    assert len(copied) == 1
+    assert copied[0].parent != process.stored().parent
 
 
 @needs_compiler

@@ -307,6 +307,21 @@ def test_a_known_zero_has_no_memory(from_memory: FromMemory) -> None:
         torch.testing.assert_close(y, split_form(x, torch.zeros_like(weight), bias, SPEC))
 
 
+@pytest.mark.parametrize("place", [0, 1, 2], ids=["x", "weight", "bias"])
+def test_memory_that_was_given_back_is_not_read(place: int, from_memory: FromMemory) -> None:
+    """As FSDP leaves its weights between two forwards: sizes, and address 0."""
+    given = tensors()
+    given[place].untyped_storage().resize_(0)
+    assert given[place].data_ptr() == 0
+    for call in (
+        lambda: run_operation(*given, SPEC),
+        lambda: OPERATION(*given, *as_arguments(SPEC)),
+    ):
+        with pytest.raises(RuntimeError, match="storage"):
+            call()
+    assert from_memory.runs == 0
+
+
 def negate(tensor: Tensor, contiguous: bool) -> Tensor:
     """The same numbers, kept as their negatives and a mark."""
     if contiguous:

@@ -5,13 +5,13 @@
 import re
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from mixconv._checks import check_multiplier, check_positive
 from mixconv.blocks import ConvNormActivation, MixConvBlock
-from mixconv.layer import make_conv2d, make_pointwise
+from mixconv.layer import Conv2dSame, make_conv2d, make_pointwise
 from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
 
 __all__ = [
@@ -294,6 +294,20 @@ class MixNet(ConvNet):
         )  # fmt: skip
         self.config = scaled
         initialize(self)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and isinstance(self.stem, ConvNormActivation):
+            destination._metadata[prefix[:-1]]["settings"] = self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        """Padding, and epsilon and momentum of the normalisation: what weights cannot say."""
+        conv, norm = self.stem.conv, cast("nn.BatchNorm2d", self.stem.norm)
+        return {
+            "padding": "same" if isinstance(conv, Conv2dSame) else "symmetric",
+            "norm_eps": norm.eps,
+            "norm_momentum": norm.momentum,
+        }
 
 
 def preprocess(image: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 """The official TensorFlow variables in a MixNet, by order or by name (chapter 8)."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -99,8 +100,10 @@ def _slots(model: MixNet) -> list[_Slot]:
 def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
     """Load the official TensorFlow variables into a MixNet.
 
+    A model with another padding or epsilon than the official ones gets them, too, with a warning.
+
     Args:
-        model: a MixNet of the same configuration, with the official padding and epsilon.
+        model: a MixNet of the same configuration.
         variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
             or by TensorFlow name: `{n: reader.get_tensor(n) for n in
             reader.get_variable_to_shape_map()}` of a `tf.train.load_checkpoint` reader. Moving
@@ -112,6 +115,13 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 
     Source: order of creation in the official `mixnet_model.py`. Chapter 8.
     """
+    own = model.settings()
+    if (own["padding"], own["norm_eps"]) != ("same", 1e-3):
+        warnings.warn(
+            "the official weights want padding='same', norm_eps=0.001; the model has "
+            f"padding={own['padding']!r}, norm_eps={own['norm_eps']}",
+            stacklevel=2,
+        )
     slots = _slots(model)
     named = isinstance(variables, Mapping)
     values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]

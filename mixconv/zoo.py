@@ -2,99 +2,73 @@
 
 """`mixnet_s`, `mixnet_m`, `mixnet_l`: the networks by name, with weights (chapter 8)."""
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mixconv.checkpoint import read_state_dict
+from mixconv.checkpoint import read_checkpoint
 from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MixNet, MixNetConfig
 from mixconv.network import refuse_in_chans
-from mixconv.weights import load_weights
+from mixconv.weights import OFFICIAL, fill, settings_of
 
-__all__ = [
-    "OFFICIAL",
-    "PYTORCH",
-    "Builder",
-    "Convention",
-    "convention_of",
-    "mixnet_l",
-    "mixnet_m",
-    "mixnet_s",
-]
-
-
-class Convention(NamedTuple):
-    """What weights were trained with and cannot say themselves; arguments of `MixNet`."""
-
-    padding: str
-    norm_eps: float
-    norm_momentum: float
-
-
-OFFICIAL = Convention("same", 1e-3, 0.01)
-
-PYTORCH = Convention("symmetric", 1e-5, 0.1)
-
-
-def convention_of(weights: Any, state: Mapping[str, Tensor]) -> Convention | None:
-    """The convention that weights were trained with, by their name; None if nothing tells.
-
-    Args:
-        weights: what the caller gave: a path, a hub name, or a state dict.
-        state: the tensors in it; under our own names, the official convention is meant.
-
-    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
-    """
-    if "conv_stem.weight" not in state:
-        return OFFICIAL
-    name = Path(weights).name if isinstance(weights, str | os.PathLike) else ""
-    named = {"tf_mixnet": OFFICIAL, "mixnet": PYTORCH}
-    return next((named[start] for start in named if name.startswith(start)), None)
+__all__ = ["Builder", "mixnet_l", "mixnet_m", "mixnet_s"]
 
 
 def _build(config: MixNetConfig, weights: Any, **options: Any) -> MixNet:
-    """A MixNet, with weights if there are any; their convention fills in what is None."""
-    state = None if weights is None else read_state_dict(weights)
-    usual = OFFICIAL if state is None else convention_of(weights, state)
+    """A MixNet, with weights if there are any; they fill in what is None."""
+    read = None if weights is None else read_checkpoint(weights)
+    usual = OFFICIAL if read is None else settings_of(read)
     if usual is None and None in (options["padding"], options["norm_eps"]):
-        warnings.warn(
-            "timm weights without timm's file name are taken for tf_mixnet_*; for mixnet_* "
-            "say padding='symmetric', norm_eps=1e-5 (or padding='same', norm_eps=1e-3)",
-            stacklevel=4,
-        )
-    for name, value in (usual or OFFICIAL)._asdict().items():
+        warnings.warn(_UNTOLD, stacklevel=4)
+    found = {} if read is None else _sizes_of(read.tensors)
+    for name, value in {**(usual or OFFICIAL), **_USUAL_SIZES, **found}.items():
         if options[name] is None:
             options[name] = value
     model = MixNet(config, **options)
-    if state is not None:
-        load_weights(model, state)
+    if read is not None:
+        fill(model, read.tensors, calls=4)
     return model
+
+
+_USUAL_SIZES = {"num_classes": 1000, "in_channels": 3}
+
+_UNTOLD = (
+    "nothing tells which settings these weights want; taken: padding='same', norm_eps=1e-3 "
+    "(official, timm's tf_mixnet_*). timm's mixnet_* and others trained in PyTorch want "
+    "padding='symmetric', norm_eps=1e-5. Say which"
+)
+
+
+def _sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Classes and image channels of weights, where they can be read off."""
+    classifier = tensors.get("classifier.weight")
+    stem = tensors.get("conv_stem.weight", tensors.get("stem.conv.weight"))
+    found = {"num_classes": classifier.shape[0]} if classifier is not None else {}
+    return found | ({"in_channels": stem.shape[1]} if stem is not None and stem.ndim == 4 else {})
 
 
 @refuse_in_chans
 def mixnet_s(
-    weights: Any = None, *, num_classes: int = 1000, in_channels: int = 3,
+    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
 ) -> MixNet:  # fmt: skip
     """MixNet-S, 4.1 million parameters.
 
     Args:
-        weights: None for untrained; or a path to `.safetensors` or `.pth`, a state dict, or a
-            hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
-        num_classes: outputs; 0 for features.
-        in_channels: channels of the images.
+        weights: None for untrained; or a path to `.safetensors` or `.pth`, a folder, a state
+            dict, or a hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
+        num_classes: outputs; 0 for features; None for as many as the weights have, else 1000.
+        in_channels: channels of the images; None for those of the weights, else 3.
         width_multiplier: scales channels.
         drop_rate: dropout before the classifier; None for the network's own.
         drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
-        padding: "same" or "symmetric"; None for what the weights' name wants, else "same".
-        norm_eps: batch-norm epsilon; None for what the weights' name wants, else 1e-3.
+        padding: "same" or "symmetric"; None for what the weights want, else "same".
+        norm_eps: batch-norm epsilon; None for what the weights want, else 1e-3.
         norm_momentum: share of a new batch in the running statistics; None for what the
-            weights' name wants, else 0.01.
+            weights want, else 0.01.
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
@@ -130,7 +104,7 @@ def _documented_like(model: Builder) -> Callable[[Builder], Builder]:
 @refuse_in_chans
 @_documented_like(mixnet_s)
 def mixnet_m(
-    weights: Any = None, *, num_classes: int = 1000, in_channels: int = 3,
+    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
 ) -> MixNet:  # fmt: skip
@@ -145,7 +119,7 @@ def mixnet_m(
 @refuse_in_chans
 @_documented_like(mixnet_s)
 def mixnet_l(
-    weights: Any = None, *, num_classes: int = 1000, in_channels: int = 3,
+    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
 ) -> MixNet:  # fmt: skip

@@ -519,6 +519,35 @@ class MixNet(ConvNet):
 
 
 # %% [markdown]
+# Weights do not show which padding and which epsilon they were trained with, and with the wrong ones a network computes something else. So a MixNet's `state_dict` carries both along, in the place where PyTorch keeps version numbers; `torch.save` keeps it.
+
+# %% tags=["plumbing"]
+#| export mixnet.py
+from typing import cast
+
+from mixconv.layer import Conv2dSame
+
+
+class MixNet(MixNet):
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if hasattr(destination, "_metadata") and isinstance(self.stem, ConvNormActivation):
+            destination._metadata[prefix[:-1]]["settings"] = self.settings()
+
+    def settings(self) -> dict[str, Any]:
+        """Padding, and epsilon and momentum of the normalisation: what weights cannot say."""
+        conv, norm = self.stem.conv, cast("nn.BatchNorm2d", self.stem.norm)
+        return {
+            "padding": "same" if isinstance(conv, Conv2dSame) else "symmetric",
+            "norm_eps": norm.eps,
+            "norm_momentum": norm.momentum,
+        }
+
+
+# %%
+MixNet(MIXNET_S, padding="symmetric").state_dict()._metadata[""]
+
+# %% [markdown]
 # Is that the official network? Two counts say something; chapter 8 compares the numbers that come out. The repository holds the names and shapes of the variables that the unmodified official code created for S and M. Multiplied out, without those that training does not touch (running means and variances), they give its parameters.
 
 # %%

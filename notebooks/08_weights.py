@@ -44,6 +44,9 @@ def official_weights(name: str) -> list[np.ndarray]:
 
 
 # %%
+from warnings import catch_warnings
+
+
 def official_image(height: int, width: int) -> Tensor:
     return torch.from_numpy(recipe["make_input"](height, width)).permute(0, 3, 1, 2)
 
@@ -52,7 +55,8 @@ scores = {}
 for title, options in {"as built": {}, "epsilon 1e-5": {"norm_eps": 1e-5},
                        "symmetric padding": {"padding": "symmetric"}}.items():  # fmt: skip
     network = MixNet(MIXNET_S, **options).eval()
-    load_official(network, official_weights("mixnet-s"))
+    with catch_warnings(action="ignore"):  # two of them are wrong on purpose
+        load_official(network, official_weights("mixnet-s"))
     with torch.no_grad():
         scores[title] = network(official_image(224, 224))[0].numpy()
 official_scores = truth["mixnet-s_224x224|logits"][0]
@@ -150,6 +154,7 @@ table(
 """The official TensorFlow variables in a MixNet, by order or by name (chapter 8)."""
 
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -270,8 +275,10 @@ print(name, tuple(shape), "→", tuple(slot.target.shape))
 def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
     """Load the official TensorFlow variables into a MixNet.
 
+    A model with another padding or epsilon than the official ones gets them, too, with a warning.
+
     Args:
-        model: a MixNet of the same configuration, with the official padding and epsilon.
+        model: a MixNet of the same configuration.
         variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
             or by TensorFlow name: `{n: reader.get_tensor(n) for n in
             reader.get_variable_to_shape_map()}` of a `tf.train.load_checkpoint` reader. Moving
@@ -283,6 +290,13 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 
     Source: order of creation in the official `mixnet_model.py`. Chapter 8.
     """
+    own = model.settings()
+    if (own["padding"], own["norm_eps"]) != ("same", 1e-3):
+        warnings.warn(
+            "the official weights want padding='same', norm_eps=0.001; the model has "
+            f"padding={own['padding']!r}, norm_eps={own['norm_eps']}",
+            stacklevel=2,
+        )
     slots = _slots(model)
     named = isinstance(variables, Mapping)
     values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]
@@ -375,7 +389,9 @@ compare("mixnet-s", by_name, 224, 224)
 #| export weights.py
 """Weights into a MixNet under our names or timm's, and out to timm (chapter 8)."""
 
+import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import groupby
@@ -456,13 +472,40 @@ def _cut(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[st
     return result
 
 
-def to_timm(model: MixNet) -> dict[str, Tensor]:
+# %% tags=["plumbing"]
+#| export weights.py
+def _unwrap_model(model: nn.Module) -> MixNet:
+    """The MixNet inside of what compiling and data parallelism put around it.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    inside = model
+    while not isinstance(inside, MixNet):
+        found = getattr(inside, "_orig_mod", getattr(inside, "module", None))
+        if not isinstance(found, nn.Module):
+            raise TypeError(f"model must be a MixNet, got {type(model).__name__}")
+        inside = found
+    return inside
+
+
+# %%
+#| export weights.py
+def to_timm(model: nn.Module) -> dict[str, Tensor]:
     """The model's weights under timm's names, for `load_state_dict` of timm's MixNets.
+
+    What the model's padding and epsilon are goes along, as in our own state dicts.
+
+    Raises:
+        TypeError: if the model is not a MixNet, perhaps compiled or data parallel.
 
     Source: `EfficientNet` of timm 1.0. Chapter 8.
     """
-    parts = _cut(model.state_dict(), _timm_names(model))
-    return {name: tensor.clone() for name, tensor in parts.items()}
+    network = _unwrap_model(model)
+    parts = _cut(network.state_dict(), _timm_names(network))
+    renamed = OrderedDict((name, tensor.clone()) for name, tensor in parts.items())
+    renamed._metadata = {"": {"settings": network.settings()}}  # type: ignore[attr-defined]
+    return renamed
 
 
 # %%
@@ -482,80 +525,183 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-_HUB_NAME = re.compile(r"^(?:hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
-_FILE_ENDINGS = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt", ".pkl", ".npz", ".h5")
+
+class Checkpoint(NamedTuple):
+    """Tensors by name, and what is known of where they come from."""
+
+    tensors: dict[str, Tensor]
+    names: tuple[str, ...]  # of network, file, folders: whatever may tell, the surest first
+    settings: Mapping[str, Any] | None  # as `MixNet.settings` wrote them
 
 
 def read_state_dict(weights: Any) -> dict[str, Tensor]:
-    """Tensors by name from a file, a hub name, or a state dict.
+    """Tensors by name from a file, a folder, a hub name, or a state dict.
+
+    Arguments and errors are those of `read_checkpoint`.
+    """
+    return read_checkpoint(weights).tensors
+
+
+# %%
+#| export checkpoint.py
+def read_checkpoint(weights: Any) -> Checkpoint:
+    """What a file, a folder, a hub name, or a state dict holds.
 
     Files are read as data only: nothing in them is executed.
 
+    Args:
+        weights: a path to a file, or to a folder with one; `"timm/tf_mixnet_s.in1k"` or another
+            hub name with "mixnet" in it, or any with `hf-hub:` before it; or a state dict.
+
     Raises:
-        ValueError: if the file is damaged or holds something else, or the name is no hub name.
+        TypeError: for another kind of thing.
+        ValueError: if the file is damaged or holds something else.
         FileNotFoundError: if there is no such file.
         ImportError: naming the extra to install, for `.safetensors` files and hub names.
     """
     if isinstance(weights, Mapping):
-        return _unwrap(weights, "the state dict")
+        return _unwrap(weights, "the state dict", ())
     if not isinstance(weights, str | os.PathLike):
         kind = type(weights).__name__
         raise TypeError(f"weights must be a path, a name or a state dict, got {kind}")
-    path = Path(weights)
-    if isinstance(weights, str) and not path.exists() and not weights.endswith(_FILE_ENDINGS):
-        path = _download(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights file {str(path)!r}")
-    return _unwrap(_read_file(path), str(path))
+    path = _find_file(weights)
+    data = _read_file(path)
+    given = (str(weights),) if isinstance(weights, str) and not Path(weights).exists() else ()
+    return _unwrap(data, str(path), (*given, path.name, *_names_beside(path)))
+
+
+# %% [markdown]
+# A checkpoint of a training script holds more than tensors: the optimiser, the epoch, the options. The tensors may be wrapped twice, carry prefixes, and stand beside counters that other tools left there.
+
+# %% tags=["plumbing"]
+#| export checkpoint.py
+_WRAPPINGS = (
+    "state_dict_ema", "model_ema", "params_ema", "ema", "state_dict", "model_state_dict", "model",
+    "net", "network", "params", "weights",
+)  # fmt: skip
+_PREFIX = re.compile(r"^(module\.|_orig_mod\.|model\.|net\.|backbone\.)+")
+_LEFT_THERE = re.compile(r"(^|\.)(n_averaged|total_ops|total_params)$")  # by averaging, by thop
+
+
+def _unwrap(data: Any, where: str, names: tuple[str, ...]) -> Checkpoint:
+    """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
+    told = names
+    while isinstance(data, Mapping):
+        options = data.get("args", data.get("hyper_parameters"))
+        held = [data.get("arch"), getattr(options, "model", None)]
+        held += [options.get("model")] if isinstance(options, Mapping) else []
+        told = (*(name for name in held if isinstance(name, str)), *told)
+        inside = [data[k] for k in _WRAPPINGS if isinstance(data.get(k), Mapping)]
+        if not inside:
+            break
+        data = inside[0]
+    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
+        keys = ", ".join(map(repr, list(data)[:6])) if isinstance(data, Mapping) else ""
+        found = f"its keys: {keys}" if keys else f"but a {type(data).__name__}"
+        raise ValueError(f"{where} holds no state dict of tensors, {found}")
+    tensors = {_PREFIX.sub("", str(key)): value for key, value in data.items()}
+    tensors = {key: value for key, value in tensors.items() if not _LEFT_THERE.search(key)}
+    records = dict(getattr(data, "_metadata", None) or {}).values()
+    settings = [r["settings"] for r in records if isinstance(r, Mapping) and "settings" in r]
+    return Checkpoint(tensors, told, settings[0] if settings else None)
 
 
 # %% tags=["plumbing"]
 #| export checkpoint.py
+import argparse
+import json
+import zipfile
+
+
 def _read_file(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        _refuse_inflation(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's options: only values
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise ImportError(".safetensors needs safetensors: pip install 'mixconv[hub]'") from None
     except Exception as error:  # damaged files fail in many ways; all mean the same
         raise ValueError(f"{path} holds no readable weights: {error}") from error
 
 
-def _unwrap(data: Any, where: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
-    for key in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(data, Mapping) and isinstance(data.get(key), Mapping):
-            data = data[key]
-    if not isinstance(data, Mapping) or not all(isinstance(v, Tensor) for v in data.values()):
-        raise ValueError(f"{where} holds no state dict of tensors")
-    prefix = re.compile(r"^(module\.|_orig_mod\.)+")  # of data-parallel and compiled models
-    return {prefix.sub("", str(key)): value for key, value in data.items()}
+def _refuse_inflation(path: Path) -> None:
+    """Raise ValueError for an archive that unpacks to far more than it takes; torch's do not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > 2 * path.stat().st_size + (1 << 20):
+            raise ValueError(f"it would unpack to {size >> 20} MB")
 
 
 # %% tags=["plumbing"]
 #| export checkpoint.py
-def _download(name: str) -> Path:
-    match = _HUB_NAME.match(name)
-    if match is None:
-        example = "'timm/tf_mixnet_s.in1k'"
-        raise ValueError(f"weights must be a file or a hub name such as {example}, got {name!r}")
+_FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model_best.pth.tar")
+
+
+def _find_file(weights: str | os.PathLike[str]) -> Path:
+    """The file that a path, a folder or a hub name means.
+
+    Raises:
+        FileNotFoundError: if there is none.
+    """
+    path = Path(weights)
+    if path.is_dir():
+        found = [path / name for name in _FILES if (path / name).is_file()]
+        if not found:
+            raise FileNotFoundError(
+                f"no weights file in {str(path)!r}: none of {', '.join(_FILES)}"
+            )
+        return found[0]
+    hub = _HUB_NAME.match(weights) if isinstance(weights, str) and not path.exists() else None
+    if hub and (hub["said"] or _looks_like_a_hub_name(hub["repository"])):
+        return _download(hub["repository"])
+    if not path.is_file():
+        hint = "" if path.suffix else "; a hub name looks like 'timm/tf_mixnet_s.in1k'"
+        raise FileNotFoundError(f"no weights file {str(path)!r}{hint}")
+    return path
+
+
+def _looks_like_a_hub_name(name: str) -> bool:
+    """Not a file that is missing: asking the hub for that would take half a minute offline."""
+    file = name.endswith((".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt"))
+    return "mixnet" in name.lower() and not file and not Path(name).parent.is_dir()
+
+
+def _names_beside(path: Path) -> list[str]:
+    """What the folders around a file are called, and what a `config.json` beside it says."""
+    names: list[str] = []
+    try:
+        described = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        names += [str(described[key]) for key in ("architecture", "model") if key in described]
+    except (OSError, ValueError, TypeError):
+        pass
+    return [*names, *(folder.name for folder in path.absolute().parents[:3])]
+
+
+# %% tags=["plumbing"]
+#| export checkpoint.py
+_HUB_NAME = re.compile(r"^(?P<said>hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
+
+
+def _download(repository: str) -> Path:
     try:
         from huggingface_hub import hf_hub_download
     except ModuleNotFoundError:
         message = "hub names need huggingface_hub: pip install 'mixconv[hub]'"
         raise ImportError(message) from None
     try:
-        return Path(hf_hub_download(match["repository"], "model.safetensors"))
+        return Path(hf_hub_download(repository, "model.safetensors"))
     except Exception as error:  # offline, unknown name, no permission
-        message = f"cannot get {match['repository']!r} from the hub or its cache here: {error}"
+        message = f"cannot get {repository!r} from the hub or its cache here: {error}"
         raise ValueError(message) from error
 
 
@@ -564,32 +710,79 @@ def _download(name: str) -> Path:
 
 # %%
 #| export weights.py
-from mixconv.checkpoint import read_state_dict
+from mixconv.checkpoint import Checkpoint, read_checkpoint
 
 
-def load_weights(model: MixNet, weights: Any) -> None:
+def load_weights(model: nn.Module, weights: Any) -> None:
     """Load weights into a MixNet; everything is checked before anything changes.
 
-    A classifier of another size is left out, with a warning.
+    A classifier of another size is left out, with a warning. A stem of three channels is made to
+    fit another number, as timm does it: summed for one, repeated and scaled for others. Where the
+    weights tell that they want another padding or epsilon than the model has, a warning says so.
 
     Args:
-        model: a MixNet of the configuration that the weights belong to. Padding and epsilon are
-            the model's own; `mixnet_s(weights=...)` picks them by the weights' name.
-        weights: a path to `.safetensors` or `.pth`, a hub name, or a state dict, under our names
-            or timm's.
+        model: a MixNet of the configuration that the weights belong to; it may be compiled or
+            wrapped as data parallel.
+        weights: a path to `.safetensors` or `.pth`, a folder, a hub name, or a state dict, under
+            our names or timm's; see `read_checkpoint`.
 
     Raises:
-        ValueError: listing what is missing, unexpected, or of another shape.
+        TypeError: if the model is not a MixNet.
+        ValueError: listing what is missing, unexpected, of another shape or no dense numbers.
         FileNotFoundError: if there is no such file.
         ImportError: naming the extra that is needed.
     """
-    given = read_state_dict(weights)
-    own = model.state_dict()
+    network, read = _unwrap_model(model), read_checkpoint(weights)
+    wanted = settings_of(read)
+    own, differ = network.settings(), []
+    for name in ("padding", "norm_eps") if wanted else ():
+        if own[name] != wanted[name]:  # type: ignore[index]
+            differ.append(f"{name}={wanted[name]!r}, the model has {own[name]!r}")  # type: ignore[index]
+    if differ:
+        warnings.warn(f"these weights want {'; '.join(differ)}", stacklevel=2)
+    fill(network, read.tensors)
+
+
+# %%
+#| export weights.py
+OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
+PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
+_FAMILY = re.compile(r"(?:^|[^a-z0-9])(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
+
+
+def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:
+    """Padding, epsilon and momentum that weights were trained with; None if nothing tells.
+
+    Our own state dicts say it themselves. Weights under timm's names come from one of its two
+    families; the name of the network, the file or a folder tells which.
+
+    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
+    """
+    if read.settings is not None or "conv_stem.weight" not in read.tensors:
+        return read.settings
+    found = [match for name in read.names if (match := _FAMILY.search(name))]
+    return (OFFICIAL if found[0][1] else PYTORCH) if found else None
+
+
+# %% [markdown]
+# What does not fit is said before anything is changed; what fits is copied.
+
+# %%
+#| export weights.py
+def fill(model: MixNet, tensors: Mapping[str, Tensor], calls: int = 2) -> None:
+    """Copy tensors into a model, under our names or timm's; see `load_weights`.
+
+    A warning points to where the caller is, `calls` calls up from here.
+    """
+    given, own = dict(tensors), model.state_dict()
     names = _timm_names(model) if "conv_stem.weight" in given else {key: [key] for key in own}
     expected = _cut(own, names)
-    for name in _other_classifier(given, model.num_classes):
+    for name in _other_classifier(given, model.num_classes, calls + 2):
         given.pop(name, None)
         expected.pop(name, None)
+    (stem,) = names["stem.conv.weight"]
+    if stem in given:
+        given[stem] = _other_colors(given[stem], expected[stem].shape[1])
     _check_fit(given, expected)
     with torch.no_grad():
         for name in given:
@@ -598,22 +791,44 @@ def load_weights(model: MixNet, weights: Any) -> None:
 
 # %%
 #| export weights.py
-def _other_classifier(given: Mapping[str, Tensor], num_classes: int) -> tuple[str, ...]:
+def _other_colors(weight: Tensor, channels: int) -> Tensor:
+    """A stem's weights for RGB images, for another number of channels; others as they are.
+
+    Source: `adapt_input_conv` of timm.
+    """
+    if weight.ndim != 4 or weight.shape[1] != 3 or channels == 3:
+        return weight
+    if channels == 1:
+        return weight.sum(dim=1, keepdim=True)
+    return weight.repeat(1, -(-channels // 3), 1, 1)[:, :channels] * (3 / channels)
+
+
+# %% tags=["plumbing"]
+#| export weights.py
+def _other_classifier(
+    given: Mapping[str, Tensor], num_classes: int, stacklevel: int
+) -> tuple[str, ...]:
     """The classifier's names, if the weights have one for another number of classes."""
     weight = given.get("classifier.weight")
-    if weight is None or weight.shape[0] == num_classes:
+    if weight is None or weight.ndim != 2 or weight.shape[0] == num_classes:
         return ()
     if num_classes:
         warnings.warn(
             f"the weights are for {weight.shape[0]} classes, the model has {num_classes}: "
             "its classifier keeps its own weights",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
     return ("classifier.weight", "classifier.bias")
 
 
 # %%
 #| export weights.py
+def _is_dense(given: Tensor, expected: Tensor) -> bool:
+    """Whether a tensor's numbers can be copied: real, of a kind that fits, and in memory."""
+    real = given.is_floating_point() or not expected.is_floating_point()
+    return given.layout == torch.strided and not (given.is_meta or given.is_complex()) and real
+
+
 def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise ValueError with what is missing, unexpected, or of another shape."""
     shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in expected if n in given}
@@ -621,6 +836,7 @@ def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
         "missing": [n for n in expected if n not in given and not n.endswith("_batches_tracked")],
         "unexpected": [n for n in given if n not in expected],
         "of another shape": [f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b],
+        "no dense numbers": [n for n in shapes if not _is_dense(given[n], expected[n])],
     }
     parts = [
         f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
@@ -650,102 +866,85 @@ with torch.no_grad():
 #
 # Now the three functions that most people call. They stand above all the rest: a network from chapter 7, weights from this one.
 #
-# One thing is left to decide. timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture at the top.) For weights under timm's names, the file or hub name tells which.
+# One thing is left to decide. timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture at the top.) What tells? Our own state dicts say it themselves (chapter 7). For weights under timm's names, it is the name of the network in a training checkpoint, of the file, of a folder around it, or in the `config.json` beside it.
 
 # %%
 #| export zoo.py
 """`mixnet_s`, `mixnet_m`, `mixnet_l`: the networks by name, with weights (chapter 8)."""
 
-import os
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
-from mixconv.checkpoint import read_state_dict
+from mixconv.checkpoint import read_checkpoint
 from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MixNet, MixNetConfig
 from mixconv.network import refuse_in_chans
-from mixconv.weights import load_weights
-
-
-class Convention(NamedTuple):
-    """What weights were trained with and cannot say themselves; arguments of `MixNet`."""
-
-    padding: str
-    norm_eps: float
-    norm_momentum: float
-
-
-OFFICIAL = Convention("same", 1e-3, 0.01)
-PYTORCH = Convention("symmetric", 1e-5, 0.1)
-
-
-# %%
-#| export zoo.py
-def convention_of(weights: Any, state: Mapping[str, Tensor]) -> Convention | None:
-    """The convention that weights were trained with, by their name; None if nothing tells.
-
-    Args:
-        weights: what the caller gave: a path, a hub name, or a state dict.
-        state: the tensors in it; under our own names, the official convention is meant.
-
-    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
-    """
-    if "conv_stem.weight" not in state:
-        return OFFICIAL
-    name = Path(weights).name if isinstance(weights, str | os.PathLike) else ""
-    named = {"tf_mixnet": OFFICIAL, "mixnet": PYTORCH}
-    return next((named[start] for start in named if name.startswith(start)), None)
+from mixconv.weights import OFFICIAL, fill, settings_of
 
 
 # %% [markdown]
-# What the caller says wins over what the name says. Where neither says anything, the official convention is taken, and not in silence.
+# What the caller says wins over what the weights say. Where neither says anything, the official settings are taken, and not in silence. The numbers of classes and of image channels are those of the weights, unless the caller wants others.
 
 # %%
 #| export zoo.py
 def _build(config: MixNetConfig, weights: Any, **options: Any) -> MixNet:
-    """A MixNet, with weights if there are any; their convention fills in what is None."""
-    state = None if weights is None else read_state_dict(weights)
-    usual = OFFICIAL if state is None else convention_of(weights, state)
+    """A MixNet, with weights if there are any; they fill in what is None."""
+    read = None if weights is None else read_checkpoint(weights)
+    usual = OFFICIAL if read is None else settings_of(read)
     if usual is None and None in (options["padding"], options["norm_eps"]):
-        warnings.warn(
-            "timm weights without timm's file name are taken for tf_mixnet_*; for mixnet_* "
-            "say padding='symmetric', norm_eps=1e-5 (or padding='same', norm_eps=1e-3)",
-            stacklevel=4,
-        )
-    for name, value in (usual or OFFICIAL)._asdict().items():
+        warnings.warn(_UNTOLD, stacklevel=4)
+    found = {} if read is None else _sizes_of(read.tensors)
+    for name, value in {**(usual or OFFICIAL), **_USUAL_SIZES, **found}.items():
         if options[name] is None:
             options[name] = value
     model = MixNet(config, **options)
-    if state is not None:
-        load_weights(model, state)
+    if read is not None:
+        fill(model, read.tensors, calls=4)
     return model
+
+
+# %%
+#| export zoo.py
+_USUAL_SIZES = {"num_classes": 1000, "in_channels": 3}
+_UNTOLD = (
+    "nothing tells which settings these weights want; taken: padding='same', norm_eps=1e-3 "
+    "(official, timm's tf_mixnet_*). timm's mixnet_* and others trained in PyTorch want "
+    "padding='symmetric', norm_eps=1e-5. Say which"
+)
+
+
+def _sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Classes and image channels of weights, where they can be read off."""
+    classifier = tensors.get("classifier.weight")
+    stem = tensors.get("conv_stem.weight", tensors.get("stem.conv.weight"))
+    found = {"num_classes": classifier.shape[0]} if classifier is not None else {}
+    return found | ({"in_channels": stem.shape[1]} if stem is not None and stem.ndim == 4 else {})
 
 
 # %%
 #| export zoo.py
 @refuse_in_chans
 def mixnet_s(
-    weights: Any = None, *, num_classes: int = 1000, in_channels: int = 3,
+    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
 ) -> MixNet:  # fmt: skip
     """MixNet-S, 4.1 million parameters.
 
     Args:
-        weights: None for untrained; or a path to `.safetensors` or `.pth`, a state dict, or a
-            hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
-        num_classes: outputs; 0 for features.
-        in_channels: channels of the images.
+        weights: None for untrained; or a path to `.safetensors` or `.pth`, a folder, a state
+            dict, or a hub name such as `"timm/tf_mixnet_s.in1k"`. See `load_weights`.
+        num_classes: outputs; 0 for features; None for as many as the weights have, else 1000.
+        in_channels: channels of the images; None for those of the weights, else 3.
         width_multiplier: scales channels.
         drop_rate: dropout before the classifier; None for the network's own.
         drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
-        padding: "same" or "symmetric"; None for what the weights' name wants, else "same".
-        norm_eps: batch-norm epsilon; None for what the weights' name wants, else 1e-3.
+        padding: "same" or "symmetric"; None for what the weights want, else "same".
+        norm_eps: batch-norm epsilon; None for what the weights want, else 1e-3.
         norm_momentum: share of a new batch in the running statistics; None for what the
-            weights' name wants, else 0.01.
+            weights want, else 0.01.
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
@@ -786,7 +985,7 @@ def _documented_like(model: Builder) -> Callable[[Builder], Builder]:
 @refuse_in_chans
 @_documented_like(mixnet_s)
 def mixnet_m(
-    weights: Any = None, *, num_classes: int = 1000, in_channels: int = 3,
+    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
 ) -> MixNet:  # fmt: skip
@@ -801,7 +1000,7 @@ def mixnet_m(
 @refuse_in_chans
 @_documented_like(mixnet_s)
 def mixnet_l(
-    weights: Any = None, *, num_classes: int = 1000, in_channels: int = 3,
+    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
 ) -> MixNet:  # fmt: skip

@@ -1,13 +1,14 @@
 """Files, state dicts and hub names as tensors by name, read as data only."""
 
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mixconv import MixNet, load_weights
+from mixconv import MixNet, checkpoint, load_weights
 from mixconv.checkpoint import read_state_dict
 
 from .common import TINY, randomize, same_state, snapshot
@@ -56,6 +57,37 @@ def test_files_of_something_else(data, tmp_path):
     torch.save(data, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"other.pth holds no state dict"):
         read_state_dict(tmp_path / "other.pth")
+
+
+def test_an_error_lists_the_keys():
+    with pytest.raises(ValueError, match="no state dict of tensors, its keys: 'lr', 'epoch'"):
+        read_state_dict({"lr": 0.1, "epoch": 3})
+
+
+def test_an_archive_that_inflates_is_refused(tmp_path):
+    torch.save(tiny().state_dict(), tmp_path / "whole.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth") as whole,
+        zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for entry in whole.infolist():
+            bomb.writestr(entry.filename, whole.read(entry))
+        bomb.writestr("archive/data/999", bytes(20 << 20))
+    with pytest.raises(ValueError, match=r"bomb\.pth holds no readable weights: .*unpack to 20 MB"):
+        read_state_dict(tmp_path / "bomb.pth")
+
+
+def test_what_is_no_hub_name_is_not_asked_for(monkeypatch, tmp_path):
+    """Offline, the hub would be tried for half a minute."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr(checkpoint, "_download", lambda name: pytest.fail(f"asked for {name}"))
+    for name in ("runs/mixnet_s", "checkpoints/last", "x/mixnet_s.pth", "mixnet_s", "a/b/mixnet_s"):
+        with pytest.raises(FileNotFoundError, match="no weights file"):
+            read_state_dict(name)
+    monkeypatch.setattr(checkpoint, "_download", lambda name: Path(name))
+    for name in ("timm/tf_mixnet_s.in1k", "hf-hub:me/tuned"):
+        assert checkpoint._find_file(name) == Path(name.removeprefix("hf-hub:"))
 
 
 def test_whole_models_are_refused(tmp_path):

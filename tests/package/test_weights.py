@@ -31,6 +31,12 @@ def wrappings(state: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, A
         "ordered": OrderedDict(state),
         "state_dict": {"state_dict": state, "epoch": 3, "optimizer": {"lr": 0.1}},
         "model": {"model": state, "args": {"lr": 1}},
+        "model_state_dict": {"model_state_dict": state},
+        "net": {"net": state, "acc": 71.0},
+        "twice": {"checkpoint": 1, "model": {"params": state}},
+        "model_ema": {"model": other, "model_ema": state},
+        "lightning": {"state_dict": prefixed(state, "model."), "hyper_parameters": {"lr": 1}},
+        "counted": {**state, "n_averaged": torch.tensor(3), "blocks.0.total_ops": torch.zeros(1)},
         "average": {"state_dict": other, "state_dict_ema": state},
         "distributed": prefixed(state, "module."),
         "wrapped distributed": {"state_dict": prefixed(state, "module.")},
@@ -58,6 +64,67 @@ def test_checkpoints_of_compiled_models(prefix):
     source, model = tiny(), tiny(2)
     load_weights(model, prefixed(dict(source.state_dict()), prefix))
     assert same_state(model, snapshot(source))
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, torch.nn.DataParallel])
+def test_models_that_are_compiled_or_data_parallel(wrap):
+    source, model = tiny(), tiny(2)
+    load_weights(wrap(model), source.state_dict())
+    assert same_state(model, snapshot(source))
+    assert to_timm(wrap(source)).keys() == to_timm(source).keys()
+
+
+@pytest.mark.parametrize("model", [torch.nn.Linear(2, 2), torch.nn.DataParallel(torch.nn.ReLU())])
+def test_other_models_are_refused(model):
+    for function in (to_timm, lambda model: load_weights(model, {})):
+        with pytest.raises(TypeError, match=f"must be a MixNet, got {type(model).__name__}"):
+            function(model)
+
+
+def test_a_model_of_other_settings_is_told():
+    source = tiny()
+    with pytest.warns(UserWarning, match="want padding='same', the model has 'symmetric'") as seen:
+        load_weights(MixNet(TINY, num_classes=7, padding="symmetric"), source.state_dict())
+    assert [warning.filename for warning in seen] == [__file__]
+    with pytest.warns(UserWarning, match=r"want norm_eps=0\.001, the model has 0\.5"):
+        load_weights(MixNet(TINY, num_classes=7, norm_eps=0.5), to_timm(source))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_a_stem_for_other_colors_sees_grey_as_it_was(channels):
+    """A grey picture in every channel gives what it gave in red, green and blue."""
+    source, model = tiny(), MixNet(TINY, num_classes=7, in_channels=channels)
+    load_weights(model, source.state_dict())
+    grey = torch.rand(1, 1, 8, 8)
+    convs: list[Any] = [network.stem.conv for network in (model, source)]
+    seen = convs[0](grey.expand(1, channels, 8, 8))
+    wanted = convs[1](grey.expand(1, 3, 8, 8))
+    if channels == 1 or channels % 3 == 0:
+        torch.testing.assert_close(seen, wanted)
+    assert seen.shape == wanted.shape
+    weight = convs[1].weight
+    kinds = {1: weight.sum(1, keepdim=True), 2: weight[:, :2] * 1.5}
+    kinds |= {4: weight[:, [0, 1, 2, 0]] * 0.75, 7: weight[:, [0, 1, 2, 0, 1, 2, 0]] * 3 / 7}
+    torch.testing.assert_close(convs[0].weight, kinds[channels])
+
+
+def strange(kind: str, tensor: Tensor) -> Tensor:
+    return {
+        "sparse": tensor.to_sparse(), "complex": tensor.to(torch.complex64),
+        "integer": tensor.to(torch.int32), "meta": tensor.to("meta"), "bool": tensor != 0,
+    }[kind]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse", "complex", "integer", "meta", "bool"])
+@pytest.mark.parametrize("name", ["classifier.weight", "stem.conv.weight", "head.norm.bias"])
+def test_what_is_no_dense_numbers_changes_nothing(kind, name):
+    model, state = tiny(2), dict(tiny().state_dict())
+    state[name] = strange(kind, state[name])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=f"no dense numbers: {name}"):
+        load_weights(model, state)
+    assert same_state(model, before)
 
 
 def test_timm_names():

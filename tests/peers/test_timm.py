@@ -203,7 +203,7 @@ def test_arguments_win_over_the_name(tmp_path: Path) -> None:
 def test_without_a_name_the_official_options_hold_and_a_warning_says_so() -> None:
     x = images(1, 3, 64, 64)
     with torch.no_grad():
-        with pytest.warns(UserWarning, match="without timm's file name"):
+        with pytest.warns(UserWarning, match="nothing tells which settings"):
             model = mixnet_s(weights=state_of("tf_mixnet_s")).eval()
         assert_near(model(x), peer("tf_mixnet_s")(x))
 

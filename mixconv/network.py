@@ -9,6 +9,7 @@ from typing import ParamSpec, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mixconv._checks import check_multiplier, check_rate
 
@@ -60,12 +61,16 @@ class ConvNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = head
         self.num_features, self.drop_rate = num_features, drop_rate
+        self.grad_checkpointing = False
         self.feature_info = describe_features(stem, blocks)
         self.reset_classifier(num_classes)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Everything before the mean over pixels: `(N, num_features, H / 32, W / 32)`."""
-        y: Tensor = self.head(self.blocks(self.stem(x)))
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        y: Tensor = self.head(x)
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -101,10 +106,39 @@ class ConvNet(nn.Module):
         x = self.stem(x)
         outputs = [x] if "stem" in wanted else []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = self._run_block(block, x)
             if f"blocks.{index}" in wanted:
                 outputs.append(x)
         return outputs
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep each block's input only, and compute the rest again when it is due."""
+        self.grad_checkpointing = enable
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(block, x, use_reentrant=False)
+            return again
+        y: Tensor = block(x)
+        return y
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *,
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """The output of `forward_features`, and maps of `features`.
+
+        Args:
+            x: images.
+            indices: which entries of `feature_info`; a number for the last so many; None for all.
+            intermediates_only: leave the output out.
+        """
+        maps = self.features(x)
+        if isinstance(indices, int):
+            chosen = maps[len(maps) - indices :]
+        else:
+            chosen = maps if indices is None else [maps[index] for index in indices]
+        return chosen if intermediates_only else (self.head(maps[-1]), chosen)
 
 
 def describe_features(stem: nn.Module, blocks: Sequence[nn.Module]) -> list[dict[str, int | str]]:
@@ -183,15 +217,23 @@ _P = ParamSpec("_P")
 
 _T = TypeVar("_T")
 
+_TIMMS = {
+    "in_chans": "is called in_channels here: write in_channels={value!r}",
+    "pretrained": "is not known here: a MixNet takes weights='timm/tf_mixnet_s.in1k', or a path",
+    "features_only": "is not known here: model.features(x) gives the maps of every stride",
+    "output_stride": "is not known here: the strides are those of the blocks",
+    "drop_block_rate": "is not known here: there is drop_path_rate",
+    "global_pool": "is not known here: model.forward_features(x) gives the maps before the pool",
+}
+
 
 def refuse_in_chans(build: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorate a maker of networks: timm's `in_chans` is an error that names `in_channels`."""
+    """Decorate a maker of networks: an argument of timm's is an error that names ours."""
 
     @wraps(build)
     def checked(*args: _P.args, **options: _P.kwargs) -> _T:
-        if "in_chans" in options:
-            value = options["in_chans"]
-            raise TypeError(f"in_chans is called in_channels here: write in_channels={value!r}")
+        for name in _TIMMS.keys() & options.keys():
+            raise TypeError(f"{name} {_TIMMS[name].format(value=options[name])}")
         return build(*args, **options)
 
     return checked

@@ -75,6 +75,7 @@ class ConvNet(nn.Module):
         self.blocks = nn.Sequential(*blocks)
         self.head = head
         self.num_features, self.drop_rate = num_features, drop_rate
+        self.grad_checkpointing = False
         self.feature_info = describe_features(stem, blocks)
         self.reset_classifier(num_classes)
 
@@ -87,7 +88,10 @@ class ConvNet(nn.Module):
 class ConvNet(ConvNet):
     def forward_features(self, x: Tensor) -> Tensor:
         """Everything before the mean over pixels: `(N, num_features, H / 32, W / 32)`."""
-        y: Tensor = self.head(self.blocks(self.stem(x)))
+        x = self.stem(x)
+        for block in self.blocks:
+            x = self._run_block(block, x)
+        y: Tensor = self.head(x)
         return y
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -104,7 +108,7 @@ class ConvNet(ConvNet):
 # %% [markdown]
 # The classifier can be exchanged, for a new task, or left out.
 
-# %%
+# %% tags=["plumbing"]
 #| export network.py
 class ConvNet(ConvNet):
     def get_classifier(self) -> nn.Module:
@@ -158,10 +162,49 @@ class ConvNet(ConvNet):
         x = self.stem(x)
         outputs = [x] if "stem" in wanted else []
         for index, block in enumerate(self.blocks):
-            x = block(x)
+            x = self._run_block(block, x)
             if f"blocks.{index}" in wanted:
                 outputs.append(x)
         return outputs
+
+
+# %% [markdown]
+# Two more of timm's methods, for those who train and those who build detectors on top: `set_grad_checkpointing` computes the blocks a second time in the backward pass and does not keep what is inside them, and `forward_intermediates` gives the last output and chosen maps at once.
+
+# %% tags=["plumbing"]
+#| export network.py
+from torch.utils.checkpoint import checkpoint
+
+
+class ConvNet(ConvNet):
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In training, keep each block's input only, and compute the rest again when it is due."""
+        self.grad_checkpointing = enable
+
+    def _run_block(self, block: nn.Module, x: Tensor) -> Tensor:
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            again: Tensor = checkpoint(block, x, use_reentrant=False)
+            return again
+        y: Tensor = block(x)
+        return y
+
+    def forward_intermediates(
+        self, x: Tensor, indices: int | Sequence[int] | None = None, *,
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:  # fmt: skip
+        """The output of `forward_features`, and maps of `features`.
+
+        Args:
+            x: images.
+            indices: which entries of `feature_info`; a number for the last so many; None for all.
+            intermediates_only: leave the output out.
+        """
+        maps = self.features(x)
+        if isinstance(indices, int):
+            chosen = maps[len(maps) - indices :]
+        else:
+            chosen = maps if indices is None else [maps[index] for index in indices]
+        return chosen if intermediates_only else (self.head(maps[-1]), chosen)
 
 
 # %% [markdown]
@@ -261,7 +304,7 @@ def drop_path_rates(drop_path_rate: float, blocks: int) -> list[float]:
 [round(rate, 2) for rate in drop_path_rates(0.2, 5)]
 
 # %% [markdown]
-# And one name. timm writes `in_chans` where PyTorch's layers, and this book, write `in_channels`. Whoever comes from timm is told:
+# And names. timm writes `in_chans` where PyTorch's layers, and this book, write `in_channels`, and has a few more words of its own. Whoever comes from timm is told:
 
 # %% tags=["plumbing"]
 #| export network.py
@@ -271,26 +314,34 @@ from typing import ParamSpec, TypeVar
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
+_TIMMS = {
+    "in_chans": "is called in_channels here: write in_channels={value!r}",
+    "pretrained": "is not known here: a MixNet takes weights='timm/tf_mixnet_s.in1k', or a path",
+    "features_only": "is not known here: model.features(x) gives the maps of every stride",
+    "output_stride": "is not known here: the strides are those of the blocks",
+    "drop_block_rate": "is not known here: there is drop_path_rate",
+    "global_pool": "is not known here: model.forward_features(x) gives the maps before the pool",
+}
 
 
 def refuse_in_chans(build: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Decorate a maker of networks: timm's `in_chans` is an error that names `in_channels`."""
+    """Decorate a maker of networks: an argument of timm's is an error that names ours."""
 
     @wraps(build)
     def checked(*args: _P.args, **options: _P.kwargs) -> _T:
-        if "in_chans" in options:
-            value = options["in_chans"]
-            raise TypeError(f"in_chans is called in_channels here: write in_channels={value!r}")
+        for name in _TIMMS.keys() & options.keys():
+            raise TypeError(f"{name} {_TIMMS[name].format(value=options[name])}")
         return build(*args, **options)
 
     return checked
 
 
 # %%
-try:
-    refuse_in_chans(dict)(in_chans=1)
-except TypeError as error:
-    print(error)
+for timms in ({"in_chans": 1}, {"features_only": True}):
+    try:
+        refuse_in_chans(dict)(**timms)
+    except TypeError as error:
+        print(error)
 
 # %% [markdown]
 # ## MobileNetV1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mixconv import mobilenet_v1, mobilenet_v2
+from mixconv import mixnet_s, mobilenet_v1, mobilenet_v2
 from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
 
 from .common import noise
@@ -133,3 +133,59 @@ def test_initialising_leaves_other_layers_alone():
         nn.init.constant_(module.weight, 7.0)
     initialize(nn.Sequential(nn.Conv2d(2, 4, 1), *others))
     assert all((module.weight == 7).all() for module in others)
+
+
+@pytest.mark.parametrize("version", MAKERS)
+def test_checkpointing_gives_the_same_gradients_and_keeps_less(version):
+    torch.manual_seed(0)
+    model = MAKERS[version]((3, 5), width_multiplier=0.35, num_classes=3, drop_rate=0.0).train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.eval()  # running means are updated twice where a block runs twice, as in timm
+    grads, kept = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        sizes: list[int] = []
+
+        def pack(tensor, sizes=sizes):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(noise(2, 3, 64, 64)).square().sum()
+        kept.append(sum(sizes))
+        grads.append(torch.autograd.grad(loss, [*model.parameters()]))
+    assert kept[1] < kept[0] / 2
+    for plain, again in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+@pytest.mark.parametrize("version", MAKERS)
+def test_intermediates_as_timm_gives_them(version):
+    model, x = MAKERS[version]((3,), width_multiplier=0.35).eval(), noise(1, 3, 64, 64)
+    with torch.no_grad():
+        last, maps = model.forward_intermediates(x)
+        torch.testing.assert_close(last, model.forward_features(x))
+        features = model.features(x)
+        for got, wanted in ((maps, features), (model.forward_intermediates(x, 2)[1], features[-2:]),
+                            (model.forward_intermediates(x, [0, 3], intermediates_only=True),
+                             [features[0], features[3]])):  # fmt: skip
+            assert len(got) == len(wanted)
+            for one, other in zip(got, wanted, strict=True):
+                torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    ("options", "hint"),
+    [
+        ({"pretrained": True}, "weights='timm/tf_mixnet_s.in1k'"),
+        ({"features_only": True}, r"model\.features"),
+        ({"output_stride": 16}, "strides are those of the blocks"),
+        ({"global_pool": ""}, "forward_features"),
+        ({"drop_block_rate": 0.1}, "drop_path_rate"),
+    ],
+)
+@pytest.mark.parametrize("build", [mobilenet_v1, mobilenet_v2, mixnet_s])
+def test_timms_arguments_are_told_what_stands_for_them(build, options, hint):
+    with pytest.raises(TypeError, match=hint):
+        build(**options)

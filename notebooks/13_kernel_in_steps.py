@@ -81,7 +81,7 @@ x[1, 2, 3] - x[1, 1, 3], x[1, 2, 3] - x[0, 2, 3]
 #
 # ## Step 0: loops
 #
-# Chapter 1's loops in another language. One group, stride 1; `Int` is a 64-bit integer. Taps that fall outside the image are skipped.
+# Chapter 1's loops in another language. One group, stride 1; `Int` is a 64-bit integer; `const` marks what does not change. Taps that fall outside the image are skipped.
 #
 # ```c++
 # //| export fast/depthwise_steps.cpp
@@ -208,7 +208,7 @@ show(
 #
 # In a depthwise convolution all channels do the same, each with its own numbers. A processor has instructions for just that: one of them multiplies 4, 8 or 16 pairs of numbers at once, and many machines add the products to a sum in the same instruction. The places in such a *vector* are called *lanes*. With channels last, 16 lanes are 16 neighbours in memory.
 #
-# There is no need to name the instructions. GCC and Clang have vector types, on which `+` and `*` work lane by lane. Read the declaration from the left: `Vec` is made of `float`; it is 16 · 4 bytes long; it may begin at any multiple of 4 bytes; it may look at memory that was declared as something else (`float`, here).
+# There is no need to name the instructions. (`constexpr` below marks a number that the compiler knows, `static` what only this file uses.) GCC and Clang have vector types, on which `+` and `*` work lane by lane. Read the declaration from the left: `Vec` is made of `float`; it is 16 · 4 bytes long; it may begin at any multiple of 4 bytes; it may look at memory that was declared as something else (`float`, here).
 #
 # ```c++
 # //| export fast/depthwise_steps.cpp
@@ -280,7 +280,7 @@ compare("step2_scratch", "step1_lanes")
 # %% [markdown]
 # ## Step 3, by hand
 #
-# A multiply-add takes about four ticks of the clock, but a core can *start* two in every tick. So eight could be under way at a time. In step 2 only one is: each `sum += …` needs the sum before it. The way out is to work on several outputs at a time, whose sums do not need each other.
+# A vector multiply-add takes about four ticks of the clock, but a core can *start* two in every tick (typical of today's x86 and ARM cores; Agner Fog's instruction tables list them). So eight could be under way at a time. In step 2 only one is: each `sum += …` needs the sum before it. The way out is to work on several outputs at a time, whose sums do not need each other.
 #
 # Four outputs of a row, three taps. Input (1, 2, 3, 4) with a zero on each side, taps (1, 10, 100). Step 2 finishes one output before it begins the next: 0 + 10 + 200 = 210. Step 3 takes one *tap* after another, and adds its products to all four sums:
 
@@ -341,6 +341,49 @@ assert sums == [210, 321, 432, 43]
 compare("step3_rows", "step2_scratch")
 
 # %% [markdown]
+# **13.1** ★ *5 minutes, one line.* In step 2 every multiply-add loads two vectors, a tap and an input. In step 3 a tap is loaded once for a whole row of sums. How many loads for each multiply-add are left with T sums?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Count one turn of the loop over `kx`: how many loads, how many multiply-adds?
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def loads(tile: int) -> float:
+    raise NotImplementedError
+
+
+def test_loads(answer) -> None:
+    expect(answer, 1, gives=2.0, why="with one sum, a tap and an input")
+    expect(answer, 4, gives=1.25, why="one tap and four inputs for four multiply-adds")
+    expect(answer, 14, gives=15 / 14, why="one tap and fourteen inputs for fourteen")
+
+
+attempt(loads, test_loads)
+
+
+# %% tags=["solution"]
+def loads_solution(tile: int) -> float:
+    return (1 + tile) / tile  # a tap, and an input for each sum
+
+
+def every_time(tile: int) -> float:
+    """load the tap again for each sum"""
+    return 2.0
+
+
+def taps_only(tile: int) -> float:
+    """forget that each sum has an input of its own"""
+    return 2 / tile
+
+
+attempt(loads_solution, test_loads, wrong=[every_time, taps_only])
+
+# %% [markdown]
 # ## What each step bought
 #
 # The stored times, in microseconds, for one image and one thread. The last row is the size of the padded plane.
@@ -371,13 +414,14 @@ for before, after in pairwise(STEPS):
 best = max(speed(layer, STEPS[-1]) for layer in layers) / 1e9
 print(f"at best {best:.0f} of {peak:.0f} billion multiply-adds a second")
 
+
 # %% [markdown]
 # Read it with the reasons in mind.
 #
-# - **Step 1** can gain as many times as a register has lanes: 16 with AVX-512, 8 with AVX, 4 with the oldest or on ARM.
+# - **Step 1** can gain as many times as a register has lanes: 16 with AVX-512, 8 with AVX, 4 with the oldest or on ARM. It may be more than the lanes, and that is the memory's doing: it hands out 64 bytes at a time, a *cache line*. Step 0 uses one number of each line that it fetches, step 1 all sixteen.
 # - **Step 2** is not there for its own sake. Processors guess the outcome of a border test, and guess well, so little is saved, and the copy has its price. It is what makes step 3 possible: 14 sums side by side cannot each ask.
 # - **Step 3** gains what the sums had waited for one another, and the taps that are loaded once for 14 outputs. The larger the kernel, the more of the time it speaks for.
-# - **The copy** costs most where the kernel is small and the plane is large. A first-level cache holds 32 to 128 kB. A plane that does not fit must be fetched from the next level at every output row. Chapter 14 keeps k rows instead of the plane.
+# - **The copy** costs most where the kernel is small and the plane is large. The *first-level cache*, the fastest memory beside the registers, holds 32 to 128 kB for each core. A plane that does not fit must be fetched from the next level at every output row. Chapter 14 keeps k rows instead of the plane.
 
 # %% [markdown]
 # ## Vectors as wide as the machine's
@@ -391,7 +435,50 @@ print(f"at best {best:.0f} of {peak:.0f} billion multiply-adds a second")
 # | ARM, 64 bits | 4 | 32 | 14 |
 # | others | 4 | 16 | 7 |
 #
-# All of this is in `simd.cpp`, which comes before the kernel's own files. Its names are the machine's words: `kLanes`, `kTile`.
+# **13.2** ★★ *10 minutes, two lines.* A row of outputs is computed in tiles of so many sums. Those beyond the row's end are computed, too, and thrown away. What part of all sums is that? (Then see why `simd.cpp` below has a `kShortTile`.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Round the width up to whole tiles: so many sums are computed, and `width` of them count.
+#
+# </details>
+
+# %%
+def thrown_away(width: int, tile: int) -> float:
+    raise NotImplementedError
+
+
+def test_thrown(answer) -> None:
+    expect(answer, 7, 14, gives=0.5, why="14 sums for 7 outputs")
+    expect(answer, 10, 14, gives=4 / 14, why="14 sums for 10 outputs")
+    for width in (112, 56, 28, 14):
+        expect(answer, width, 14, gives=0.0, why="14 divides it")
+    expect(answer, 15, 7, gives=6 / 21, why="three tiles for 15 outputs")
+
+
+attempt(thrown_away, test_thrown)
+
+
+# %% tags=["solution"]
+def thrown_away_solution(width: int, tile: int) -> float:
+    computed = -(-width // tile) * tile  # whole tiles
+    return 1 - width / computed
+
+
+def over_the_outputs(width: int, tile: int) -> float:
+    """divide by the outputs that count, and not by all sums"""
+    return -(-width // tile) * tile / width - 1
+
+
+def kept_of_the_last(width: int, tile: int) -> float:
+    """take what the last tile keeps for what it throws away"""
+    return width % tile / (-(-width // tile) * tile)
+
+
+attempt(thrown_away_solution, test_thrown, wrong=[over_the_outputs, kept_of_the_last])
+
+# %% [markdown]
+# All of this is in `simd.cpp`, which comes before the kernel's own files. The lines with `#if` are decided before anything is compiled: the compiler defines `__AVX512F__` if it may use AVX-512. `namespace {` keeps the names in this file to itself.
 #
 # ```c++
 # //| export fast/simd.cpp
@@ -420,7 +507,7 @@ print(f"at best {best:.0f} of {peak:.0f} billion multiply-adds a second")
 #
 # `LooseVec` is the `Vec` of the steps, which may begin anywhere. `Vec` itself begins at a multiple of its length, as scratch memory does. `IntVec` is for the bits of floats.
 #
-# **Loading and storing.** A group may have 13 channels. Then a vector has 13 lanes that count, and the others must not be written, and at the end of a tensor not even be read. 13 = 8 + 4 + 1: so three copies, whose lengths the compiler knows. The template below asks for half the size each time, down to 1.
+# **Loading and storing.** A group may have 13 channels. Then a vector has 13 lanes that count, and the others must not be written, and at the end of a tensor not even be read. 13 = 8 + 4 + 1: so three copies, whose lengths the compiler knows. The template below asks for half the size each time, down to 1. (`lanes & 8` is 8 if 13 = 8 + 4 + 1 contains an 8, and else 0; `reinterpret_cast` reads the same bytes as another type; `inline` asks that the code be put where it is called.)
 #
 # ```c++
 # //| export fast/simd.cpp
@@ -503,7 +590,7 @@ print(f"2^n from the exponent's bits: {power:.0f}")
 assert hex(large.view(torch.int32)) == "0x4b400000"
 
 # %% [markdown]
-# Now `exp_vec` reads line by line. Arguments are kept between −87 and 87, where the result is an ordinary float. ln 2 is subtracted in two parts, the first of which has so few bits that its product with n is exact.
+# Now `exp_vec` reads line by line. The series is computed from the inside, `((r/5040 + 1/720) · r + 1/120) · r + …`: a multiply-add for each term. Arguments are kept between −87 and 87, where the result is an ordinary float. ln 2 is subtracted in two parts, the first of which has so few bits that its product with n is exact.
 #
 # ```c++
 # //| export fast/simd.cpp
@@ -590,40 +677,7 @@ print("relative error below 4 last places: " + ", ".join(functions))
 # %% [markdown]
 # ## Exercises
 #
-# **13.1** In step 2 every multiply-add loads two vectors, a tap and an input. In step 3 a tap is loaded once for a whole row of sums. How many loads for each multiply-add are left with T sums?
-
-# %%
-from mixconv.teaching import attempt
-
-
-def loads(tile: int) -> float:
-    raise NotImplementedError
-
-
-def test_loads(answer) -> None:
-    assert answer(1) == 2
-    assert answer(4) == 1.25
-    assert abs(answer(14) - 15 / 14) < 1e-9
-
-
-attempt(loads, test_loads)
-
-
-# %% tags=["solution"]
-def loads_solution(tile: int) -> float:
-    return (1 + tile) / tile  # a tap, and an input for each sum
-
-
-attempt(loads_solution, test_loads)
-
-# %% [markdown]
-# **13.2** Somebody has typed step 0 with one wrong index, three times. Each time the program ran on an image of 4×6 pixels and 2 channels that is zero but for a single 1, in row 1 and column 2 of both channels. The taps of channel 0 are 1 to 9, row by row, those of channel 1 are ten times that. Here is what the right program prints, and what the three print. Which line is wrong in each?
-#
-# - **A** `const Int iy = oy + ky;`
-# - **B** `w[(kx * k + ky) * channels + c]`
-# - **C** `w[(ky * k + kx) * channels]`
-# - **D** `x[(iy * height + ix) * channels + c]`
-# - **E** `w[(ky * k + ky) * channels + c]`
+# Somebody has typed step 0 with one wrong index, three times. Each time the program ran on an image of 4×6 pixels and 2 channels that is zero but for a single 1, in row 1 and column 2 of both channels. The taps of channel 0 are 1 to 9, row by row, those of channel 1 are ten times that. Here is what the right program prints, and what the three print.
 
 # %% tags=["plumbing"]
 RIGHT = {
@@ -685,6 +739,27 @@ for which, planes in PRINTED.items():
     print_planes(which, planes)
 
 
+# %% [markdown]
+# **13.3** ★★★ *20 minutes, one line.* Which of these lines is the wrong one in the first, the second and the third program? (Each stands in the place of step 0's line that it resembles.)
+#
+# - **A** `const Int iy = oy + ky;`
+# - **B** `w[(kx * k + ky) * channels + c]`
+# - **C** `w[(ky * k + kx) * channels]`
+# - **D** `x[(iy * height + ix) * channels + c]`
+# - **E** `w[(ky * k + ky) * channels + c]`
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The right program prints the kernel turned by half a turn, around the 1. Ask of each print: has something *moved* (then the wrong index is of the image), or has it other *values* (then of the weights)?
+#
+# </details>
+#
+# <details><summary>Hint: the equation</summary>
+#
+# The first: what leaves on the right comes back on the left, one row lower. In memory all of it has moved by the same number of places. Which of the lines would put row 1 at another place, and column 2 not?
+#
+# </details>
+
 # %%
 def wrong_lines() -> tuple[str, str, str]:
     """The letters of the first, the second and the third."""
@@ -701,41 +776,23 @@ attempt(wrong_lines, test_lines)
 
 # %% tags=["solution"]
 def wrong_lines_solution() -> tuple[str, str, str]:
-    # The right program prints the kernel turned by half a turn, around the 1.
-    # First: it stands two columns further, and what leaves on the right comes back on the left,
-    # a row lower: in memory everything moved by the same number, so the length of a row is wrong.
+    # First: row 1 begins at 4 · 1 and not at 6 · 1, so all stands two places further.
     # Second: a row of the output holds one tap only, 9, 5 or 1: those with kx = ky.
     # Third: both channels have the taps of channel 0.
     return "D", "E", "C"
 
 
-attempt(wrong_lines_solution, test_lines)
+def moved_by_rows() -> tuple[str, str, str]:
+    """blame `iy` for what has moved: A would move it up by a row, and not to the right"""
+    return "A", "E", "C"
 
 
-# %% [markdown]
-# **13.3** A row of outputs is computed in tiles of so many sums. Those beyond the row's end are computed, too, and thrown away. What part of all sums is that? Then see why `simd.cpp` has a `kShortTile`.
-
-# %%
-def thrown_away(width: int, tile: int) -> float:
-    raise NotImplementedError
+def turned() -> tuple[str, str, str]:
+    """take three equal columns for a kernel that was mirrored"""
+    return "D", "B", "C"
 
 
-def test_thrown(answer) -> None:
-    assert [answer(width, 14) for width in (112, 56, 28, 14, 7)] == [0, 0, 0, 0, 0.5]
-    assert answer(7, 7) == 0
-    assert abs(answer(10, 14) - 4 / 14) < 1e-9
-
-
-attempt(thrown_away, test_thrown)
-
-
-# %% tags=["solution"]
-def thrown_away_solution(width: int, tile: int) -> float:
-    computed = -(-width // tile) * tile  # whole tiles
-    return 1 - width / computed
-
-
-attempt(thrown_away_solution, test_thrown)
+attempt(wrong_lines_solution, test_lines, wrong=[moved_by_rows, turned])
 
 # %% [markdown]
 # ## Takeaways

@@ -412,9 +412,6 @@ class _Libraries:
             torchs = ctypes.CDLL(torch._C.__file__)
             self.ready_to_fork = _end_idle_threads([torchs, *ours])
 
-    def after_fork_in_parent(self) -> None:
-        self.ready_to_fork = False
-
     def after_fork_in_child(self) -> None:
         self.lock = threading.Lock()  # another thread may have held it
         self.threads_are_ours = self.threads_are_ours and self.ready_to_fork
@@ -448,7 +445,6 @@ _libraries = _Libraries()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: _libraries.before_fork(),
-        after_in_parent=lambda: _libraries.after_fork_in_parent(),
         after_in_child=lambda: _libraries.after_fork_in_child(),
     )
 
@@ -504,40 +500,24 @@ with mock.patch.dict(os.environ, CXX='"'):
 #
 # ## Exercises
 #
-# **13.1** A file is stored as `key-digest.so`, where the digest is the first 16 letters of its content's SHA-256. Is a file whole?
+# **13.4** ★★ *15 minutes, five lines.* Write the pieces of a file to `path` so that whoever opens it sees the old file or all of the new one, even if the pieces end in the middle with an error. Nothing else may stay in the folder.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# A rename is one step, if both names are on the same disk. So write it all to another name first; and what if that fails?
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `with tempfile.TemporaryDirectory(dir=path.parent) as folder:` goes away by itself, error or not.
+#
+# </details>
 
 # %%
 from mixconv.teaching import attempt
 
 
-def is_whole(name: str, content: bytes) -> bool:
-    raise NotImplementedError
-
-
-def test_whole(answer) -> None:
-    content = bytes(range(256)) * 40
-    name = _full_name("some-key", content)
-    assert answer(name, content)
-    cut, zeros = content[:1000], content[:1000] + bytes(len(content) - 1000)
-    assert not any(answer(name, other) for other in (cut, zeros, b"", content + b"x"))
-    assert not answer(_full_name("some-key", b"other"), content)
-
-
-attempt(is_whole, test_whole)
-
-
-# %% tags=["solution"]
-def is_whole_solution(name: str, content: bytes) -> bool:
-    return name.endswith("-" + hashlib.sha256(content).hexdigest()[:16] + ".so")
-
-
-attempt(is_whole_solution, test_whole)
-
-
-# %% [markdown]
-# **13.2** Write the pieces of a file to `path` so that whoever opens it sees the old file or all of the new one, even if the pieces end in the middle with an error. Nothing else may stay in the folder.
-
-# %%
 def write_in_one_step(path: Path, pieces: Iterator[bytes]) -> None:
     raise NotImplementedError
 
@@ -546,7 +526,7 @@ def test_one_step(answer) -> None:
     def pieces(path: Path, fail: bool) -> Iterator[bytes]:
         for _ in range(3):
             yield b"new "
-            assert path.read_text() == "old"  # what another process sees meanwhile
+            assert path.read_text() == "old", "another process saw a part of the new file"
         if fail:
             raise OSError("the disk is full")
 
@@ -555,7 +535,9 @@ def test_one_step(answer) -> None:
             (path := Path(folder, "file")).write_text("old")
             with contextlib.suppress(OSError):
                 answer(path, pieces(path, fail))
-            assert [(p.name, p.read_text()) for p in Path(folder).iterdir()] == [("file", expected)]
+            found = {entry.name: entry.read_text() for entry in Path(folder).iterdir()}
+            when = "an error" if fail else "success"
+            assert found == {"file": expected}, f"after {when} the folder holds {found}"
 
 
 attempt(write_in_one_step, test_one_step)
@@ -570,7 +552,21 @@ def write_in_one_step_solution(path: Path, pieces: Iterator[bytes]) -> None:
         beside.replace(path)
 
 
-attempt(write_in_one_step_solution, test_one_step)
+def in_its_place(path: Path, pieces: Iterator[bytes]) -> None:
+    """open the file itself for writing"""
+    with path.open("wb") as file:
+        file.writelines(pieces)
+
+
+def without_a_broom(path: Path, pieces: Iterator[bytes]) -> None:
+    """write beside it, and sweep only where all goes well"""
+    beside = path.with_suffix(".new")
+    with beside.open("wb") as file:
+        file.writelines(pieces)
+    beside.replace(path)
+
+
+attempt(write_in_one_step_solution, test_one_step, wrong=[in_its_place, without_a_broom])
 
 # %% [markdown]
 # ## Takeaways

@@ -275,9 +275,6 @@ class _Libraries:
             torchs = ctypes.CDLL(torch._C.__file__)
             self.ready_to_fork = _end_idle_threads([torchs, *ours])
 
-    def after_fork_in_parent(self) -> None:
-        self.ready_to_fork = False
-
     def after_fork_in_child(self) -> None:
         self.lock = threading.Lock()  # another thread may have held it
         self.threads_are_ours = self.threads_are_ours and self.ready_to_fork
@@ -305,7 +302,6 @@ _libraries = _Libraries()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: _libraries.before_fork(),
-        after_in_parent=lambda: _libraries.after_fork_in_parent(),
         after_in_child=lambda: _libraries.after_fork_in_child(),
     )
 

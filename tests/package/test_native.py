@@ -643,6 +643,16 @@ def test_after_a_fork(process: Process, before: str, threads: int) -> None:
     assert done.returncode == threads, done.stderr
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_lock_that_another_thread_holds_does_not_hold_up_a_child(process: Process) -> None:
+    process.patch.setattr(native, "_libraries", native._Libraries())
+    with native._libraries.lock:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if native._libraries.lock.acquire(timeout=5) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
 def test_old_openmp_means_one_thread_in_a_child(monkeypatch: pytest.MonkeyPatch) -> None:
     class Old:
         GOMP_parallel = None
@@ -664,8 +674,7 @@ def test_old_openmp_means_one_thread_in_a_child(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(native, "_end_idle_threads", lambda _: False)
     torch.set_num_threads(2)
     libraries.before_fork()
-    libraries.after_fork_in_parent()
-    assert native.kernel_threads() == 2
+    assert native.kernel_threads() == 2  # in the parent
     libraries.before_fork()
     libraries.after_fork_in_child()
     assert native.kernel_threads() == 1

@@ -84,7 +84,7 @@ assert outputs == expected.flatten().tolist()
 # The smallest piece of work is a *strip*: up to 16 neighbouring channels of one group, since a vector holds 16 (on some machines 8 or 4) and all its lanes must use the same kernel size. Groups have 20 or 90 channels, so where are they cut?
 #
 # - A strip ends where its group ends.
-# - A strip ends at every multiple of 16 channels *of the tensor*, so that what it writes lies on one cache line. Two threads that write to the same line wait for each other all the time.
+# - A strip ends at every multiple of 16 channels *of the tensor*. Where a pixel's channels are a multiple of 16, each strip then writes whole cache lines (chapter 13's 64 bytes) that are its own. Two threads that write to one line wait for each other all the time.
 #
 # A strip of fewer than 16 channels still reads full vectors, which is faster than a loop over its lanes. It may read its neighbours' channels, but not past the tensor. So it knows its `window`, the first channel it reads, and which lanes are its own: `lanes` of them, from lane `skip` on.
 
@@ -148,9 +148,55 @@ for s in cut_strips(tiny, height=8, width=8, lanes=4):
     print(f"channels {last - s.lanes + 1} to {last}: window {s.window}, skip {s.skip}")
 
 # %% [markdown]
+# **14.1** ★★ *10 minutes, two lines.* Into how many strips are groups of these many channels cut, with vectors of 16?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Count where strips *end*: at the end of each group, and at every multiple of 16. Some of these are the same place.
+#
+# </details>
+
+# %%
+import itertools
+
+from mixconv.teaching import attempt, expect
+
+
+def count_strips(channels: tuple[int, ...]) -> int:
+    raise NotImplementedError
+
+
+def test_strips(answer) -> None:
+    expect(answer, (16, 16), gives=2, why="both groups end at a multiple of 16")
+    expect(answer, (8, 8), gives=2, why="a strip ends where its group ends")
+    expect(answer, (20, 12), gives=3, why="0 to 15, 16 to 19, 20 to 31")
+    expect(answer, (90, 90, 90, 90), gives=26, why="ends at 90, 180, 270, 360 and 22 multiples")
+
+
+attempt(count_strips, test_strips)
+
+
+# %% tags=["solution"]
+def count_strips_solution(channels: tuple[int, ...]) -> int:
+    return len(set(itertools.accumulate(channels)) | set(range(16, sum(channels), 16)))
+
+
+def each_alone(channels: tuple[int, ...]) -> int:
+    """cut each group for itself, as if it began at a multiple of 16"""
+    return sum(-(-c // 16) for c in channels)
+
+
+def groups_forgotten(channels: tuple[int, ...]) -> int:
+    """cut at multiples of 16 only, though two groups do not share a kernel"""
+    return -(-sum(channels) // 16)
+
+
+attempt(count_strips_solution, test_strips, wrong=[each_alone, groups_forgotten])
+
+# %% [markdown]
 # ## Bands, and parts of equal cost
 #
-# Neighbouring strips read and write the same rows of pixels. Those rows should be in the second-level cache still when the next strip comes. So an image is worked on in *bands* of rows, few enough for half of a common second-level cache.
+# Neighbouring strips read and write the same rows of pixels. Those rows should be in the *second-level cache* still when the next strip comes: larger and slower than the first, a megabyte or two for each core. So an image is worked on in *bands* of rows, few enough for half of a common second-level cache.
 #
 # The order of the work is: for each image, for each band, for each strip, for each row. Each thread gets a *part* of this sequence. Where there are few strips, bands serve the threads, too: their number is a multiple of the number of parts. But bands must not be too small, since each fetches `kernel - 1` rows that the band above it has fetched before.
 
@@ -181,6 +227,47 @@ def band_rows(out_height: int, row_bytes: int, strips: int, parts: int) -> int:
 # %%
 print(band_rows(56, 4 * 240 * (56 + 56), strips=15, parts=2), "rows of 56")
 print(band_rows(112, 4 * 16 * (112 + 112), strips=1, parts=2), "rows of 112")
+
+
+# %% [markdown]
+# **14.2** ★ *5 minutes, one line.* How many input rows does the kernel fetch for a band of `rows` output rows in the middle of an image? (For 4 rows of a 9×9 kernel it is three times as many as it writes: that is why bands are not made too small.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The first output row needs a whole window. How many *new* rows does each of the others need?
+#
+# </details>
+
+# %%
+def fetched_rows(rows: int, k: int, stride: int) -> int:
+    raise NotImplementedError
+
+
+def test_fetched(answer) -> None:
+    expect(answer, 1, 9, 1, gives=9, why="one window")
+    expect(answer, 4, 9, 1, gives=12, why="the first window, and three rows more")
+    expect(answer, 4, 5, 2, gives=11, why="the window moves down by two rows")
+
+
+attempt(fetched_rows, test_fetched)
+
+
+# %% tags=["solution"]
+def fetched_rows_solution(rows: int, k: int, stride: int) -> int:
+    return (rows - 1) * stride + k
+
+
+def without_a_ring(rows: int, k: int, stride: int) -> int:
+    """fetch every window anew"""
+    return rows * k
+
+
+def without_stride(rows: int, k: int, stride: int) -> int:
+    """let the window move by one row, whatever the stride"""
+    return rows - 1 + k
+
+
+attempt(fetched_rows_solution, test_fetched, wrong=[without_a_ring, without_stride])
 
 # %% [markdown]
 # A 9×9 strip costs more than a 3×3 strip, so equal numbers of strips would be unfair. What does an output pixel of a strip cost? Its taps, as far as they lie inside the image from top to bottom; reading and writing, more with a stride; and its share of loading the taps. The two constants are fitted to measurements.
@@ -214,7 +301,7 @@ for size in (112, 14, 7):
     print(f"{size}×{size}: 3×3 costs {costs[0]}, 11×11 costs {costs[-1]}")
 
 # %% [markdown]
-# Work too small for several threads is one part. Parts are cut where the cost says. Number the rows of the work from 0 on; a part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
+# Work too small for several threads is one part. Parts are cut where the cost says. So the rows of the work are numbered: row r of strip s is s · 80 + r, if a strip has 80 rows; the strips of the next band, and of the next image, go on from there. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
 
 # %%
 #| export fast/plan.py
@@ -239,6 +326,9 @@ Layer = namedtuple(
     "band bands strips parts ring",
 )
 
+# %% [markdown]
+# By hand: three strips that cost 10, 10 and 20 a row, one image of 80 rows, one band: 3,200 in all. Two parts of 1,600: the first takes the two cheap strips, the second the expensive one. Three parts of 1,066⅔: the first takes strip 0, which costs 800, and 26 rows of strip 1. The second begins there, at row 106, and ends 533⅓ into strip 2, after 26 of its rows.
+
 # %%
 #| export fast/plan.py
 import bisect
@@ -260,9 +350,6 @@ def share_out(strips: Sequence[Strip], costs: Sequence[int], layer: Layer) -> li
         cuts.append(((image * layer.bands + band) * layer.strips + strip) * layer.band + row)
     return cuts
 
-
-# %% [markdown]
-# By hand: three strips that cost 10, 10 and 20 a row, one image of 80 rows, one band: 3,200 in all. Two parts of 1,600: the first takes the two cheap strips, the second the expensive one. Three parts of 1,066⅔: the first takes strip 0, which costs 800, and 26 rows of strip 1. The second begins there, at row 106, and ends 533⅓ into strip 2, after 26 of its rows.
 
 # %%
 layer = Layer(1, 80, 8, 48, 80, 8, 1, 0, band=80, bands=1, strips=3, parts=2, ring=0)
@@ -330,7 +417,7 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 #
 # ### The ring
 #
-# A *template* is code with a blank that the compiler fills in: `Ring<3>` and `Ring<5>` are two types, compiled apart. With the kernel size known, loops over taps can be unrolled, and `iy % K` is cheap.
+# Chapter 13's template parameter again, here of a struct: `Ring<3>` and `Ring<5>` are two types, compiled apart. With the kernel size known, loops over taps can be unrolled, and `iy % K` is cheap.
 #
 # `pitch` is the length of a row: as many input columns as the tiles of a row of outputs reach, of which `begin` to `end` hold pixels of the image. The rest is zero, and stays zero. Behind the K rows lie the strip's weights.
 #
@@ -455,7 +542,7 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 #
 # Rows above and below the image are skipped, not multiplied by zero: at 7×7 with a 9×9 kernel that saves a third of the work. The prefetch is for the output: a cache line that will be written must be fetched first, and that can happen while the sums are made.
 #
-# Seven kernel sizes, two strides and two tiles make 28 versions. The layer picks one:
+# Seven kernel sizes, two strides and two tiles make 28 versions. The layer picks one. (`[&](…) {…}` is a function without a name that sees the variables around it, a Python `lambda`; `auto` lets the compiler find a type out.)
 #
 # ```c++
 # //| export fast/depthwise.cpp
@@ -524,7 +611,7 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 # }
 # ```
 #
-# With OpenMP, the threads are those of PyTorch's own pool. OpenMP may give fewer than were asked for; then a thread takes several parts. Without OpenMP, as with Apple's compiler, plain threads are started. Starting one can fail: what it would have done is then done by the calling thread, and still nothing is thrown.
+# `#pragma omp parallel` runs the block behind it once on each of so many threads. OpenMP, which PyTorch uses too, keeps its threads from call to call. It may give fewer than were asked for; then a thread takes several parts. Without OpenMP, as with Apple's compiler, plain threads are started. Starting one can fail: what it would have done is then done by the calling thread, and still nothing is thrown.
 #
 # ```c++
 # //| export fast/depthwise.cpp
@@ -631,71 +718,59 @@ eleven = MixSpec((48,), (11,), 1, (1,), "symmetric", "none")
 assert ring_size(eleven, width=14) == 11 * (14 + 10) + 121 + APART
 plan_layer(eleven, (1, 48, 14, 14), cut_strips(eleven, 14, 14, 16), [137] * 3, parts=2)[:16]
 
+
 # %% [markdown]
 # That is the beginning of a plan: thirteen numbers of the `Layer`, then where the two parts begin and end. The next page takes it to the kernel.
 #
 # ## Exercises
 #
-# **14.1** Into how many strips are groups of these many channels cut, with vectors of 16?
+# **14.3** ★★★ *15 minutes, two lines.* Design under a budget: a strip's ring and weights shall fit into so many bytes of cache. How many outputs may a row have at most, at stride 1 and with vectors of 16? Whole tiles of 14 only; 0 if not even one fits. Leave the gap between two rings out.
+#
+# <details><summary>Hint: the equation</summary>
+#
+# A vector has 64 bytes. The ring has $k$ rows of $\mathrm{columns} + k - 1$ vectors, and the weights are $k^2$ more.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `columns = (budget // 64 - k * k) // k - (k - 1)`, and then whole tiles.
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt, expect
-
-
-def count_strips(channels: tuple[int, ...]) -> int:
+def widest(k: int, budget: int) -> int:
     raise NotImplementedError
 
 
-def test_strips(answer) -> None:
-    expect(answer, (16, 16), gives=2, why="both groups end at a multiple of 16")
-    expect(answer, (8, 8), gives=2, why="a strip ends where its group ends")
-    expect(answer, (20, 12), gives=3, why="0 to 15, 16 to 19, 20 to 31")
-    expect(answer, (90, 90, 90, 90), gives=26, why="ends at 90, 180, 270, 360 and 22 multiples")
+def test_widest(answer) -> None:
+    cache = 32 * 1024
+    expect(answer, 11, cache, gives=14, why="385 vectors, as above; 28 outputs would take 539")
+    expect(answer, 3, cache, gives=154, why="3 · 156 + 9 vectors are 477 of 512")
+    expect(answer, 13, cache // 2, gives=0, why="one tile takes 507 vectors, and there are 256")
+    expect(answer, 5, 64 * (5 * 18 + 25), gives=14, why="one tile, and nothing is left")
 
 
-attempt(count_strips, test_strips)
-
-
-# %% tags=["solution"]
-def count_strips_solution(channels: tuple[int, ...]) -> int:
-    return len(set(itertools.accumulate(channels)) | set(range(16, sum(channels), 16)))
-
-
-def each_alone(channels):
-    """cut each group for itself, as if it began at a multiple of 16"""
-    return sum(-(-c // 16) for c in channels)
-
-
-attempt(count_strips_solution, test_strips, wrong=[each_alone])
-
-
-# %% [markdown]
-# **14.2** A band needs input rows. How many does the kernel fetch for `rows` output rows in the middle of an image? (For 4 rows of a 9×9 kernel it is three times as many as it writes: that is why bands are not made too small.)
-
-# %%
-def fetched_rows(rows: int, k: int, stride: int) -> int:
-    raise NotImplementedError
-
-
-def test_fetched(answer) -> None:
-    expect(answer, 4, 9, 1, gives=12, why="the first window, and three rows more")
-    expect(answer, 4, 5, 2, gives=11, why="the window moves down by two rows")
-
-
-attempt(fetched_rows, test_fetched)
+attempt(widest, test_widest)
 
 
 # %% tags=["solution"]
-def fetched_rows_solution(rows: int, k: int, stride: int) -> int:
-    return (rows - 1) * stride + k
+def widest_solution(k: int, budget: int) -> int:
+    columns = (budget // 64 - k * k) // k - (k - 1)
+    return max(0, columns // 14 * 14)
 
 
-def without_a_ring(rows, k, stride):
-    """fetch every window anew"""
-    return rows * k
+def without_weights(k: int, budget: int) -> int:
+    """forget that the weights lie behind the ring"""
+    return max(0, (budget // 64 // k - (k - 1)) // 14 * 14)
 
 
-attempt(fetched_rows_solution, test_fetched, wrong=[without_a_ring])
+def without_borders(k: int, budget: int) -> int:
+    """forget the k - 1 columns that a row of the ring has beside its outputs"""
+    return max(0, (budget // 64 - k * k) // k // 14 * 14)
+
+
+attempt(widest_solution, test_widest, wrong=[without_weights, without_borders])
 
 # %% [markdown]
 # ## Takeaways

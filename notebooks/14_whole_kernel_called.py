@@ -3,7 +3,7 @@
 #
 # The kernel is written, and follows any plan it is given. Who makes the plan, who brings the memory, and which calls should it decline? And how near does it come to what the machine can do?
 #
-# The picture below answers the last question. It shows the time of every depthwise layer of the three MixNets, divided by the layer's *roofline* time from chapter 11: its multiply-adds at the machine's peak, or a copy of as many bytes, whichever takes longer. At 1 nothing is left to gain. Round: stride 1; triangles: stride 2; the colour is that of the largest kernel.
+# The picture below answers the last question. It shows the time of every depthwise layer of the three MixNets, divided by the layer's *roofline* time from chapter 11: its multiply-adds at the machine's peak, or a copy of as many bytes, whichever takes longer. (A small copy stays in the cache and is quick. So this roof is stricter than the one in chapter 11's picture, which knows large arrays only.) At 1 nothing is left to gain. Round: stride 1; triangles: stride 2; the colour is that of the largest kernel.
 #
 # **You will be able to**
 # - make a compiled kernel one of an operation's forms, with reasons to decline;

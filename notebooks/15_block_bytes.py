@@ -57,6 +57,51 @@ show(
 #
 # The depthwise layer's output must exist. The gate needs its means, over all pixels, before the projection can start. But the means can be summed up while the rows are still in the cache, and the gate can be multiplied into the projection's weights as they are loaded. (Without a gate that tensor could go, too; the kernel does not bother.)
 #
+# **15.1** ★ *5 minutes, two lines.* How many bytes does a block read and write in one pass? Count the narrow input once, the wide tensor behind the depthwise layer twice, and the output once; float32, one image, no weights.
+#
+# <details><summary>Hint: the equation</summary>
+#
+# Behind the stride there are $\lceil \mathrm{size} / \mathrm{stride} \rceil^2$ pixels, and each has $2 \cdot \mathrm{wide} + \mathrm{outputs}$ numbers to move.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def one_pass_bytes(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
+    raise NotImplementedError
+
+
+def test_bytes(answer) -> None:
+    expect(answer, 1, 1, 1, 1, 1, gives=16, why="one in, the wide one twice, one out")
+    expect(answer, 28, 40, 240, 40, 1, gives=1_756_160, why="the block above")
+    expect(answer, 56, 24, 144, 40, 2, gives=1_329_664, why="behind the stride, 28 · 28 pixels")
+
+
+attempt(one_pass_bytes, test_bytes)
+
+
+# %% tags=["solution"]
+def one_pass_bytes_solution(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
+    before, after = size**2, (-(-size // stride)) ** 2
+    return 4 * (before * inputs + after * (2 * wide + outputs))
+
+
+def stride_forgotten(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
+    """count the wide tensor as large as the input"""
+    return one_pass_bytes_solution(size, inputs, wide, outputs, 1)
+
+
+def written_only(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
+    """count the wide tensor once: what is written is read again"""
+    before, after = size**2, (-(-size // stride)) ** 2
+    return 4 * (before * inputs + after * (wide + outputs))
+
+
+attempt(one_pass_bytes_solution, test_bytes, wrong=[stride_forgotten, written_only])
+
+# %% [markdown]
 # ## A block in one value
 #
 # A block is chapter 12's `MixSpec` with 1×1 layers around it. It must pass through PyTorch's dispatcher, which knows numbers and text but no classes of ours. So a block can be written down as a line of text, and read again: `str` and `BlockSpec.parse`. Reading evaluates nothing but literals and these three names.
@@ -181,6 +226,47 @@ weight = torch.arange(1.0, 13).view(4, 3, 1, 1)
 packed = pack_pointwise(weight, groups=2)
 assert torch.equal(unpack_pointwise(packed, PointwiseSpec(6, 4, 2, "none")), weight)
 packed.view(2, 3, PANEL)[:, :, :4].int()
+
+
+# %% [markdown]
+# **15.2** ★★ *10 minutes, two lines.* How many numbers do the packed weights of a 1×1 convolution take, zeros and all?
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Each group has panels of its own: round its outputs up to whole panels of 16. A panel has 16 numbers for each input of its group.
+#
+# </details>
+
+# %%
+def packed_numbers(inputs: int, outputs: int, groups: int) -> int:
+    raise NotImplementedError
+
+
+def test_packed(answer) -> None:
+    expect(answer, 6, 4, 2, gives=96, why="two panels of 3 inputs by 16")
+    expect(answer, 40, 240, 1, gives=9600, why="fifteen whole panels: no zeros")
+    expect(answer, 40, 240, 2, gives=5120, why="120 outputs fill eight panels, the last by half")
+
+
+attempt(packed_numbers, test_packed)
+
+
+# %% tags=["solution"]
+def packed_numbers_solution(inputs: int, outputs: int, groups: int) -> int:
+    return groups * -(-outputs // groups // 16) * 16 * (inputs // groups)
+
+
+def one_group(inputs: int, outputs: int, groups: int) -> int:
+    """let a panel reach into the next group"""
+    return -(-outputs // 16) * 16 * (inputs // groups)
+
+
+def no_zeros(inputs: int, outputs: int, groups: int) -> int:
+    """forget the zeros that fill the last panel up"""
+    return outputs * (inputs // groups)
+
+
+attempt(packed_numbers_solution, test_packed, wrong=[one_group, no_zeros])
 
 # %% [markdown]
 # ## What it computes

@@ -57,7 +57,7 @@ show(
 # %% [markdown]
 # ## The block's kernel
 #
-# `mixconv/fast/inverted_residual.cpp` continues chapter 14's `depthwise.cpp`. First a 1×1 layer, and the inner loop. It is chapter 13's once more: sums that do not wait for one another, here over inputs instead of taps. One vector of weights, T pixels' inputs, T sums. With `V = 2`, two vectors of outputs share each input. The gate is multiplied into each vector of weights as it is loaded: `V` products, where the inputs would take `T`.
+# `mixconv/fast/inverted_residual.cpp` continues chapter 14's `depthwise.cpp`. First a 1×1 layer, and the inner loop. It is chapter 13's once more: sums that do not wait for one another, here over inputs instead of taps. One vector of weights, T pixels' inputs, T sums. With `V = 2`, two vectors of outputs share each input. (`struct Pointwise : PointSizes` has all that `PointSizes` has, and more; only the sizes come from Python's table.) The gate is multiplied into each vector of weights as it is loaded: `V` products, where the inputs would take `T`.
 #
 # ```c++
 # //| export fast/inverted_residual.cpp
@@ -630,66 +630,63 @@ table(["times as fast", *(f"batch {batch}" for batch in seconds)], rows)
 #
 # ## Exercises
 #
-# **15.1** How many bytes does a block read and write in one pass? Count the narrow input once, the wide tensor behind the depthwise layer twice, and the output once; float32, one image, no weights.
+# **15.3** ★★ *10 minutes, three lines.* The kernel multiplies the gate into the projection's weights. Do it with tensors: from a weight `(outputs, inputs / groups, 1, 1)` and one image's gate `(inputs,)`, make the weight that does both. Why must it be made anew for each image?
+#
+# <details><summary>Hint: the equation</summary>
+#
+# $\sum_i w_{o,i} \, (g_i x_i) = \sum_i (w_{o,i} \, g_i) \, x_i$: each gate meets the weights of *its input*.
+#
+# </details>
+#
+# <details><summary>Hint: the idea</summary>
+#
+# With groups, an output has weights for the inputs of its own group only. Let the weight's outputs be an axis of groups and an axis of outputs in them, then multiply.
+#
+# </details>
 
 # %%
+import torch.nn.functional as F
+
 from mixconv.teaching import attempt, expect
 
 
-def one_pass_bytes(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
+def gated_weight(weight: Tensor, gate: Tensor, groups: int) -> Tensor:
     raise NotImplementedError
 
 
-def test_bytes(answer) -> None:
-    expect(answer, 28, 40, 240, 40, 1, gives=1_756_160, why="the block of the page before")
-    expect(answer, 56, 24, 144, 40, 2, gives=1_329_664, why="behind the stride, 28 · 28 pixels")
+def test_gated(answer) -> None:
+    gate = torch.tensor([3.0, 5.0])
+    wanted = torch.tensor([[3.0, 5.0], [3.0, 5.0]]).view(2, 2, 1, 1)
+    expect(answer, torch.ones(2, 2, 1, 1), gate, 1, gives=wanted, why="a gate for each input")
+    wanted = torch.tensor([3.0, 5.0]).view(2, 1, 1, 1)
+    expect(answer, torch.ones(2, 1, 1, 1), gate, 2, gives=wanted, why="a group has its own inputs")
+    torch.manual_seed(0)
+    weight, gate, x = torch.randn(6, 4, 1, 1), torch.rand(8), torch.randn(1, 8, 3, 3)
+    wanted = F.conv2d(x * gate.view(-1, 1, 1), weight, groups=2)
+    found = F.conv2d(x, answer(weight, gate, 2), groups=2)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-attempt(one_pass_bytes, test_bytes)
-
-
-# %% tags=["solution"]
-def one_pass_bytes_solution(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
-    before, after = size**2, (-(-size // stride)) ** 2
-    return 4 * (before * inputs + after * (2 * wide + outputs))
-
-
-def stride_forgotten(size, inputs, wide, outputs, stride):
-    """count the wide tensor as large as the input"""
-    return 4 * size**2 * (inputs + 2 * wide + outputs)
-
-
-attempt(one_pass_bytes_solution, test_bytes, wrong=[stride_forgotten])
-
-
-# %% [markdown]
-# **15.2** How many numbers do the packed weights of a 1×1 convolution take, zeros and all? Panels have 16 outputs, and each group has panels of its own.
-
-# %%
-def packed_numbers(inputs: int, outputs: int, groups: int) -> int:
-    raise NotImplementedError
-
-
-def test_packed(answer) -> None:
-    expect(answer, 6, 4, 2, gives=96, why="two panels of 3 inputs by 16")
-    expect(answer, 40, 240, 1, gives=9600, why="fifteen whole panels: no zeros")
-    expect(answer, 40, 240, 2, gives=5120, why="120 outputs fill eight panels, the last by half")
-
-
-attempt(packed_numbers, test_packed)
+attempt(gated_weight, test_gated)
 
 
 # %% tags=["solution"]
-def packed_numbers_solution(inputs: int, outputs: int, groups: int) -> int:
-    return groups * -(-outputs // groups // 16) * 16 * (inputs // groups)
+def gated_weight_solution(weight: Tensor, gate: Tensor, groups: int) -> Tensor:
+    parts = weight.view(groups, -1, weight.shape[1])  # groups, outputs, inputs
+    return (parts * gate.view(groups, 1, -1)).view_as(weight)  # each image has its own gate
 
 
-def one_group(inputs, outputs, groups):
-    """let a panel reach into the next group"""
-    return -(-outputs // 16) * 16 * (inputs // groups)
+def by_output(weight: Tensor, gate: Tensor, groups: int) -> Tensor:
+    """multiply the outputs instead of the inputs"""
+    return weight * gate.view(-1, 1, 1, 1)
 
 
-attempt(packed_numbers_solution, test_packed, wrong=[one_group])
+def first_inputs(weight: Tensor, gate: Tensor, groups: int) -> Tensor:
+    """give every group the gate of the first group's inputs"""
+    return weight * gate[: weight.shape[1]].view(1, -1, 1, 1)
+
+
+attempt(gated_weight_solution, test_gated, wrong=[by_output, first_inputs])
 
 # %% [markdown]
 # ## Takeaways

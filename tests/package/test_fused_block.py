@@ -119,6 +119,14 @@ def test_input_in_any_layout() -> None:
         block.check()
 
 
+def test_parameters_in_any_layout() -> None:
+    """With gaps between their numbers: the kernel is given copies without."""
+    wanted = FULL.compute()
+    weights, biases = ([t.repeat_interleave(2)[::2] for t in line] for line in FULL.packed())
+    assert not all(t.is_contiguous() for t in (*weights, *biases))
+    torch.testing.assert_close(inverted_residual(FULL.x, weights, biases, FULL.spec()), wanted)
+
+
 def test_many_python_threads() -> None:
     cases = [Block(seed) for seed in range(12)]
     wanted, failures = [case.compute() for case in cases], []
@@ -344,6 +352,16 @@ def test_a_wrapper_without_numbers_is_dispatched(place: str) -> None:
             torch.testing.assert_close(inverted_residual(x, w, b, FULL.spec()), wanted)
 
 
+@pytest.mark.parametrize("place", ["x", "weights", "biases"])
+def test_memory_that_was_given_back_is_not_read(place: str) -> None:
+    weights, biases = FULL.packed()
+    x = FULL.x.clone()
+    given = {"x": x, "weights": weights[1], "biases": biases[4]}
+    given[place].untyped_storage().resize_(0)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="storage"):
+        inverted_residual(x, weights, biases, FULL.spec())
+
+
 def negated(tensor: Tensor) -> Tensor:
     """The same numbers, as a contiguous view that PyTorch has still to negate."""
     view: Tensor = torch._neg_view(-tensor)
@@ -429,6 +447,9 @@ def test_autocast_computes_in_the_type_of_the_weights() -> None:
             assert y.dtype == torch.float32
             tolerance = 1e-4 if x.dtype == torch.float32 else 0.1
             torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
+            leaf = x.clone().requires_grad_()
+            inverted_residual(leaf, *FULL.packed(), FULL.spec()).sum().backward()
+            assert leaf.grad is not None
             y = torch.ops.mixconv.inverted_residual(x, *FULL.packed(), str(FULL.spec()))
             torch.testing.assert_close(y, wanted, rtol=tolerance, atol=tolerance)
         leaf = FULL.x.clone().requires_grad_()
@@ -507,13 +528,15 @@ def bad(change: str) -> tuple[Any, ...]:
      "a weight is short", "a bias is short", "half a gate", "groups do not divide", "no groups",
      "expansion too narrow", "nothing to add to", "unknown activation"],
 )  # fmt: skip
-@pytest.mark.parametrize("way", ["function", "operation"])
+@pytest.mark.parametrize("way", ["function", "operation", "gradient"])
 def test_bad_input_is_refused(change: str, way: str) -> None:
     x, weights, biases, spec = bad(change)
+    leaf = x.clone().requires_grad_()
     operation: Any = torch.ops.mixconv.inverted_residual
     ways = {
         "function": lambda: inverted_residual(x, weights, biases, spec),
         "operation": lambda: operation(x, weights, biases, str(spec)),
+        "gradient": lambda: inverted_residual(leaf, weights, biases, spec),
     }
     with pytest.raises(ValueError, match=r"must|fit"):
         ways[way]()

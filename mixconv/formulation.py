@@ -8,6 +8,8 @@ Slow on purpose: these functions are what every faster version is compared with.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -213,6 +215,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     """Run a model once and report the cost of each convolution and linear layer, in order.
 
+    A module that does the work of several says so in a method `layer_costs(name, x, output)`.
     Works on the meta device too, where nothing is computed. The model is run in evaluation
     mode without gradients and is left as it was.
 
@@ -221,12 +224,17 @@ def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
         inputs: its arguments.
     """
     costs: list[LayerCost] = []
+
+    def note(name: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        if hasattr(layer, "layer_costs"):
+            costs.extend(layer.layer_costs(name, *inputs, output))
+        else:
+            costs.append(layer_cost(name, layer, output))
+
     hooks = [
-        layer.register_forward_hook(
-            lambda layer, _, output, name=name: costs.append(layer_cost(name, layer, output))
-        )
+        layer.register_forward_hook(partial(note, name))
         for name, layer in model.named_modules()
-        if isinstance(layer, nn.Conv2d | nn.Linear)
+        if isinstance(layer, nn.Conv2d | nn.Linear) or hasattr(layer, "layer_costs")
     ]
     try:
         with torch.no_grad(), evaluating(model):

@@ -868,6 +868,7 @@ from torch import Tensor, nn
 from mixconv.fast.folding import refuse_training
 from mixconv.fast.operation import run_operation
 from mixconv.fast.spec import MixSpec, pack_weights
+from mixconv.formulation import LayerCost
 from mixconv.surgery import find_padding
 
 
@@ -948,6 +949,17 @@ class FusedMixConv2d(nn.Module):
         """
         refuse_training(mode)
         return super().train(mode)
+
+
+# %% tags=["plumbing"]
+#| export fast/fused_layer.py
+class FusedMixConv2d(FusedMixConv2d):
+    def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
+        """What `count_costs` counts: one depthwise layer."""
+        weights, bias = self.weight.numel(), 0 if self.bias is None else self.bias.numel()
+        pixels = output.numel() // sum(self.spec.channels)
+        shape = tuple(output.shape)
+        return [LayerCost(name, "depthwise", shape, weights + bias, pixels * weights)]
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""

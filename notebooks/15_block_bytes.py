@@ -458,6 +458,70 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str)
 
 
 # %% [markdown]
+# And whoever counts the operations of a network should find those of a block, too. PyTorch's counter asks a registry; chapter 1's `count_costs` asks the module.
+
+# %% tags=["plumbing"]
+#| export fast/costs.py
+"""What a whole block costs, layer by layer, for those who count (ours; chapter 15)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mixconv.fast.spec import output_size
+from mixconv.formulation import LayerCost
+
+
+def block_costs(
+    spec: Any, name: str, before: Sequence[int], after: Sequence[int]
+) -> list[LayerCost]:
+    """The costs of a block's layers, as `count_costs` gives them.
+
+    Args:
+        spec: a `BlockSpec`.
+        name: of the block.
+        before: shape of its input, `(N, C, H, W)`.
+        after: shape of its output.
+    """
+    wide, costs = sum(spec.mix.channels), []
+    weights = sum(c * k * k for c, k in zip(spec.mix.channels, spec.mix.kernel_sizes, strict=True))
+    pixels = {"expand": before[2:], "squeeze": (1, 1), "excite": (1, 1), "project": after[2:]}
+    for part in ("expand", "depthwise", "squeeze", "excite", "project"):
+        point = getattr(spec, part, None)
+        if part == "depthwise":
+            shape = (after[0], wide, *after[2:])
+            costs.append(LayerCost(f"{name}.depthwise", part, shape, weights + wide,
+                                   after[0] * after[2] * after[3] * weights))  # fmt: skip
+        elif point is not None:
+            shape, size = (before[0], point.outputs, *pixels[part]), point.inputs * point.outputs
+            count = size // point.groups
+            work = before[0] * pixels[part][0] * pixels[part][1] * count
+            costs.append(
+                LayerCost(f"{name}.{part}", "pointwise", shape, count + point.outputs, work)
+            )
+    return costs
+
+
+def block_flops(spec: Any, before: Sequence[int]) -> int:
+    """Twice the multiply-adds of a block for an input of shape `before`, as PyTorch counts."""
+    sides = [output_size(size, spec.mix.stride) for size in before[2:]]
+    costs = block_costs(spec, "", before, (before[0], spec.project.outputs, *sides))
+    return 2 * sum(cost.multiply_adds for cost in costs)
+
+
+# %% tags=["plumbing"]
+#| export fast/fused_block.py
+from torch.utils.flop_counter import flop_registry, shape_wrapper
+
+from mixconv.fast.costs import block_costs, block_flops
+
+
+def _count_flops(x: list[int], weights: Any, biases: Any, spec: str, **_: Any) -> int:
+    return block_flops(BlockSpec.parse(spec), x)
+
+
+flop_registry[torch.ops.mixconv.inverted_residual] = shape_wrapper(_count_flops)
+
+# %% [markdown]
 # Under autocast the layers around the block give bfloat16. The block computes in the type of its weights:
 
 # %%
@@ -543,6 +607,7 @@ def inverted_residual(
 from torch import nn
 
 from mixconv.fast.folding import refuse_training
+from mixconv.formulation import LayerCost
 
 
 class FusedBlock(nn.Module):
@@ -587,6 +652,10 @@ class FusedBlock(FusedBlock):
         """
         refuse_training(mode)
         return super().train(mode)
+
+    def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
+        """What `count_costs` counts: the layers inside."""
+        return block_costs(self.spec, name, x.shape, output.shape)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""

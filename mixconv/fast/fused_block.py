@@ -10,11 +10,14 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+from mixconv.fast.costs import block_costs, block_flops
 from mixconv.fast.folding import refuse_training
 from mixconv.fast.forms import Call, Forms, Runner, check_memory, is_plain, must_dispatch
 from mixconv.fast.operation import run_operation
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, activate, check_spec, output_size
+from mixconv.formulation import LayerCost
 
 __all__ = [
     "BLOCK_FORMS",
@@ -231,6 +234,13 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str)
     return x.new_empty(size).to(memory_format=torch.channels_last)
 
 
+def _count_flops(x: list[int], weights: Any, biases: Any, spec: str, **_: Any) -> int:
+    return block_flops(BlockSpec.parse(spec), x)
+
+
+flop_registry[torch.ops.mixconv.inverted_residual] = shape_wrapper(_count_flops)
+
+
 def _under_autocast(key: str) -> Callable[..., Tensor]:
     """The operation where autocast rules: in the type of the weights, whatever x comes in."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.__members__[key])
@@ -329,6 +339,10 @@ class FusedBlock(nn.Module):
         """
         refuse_training(mode)
         return super().train(mode)
+
+    def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
+        """What `count_costs` counts: the layers inside."""
+        return block_costs(self.spec, name, x.shape, output.shape)
 
     def extra_repr(self) -> str:
         """What `repr` shows between the brackets."""

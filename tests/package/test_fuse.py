@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import mixconv.fast.fuse as fuse
-from mixconv import MixConv2d, MixConvBlock, mixnet_s, mobilenet_v1, mobilenet_v2
+from mixconv import MixConv2d, MixConvBlock, count_costs, mixnet_s, mobilenet_v1, mobilenet_v2
 from mixconv.fast.chains import Chains
 from mixconv.fast.describe import BlockParts, describe_block, describe_layer
 from mixconv.fast.folding import FoldedNorm
@@ -1040,3 +1041,23 @@ def test_chains_of_a_model() -> None:
     assert chains.closed == []
     assert FORMS.operation == "mixed_depthwise2d"
     assert fuse.BACKENDS == ("auto", "kernel", "merged")
+
+
+@pytest.mark.parametrize("backend", ["auto", "merged"])
+def test_what_is_fused_is_counted(backend):
+    """By our counter and by PyTorch's; today's convolutions have a bias where norms were."""
+    model = mixnet_s().eval()
+    fast, x = fuse_for_inference(model, backend=backend), torch.zeros(2, 3, 64, 96)
+    wanted = sum(cost.multiply_adds for cost in count_costs(model, x))
+    if backend == "merged":  # zeros around kernels are multiplied, too
+        assert sum(cost.multiply_adds for cost in count_costs(fast, x)) > wanted
+        return
+    costs = count_costs(fast, x)
+    assert sum(cost.multiply_adds for cost in costs) == wanted
+    assert {cost.kind for cost in costs} == {"convolution", "depthwise", "pointwise", "linear"}
+    weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+    biases = sum(cost.output_shape[1] for cost in costs)
+    assert sum(cost.parameters for cost in costs) == weights + biases
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fast(x)
+    assert counter.get_total_flops() == 2 * wanted

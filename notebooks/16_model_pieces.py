@@ -777,7 +777,7 @@ block = block_with(lambda block: None)
 fused = fuse_block(block)
 with torch.no_grad():
     check(fused(x), block(x), "a block as one operation")
-print(str(fused.spec).replace("; ", "\n"))
+fused
 
 # %% [markdown]
 # ## Takeaways

@@ -645,7 +645,7 @@ table(["goal", "wanted", "measured", "met"],
 #
 # ## Exercises
 #
-# **16.1** ★ *5 minutes, one line.* Here is a MixConv as people write it, with the largest kernel first in its list, but last in the channels. Give the rule for `describe_layer`: its convolutions in the order of the channels.
+# Here is a MixConv as people write it, with the largest kernel first in its list, but last in the channels:
 
 # %%
 from mixconv.fast.describe import describe_layer
@@ -667,6 +667,15 @@ class Pyramid(nn.Module):
         return torch.cat([conv(part) for conv, part in pairs], 1)
 
 
+# %% [markdown]
+# **16.1** ★ *5 minutes, one line.* Give the rule for `describe_layer`: the convolutions of a `Pyramid` in the order of the channels.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `describe_layer` wants the convolution of the first channels first. Read in `forward` which one that is.
+#
+# </details>
+
 # %%
 def my_rule(layer: Pyramid) -> list[nn.Conv2d]:
     raise NotImplementedError
@@ -679,7 +688,7 @@ def test_rule(answer) -> None:
     answer(Fresh())
     describe_layer.register(Fresh, answer)
     report = fuse_for_inference(nn.Sequential(Fresh()), backend="kernel").fusion_report
-    assert report.fused, str(report)
+    assert report.fused, str(report).splitlines()[-1]
 
 
 attempt(my_rule, test_rule)
@@ -692,15 +701,20 @@ def my_rule_solution(layer: Pyramid) -> list[nn.Conv2d]:
 
 
 def as_stored(layer: Pyramid) -> list[nn.Conv2d]:
-    """take the order of the list: the trial then finds another result, and the layer is left"""
+    """take the order of the list"""
     return list(layer.convs)
 
 
-attempt(my_rule_solution, test_rule, wrong=[as_stored])
+def only_one(layer: Pyramid) -> list[nn.Conv2d]:
+    """name one convolution and forget the others"""
+    return list(layer.convs)[-1:]
+
+
+attempt(my_rule_solution, test_rule, wrong=[as_stored, only_one])
 
 
 # %% [markdown]
-# **16.2** ★★ *10 minutes, one line.* This model halves its image and treats both halves alike. Nothing in it is folded. Ask its report why, and write a forward with the same result in which everything is.
+# And a model that halves its image and treats both halves alike. Nothing in it is folded:
 
 # %%
 class Halves(nn.Module):
@@ -716,6 +730,21 @@ class Halves(nn.Module):
 print(fuse_for_inference(Halves()).fusion_report)
 
 
+# %% [markdown]
+# **16.2** ★★ *10 minutes, one line.* The report says why. Write a forward with the same result in which everything is folded.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The layers may be called once only. What does a 1×1 convolution, and a norm in evaluation, know of a pixel's neighbours?
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# There is only one, and `chunk` and `cat` are not in it.
+#
+# </details>
+
 # %%
 def my_forward(self, x):
     raise NotImplementedError
@@ -728,9 +757,10 @@ def test_forward(answer) -> None:
     model, x = Mine().eval(), make_image(4, 6, 8)
     model.norm.running_mean.fill_(0.5)
     with torch.no_grad():
-        torch.testing.assert_close(model(x), Halves.forward(model, x))
+        same = torch.allclose(model(x), Halves.forward(model, x), atol=1e-5)
+    assert same, "another result than that of Halves"
     report = fuse_for_inference(model).fusion_report
-    assert len(report.fused) == 1, str(report)
+    assert len(report.fused) == 1, str(report).splitlines()[-1]
 
 
 attempt(my_forward, test_forward)

@@ -336,7 +336,7 @@ print("Triton's kernel agrees with the split form, wherever Triton is installed"
 #
 # > ✏️ **Ours.** No GPU was at hand when this was written. The interpreter has checked what the kernel computes, and Triton's compiler has made GPU code of it. Nothing here says how fast that is, and no number is published.
 #
-# What can be said is a bound. A 14×14 layer of 360 channels reads and writes 564,480 bytes ([chapter 11](11_why_slow.ipynb)). A card that moves 2,000 GB a second does that in 0.3 microseconds, and starting any kernel takes several: at batch 1 the launch is the cost, and one launch in place of five is most of what can be gained.
+# What can be said is a bound. A 14×14 layer of 360 channels reads and writes 564,480 bytes ([chapter 11](11_why_slow.ipynb)). A card that moves 2,000 GB a second does that in 0.3 microseconds. Starting a kernel takes longer, some microseconds as a rule: at batch 1 the launch is the cost, and one launch in place of five is most of what can be gained.
 
 # %%
 layer_bytes = 2 * 14 * 14 * 360 * 4
@@ -395,7 +395,7 @@ attempt(count_programs_solution, test_programs, wrong=[all_channels, rounded_dow
 # %% [markdown]
 # **17.2** ★★ *5 minutes, one line.* Two lanes of a program read pixel $(y, x)$ of neighbouring channels, or neighbouring pixels $x$ and $x + s$ of one channel, at stride $s$. How many numbers apart do the two reads lie, in a channels-last image of $C$ channels?
 #
-# <details><summary>Hint: the layout</summary>
+# <details><summary>Hint: the equation</summary>
 #
 # Channels last: number $(y, x, c)$ lies at $(y W + x) C + c$.
 #

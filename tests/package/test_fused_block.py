@@ -492,6 +492,34 @@ def test_training_is_refused() -> None:
 # Bad input
 
 
+MISFITS: dict[str, dict[str, int | None]] = {
+    "no excite": {"excite": None},
+    "no squeeze": {"squeeze": None},
+    "squeezed to other numbers": {"squeeze.outputs": 7},
+    "squeezed from others": {"squeeze.inputs": 4},
+    "excited to others": {"excite.outputs": 4},
+    "projected from others": {"project.inputs": 4},
+    "expanded to others": {"expand.outputs": 4},
+    "another size to add to": {"project.outputs": 8},
+    "another stride to add to": {"mix.stride": 2},
+}
+
+
+@pytest.mark.parametrize("what", list(MISFITS))
+def test_layers_that_do_not_fit_together(what: str) -> None:
+    """By the spec alone: tensors of sizes to match would not be refused later."""
+    gate = PointwiseSpec(12, 3, 1, "relu"), PointwiseSpec(3, 12, 1, "sigmoid")
+    mix = MixSpec((4, 8), (3, 5), 1, (1, 1), "same", "relu")
+    whole = PointwiseSpec(6, 12, 1, "relu"), *gate, PointwiseSpec(12, 6, 1, "none")
+    spec = BlockSpec(mix, *whole, residual=True)
+    assert check_block(spec)[0] == 6
+    for place, value in MISFITS[what].items():
+        layer, _, entry = place.partition(".")
+        changed: Any = getattr(spec, layer)._replace(**{entry: value}) if entry else value
+        with pytest.raises(ValueError, match="do not fit together"):
+            check_block(spec._replace(**{layer: changed}))
+
+
 def bad(change: str) -> tuple[Any, ...]:
     (weights, biases), spec, x = FULL.packed(), FULL.spec(), FULL.x
     expand = spec.expand

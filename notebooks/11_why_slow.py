@@ -71,7 +71,7 @@ for name, form in (("split (timm)", "timm"), ("one operation", "fused")):
 print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['system']}")
 
 # %% [markdown]
-# More than 100%? The roof is drawn for data that comes from memory, and a small layer's data is still in the *cache*, the small fast memory inside the processor. (Chapter 14 draws a stricter roof.)
+# More than 100% is possible: the roof is drawn for data that comes from memory, and a small layer's data may still be in the *cache*, the small fast memory inside the processor. (Chapter 14 draws a stricter roof.)
 #
 # Every time in this part of the book comes from one file, `figures/bench.json`. `make bench` writes it. No cell measures anything, so a slow day cannot change the book.
 #
@@ -212,7 +212,7 @@ attempt(intensity_at_stride_2_solution, test_intensity, wrong=[as_at_stride_1, b
 # Follow the bytes of one layer with g groups.
 #
 # - **Copies.** The convolutions read C channels and write C channels. Then the concatenation reads those and writes them again. Twice the traffic, for nothing.
-# - **Calls.** g convolutions and one concatenation, each with a start of its own. In a small layer the starts take longer than the work.
+# - **Calls.** g convolutions and one concatenation, each with a start of its own. In a small layer the starts take longer than the work (see batch 1 in the bars further down).
 # - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A processor computes with *vectors* of up to 16 neighbouring numbers at a time (chapter 13). Such a vector does not fit a row of 14 or 7 pixels, and one shifted by a pixel begins in the middle of what memory hands out at a time. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps.
 # - **Cache.** Between two calls, what was in the cache may be gone.
 #

@@ -540,8 +540,13 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 # }
 # ```
 #
-# Rows above and below the image are skipped, not multiplied by zero: at 7×7 with a 9×9 kernel that saves a third of the work. The prefetch is for the output: a cache line that will be written must be fetched first, and that can happen while the sums are made.
-#
+# Rows above and below the image are skipped, not multiplied by zero: at 7×7 with a 9×9 kernel that saves a third of the work (counted below). The prefetch is for the output: a cache line that will be written must be fetched first, and that can happen while the sums are made.
+
+# %%
+inside = sum(0 <= oy + ky - 4 < 7 for oy in range(7) for ky in range(9))
+print(f"{inside} of {7 * 9} rows of taps lie inside the image")
+
+# %% [markdown]
 # Seven kernel sizes, two strides and two tiles make 28 versions. The layer picks one. (`[&](…) {…}` is a function without a name that sees the variables around it, a Python `lambda`; `auto` lets the compiler find a type out.)
 #
 # ```c++

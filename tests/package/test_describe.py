@@ -105,6 +105,13 @@ def test_a_weight_of_another_class_is_not_folded() -> None:
         read_unit([conv, nn.BatchNorm2d(4).eval()])
 
 
+def test_a_layer_with_a_convolution_of_another_class() -> None:
+    layer = MixConv2d(4, (3, 5)).eval()
+    layer.convs[0] = named("Louder", nn.Conv2d)(2, 2, 3, padding=1, groups=2)
+    with pytest.raises(ValueError, match="Louder is not a class that is known"):
+        read_unit([layer])
+
+
 def test_a_norm_of_another_class_is_left_in_the_row() -> None:
     norm = named("BatchNorm2d", nn.BatchNorm2d)(4).eval()
     assert read_unit([nn.Conv2d(3, 4, 1), norm]).rest == [norm]

@@ -111,6 +111,8 @@ class Strip(NamedTuple):
 
 # %% [markdown]
 # `top` and `left` are the padding of its group, from chapter 11's `pads`. `weight` is the place of its first weight among the packed ones, and `step` leads to the next tap: the group's number of channels.
+#
+# By hand, with vectors of four lanes: two groups of 6 and 4 channels, ten in all. Strips end at 4 and 8, which are multiples of four, and at 6, where the first group ends. The last strip begins at channel 8. A vector from there on would end past channel 9, so its window moves back to channel 6, and its own two channels are in lanes 2 and 3.
 
 # %%
 #| export fast/plan.py
@@ -137,9 +139,6 @@ def cut_strips(spec: MixSpec, height: int, width: int, lanes: int, part: int = 0
         first, weight = first + count, weight + count * k * k
     return strips
 
-
-# %% [markdown]
-# By hand, with vectors of four lanes: two groups of 6 and 4 channels, ten in all. Strips end at 4 and 8, which are multiples of four, and at 6, where the first group ends. The last strip begins at channel 8. A vector from there on would end past channel 9, so its window moves back to channel 6, and its own two channels are in lanes 2 and 3.
 
 # %%
 tiny = MixSpec((6, 4), (3, 5), 1, (1, 1), "symmetric", "none")
@@ -199,6 +198,8 @@ attempt(count_strips_solution, test_strips, wrong=[each_alone, groups_forgotten]
 # Neighbouring strips read and write the same rows of pixels. Those rows should be in the *second-level cache* still when the next strip comes: larger and slower than the first, a megabyte or two for each core. So an image is worked on in *bands* of rows, few enough for half of a common second-level cache.
 #
 # The order of the work is: for each image, for each band, for each strip, for each row. Each thread gets a *part* of this sequence. Where there are few strips, bands serve the threads, too: their number is a multiple of the number of parts. But bands must not be too small, since each fetches `kernel - 1` rows that the band above it has fetched before.
+#
+# By hand: 56 rows of 56 pixels and 240 channels, read and written, are 56 · 112 · 240 · 4 bytes, 6 MB. Bands of at most one MB are six, of 10 rows or less. And for two threads a single strip of 112 rows is cut into eight bands of 14, four for each thread.
 
 # %%
 #| export fast/plan.py
@@ -220,9 +221,6 @@ def band_rows(out_height: int, row_bytes: int, strips: int, parts: int) -> int:
         bands = round_up(bands, parts)
     return max(1, min(out_height, max(4, -(-out_height // max(1, bands)))))
 
-
-# %% [markdown]
-# By hand: 56 rows of 56 pixels and 240 channels, read and written, are 56 · 112 · 240 · 4 bytes, 6 MB. So there are six bands, of 10 rows or less. And for two threads a single strip of 112 rows is cut into eight bands of 14:
 
 # %%
 print(band_rows(56, 4 * 240 * (56 + 56), strips=15, parts=2), "rows of 56")

@@ -4,10 +4,10 @@
 
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -55,7 +55,9 @@ class ReplacementReport:
         return [layer for layer in self.layers if not layer.after]
 
     def __str__(self) -> str:
-        lines = [f"{len(self.changed)} replaced, {len(self.skipped)} skipped"]
+        other = sum(not layer.exact for layer in self.changed)
+        told = f"{other} of them NOT computing the same" if other else "all computing the same"
+        lines = [f"{len(self.changed)} replaced, {told}; {len(self.skipped)} skipped"]
         for layer in self.layers:
             what = layer.after or f"skipped: {layer.reason}"
             note = "" if layer.exact or not layer.after else f" (not the same: {layer.reason})"
@@ -169,28 +171,33 @@ def _move_weights(conv: nn.Conv2d, mixed: MixConv2d) -> str:
 
 def replace_depthwise(
     model: nn.Module,
-    kernel_sizes: int | Sequence[int],
+    kernel_sizes: int | Sequence[int] | Callable[[str, nn.Conv2d], int | Sequence[int] | None],
     *,
     partition: str = "equal",
     dilated: bool = False,
     padding: str | None = None,
     keep_center_weights: bool = True,
+    crop: bool = False,
 ) -> ReplacementReport:
     """Swap every depthwise `nn.Conv2d` of a model for a `MixConv2d`, in place.
 
     Stride, dilation, bias, device, dtype, memory format, training mode and `requires_grad` are
-    kept. Where every kernel grows or stays, so is the function that the model computes. A layer
-    used in two places stays one. What cannot be kept is left alone and reported: layers with
-    hooks, parametrisations or weights shared with another layer, subclasses, other paddings.
+    kept, and so is the function that the model computes, unless an argument asks for a change. A
+    layer used in two places stays one. What cannot be kept is left alone and reported: layers
+    with hooks, parametrisations or weights shared with another layer, subclasses, other
+    paddings, and kernels that would lose their border.
 
     Args:
         model: any module that contains depthwise layers; it is changed.
-        kernel_sizes: one odd size for each group.
+        kernel_sizes: one odd size for each group; or a function of a layer's name and the layer
+            that returns them, or None to leave the layer alone.
         partition: "equal", "exponential" or "logarithmic".
         dilated: see `MixConv2d`; changes what the model computes.
         padding: "symmetric" or "same"; detected for each layer if left out.
         keep_center_weights: put the old kernels in the middle of the new ones. Otherwise the new
             layers start with fresh weights.
+        crop: let a larger kernel lose its border where a group has a smaller size; the model
+            then computes something else.
 
     Returns:
         What was changed, what was skipped, and why.
@@ -201,20 +208,40 @@ def replace_depthwise(
 
     Source: paper, abstract ("drop-in replacement"). Chapter 9.
     """
-    make = _read_request(model, kernel_sizes, partition, dilated, padding)
+    read = partial(_read_request, partition=partition, dilated=dilated, padding=padding)
+    found = _find_layers(model)
+    makes = _read_all(found, kernel_sizes, read)
     report, swapped = ReplacementReport(), dict[nn.Module, MixConv2d | None]()
-    convert = partial(_replace, shared=_shared(model), make=make, padding=padding)
-    inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
-    for name, layer in list(model.named_modules(remove_duplicate=False)):
-        if layer in inside or not (_is_depthwise(layer) or isinstance(layer, MixConv2d)):
-            continue
+    crop, shared = crop or not keep_center_weights, _shared(model)
+    for name, layer in found:
         if layer not in swapped:
-            swapped[layer], line = convert(name, layer, keep=keep_center_weights)
+            swapped[layer], line = _replace(
+                name, layer, shared=shared, make=makes[layer], padding=padding,
+                keep=keep_center_weights, crop=crop,
+            )  # fmt: skip
             report.layers.append(line)
         if (mixed := swapped[layer]) is not None:
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, mixed)
     return report
+
+
+def _find_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Depthwise layers and MixConvs by name; a layer used twice has two names.
+
+    Raises:
+        TypeError: if the model is no module, or itself a depthwise layer.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if _is_depthwise(model):
+        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
+    inside = {part for m in model.modules() if isinstance(m, MixConv2d) for part in m.convs}
+    return [
+        (name, layer)
+        for name, layer in model.named_modules(remove_duplicate=False)
+        if layer not in inside and (_is_depthwise(layer) or isinstance(layer, MixConv2d))
+    ]
 
 
 def _is_depthwise(module: nn.Module) -> bool:
@@ -228,18 +255,26 @@ def _shared(model: nn.Module) -> set[torch.Tensor]:
 
 
 def _read_request(
-    model: nn.Module, kernel_sizes: int | Sequence[int], partition: str, dilated: bool,
-    padding: str | None,
-) -> partial[MixConv2d]:  # fmt: skip
+    kernel_sizes: int | Sequence[int], partition: str, dilated: bool, padding: str | None
+) -> partial[MixConv2d]:
     """What makes the new layers; raises for arguments that no layer could satisfy."""
     if not isinstance(partition, str):
         raise TypeError("partition must be a method's name, since layers differ in channels")
     sizes = check_kernel_sizes(kernel_sizes)
     make = partial(MixConv2d, kernel_sizes=sizes, partition=partition, dilated=dilated)
     make(10_000, padding=padding or "symmetric", device="meta")  # channels enough for any mix
-    if _is_depthwise(model):
-        raise TypeError("model is itself a depthwise layer; wrap it in nn.Sequential first")
     return make
+
+
+def _read_all(
+    found: list[tuple[str, nn.Module]], sizes: Any, read: Callable[..., Any]
+) -> dict[nn.Module, Any]:
+    """What makes the new layer for each old one; raises before anything is changed."""
+    if not callable(sizes):
+        return dict.fromkeys((layer for _, layer in found), read(sizes))
+    read((3,))  # a wrong partition or padding
+    chosen = {layer: sizes(name, layer) for name, layer in reversed(found)}  # by its first name
+    return {layer: None if own is None else read(own) for layer, own in chosen.items()}
 
 
 def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
@@ -250,14 +285,19 @@ def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
 
 
 def _replace(
-    name: str, layer: nn.Module, *, shared: set[torch.Tensor], make: partial[MixConv2d],
-    padding: str | None, keep: bool,
+    name: str, layer: nn.Module, *, shared: set[torch.Tensor], make: partial[MixConv2d] | None,
+    padding: str | None, keep: bool, crop: bool,
 ) -> tuple[MixConv2d | None, Replacement]:  # fmt: skip
     """The new layer, or None where there can be none, and the line for the report."""
     if not isinstance(layer, nn.Conv2d):
         return None, Replacement(name, str(layer), reason="it is a MixConv2d already")
+    if make is None:
+        return None, Replacement(name, str(layer), reason="no kernel sizes were given for it")
     try:
         _check_plain(layer, shared)
+        smallest, k = min(make.keywords["kernel_sizes"]), layer.kernel_size[0]
+        if smallest < k and not crop:
+            raise ValueError(f"{k}×{k} kernels would be cropped to {smallest}×{smallest}; see crop")
         mixed = _convert(layer, make, padding)
     except ValueError as error:
         return None, Replacement(name, str(layer), reason=str(error))

@@ -59,7 +59,9 @@ def test_replacing_a_whole_network_keeps_its_function(training):
     assert not report.skipped
     x = noise(2, 3, 40, 56)
     torch.testing.assert_close(model(x), twin(x), atol=1e-4, rtol=1e-4)
-    assert str(report).startswith("17 replaced, 0 skipped\nblocks.0.depthwise.conv: MixConv2d(")
+    assert str(report).startswith(
+        "17 replaced, all computing the same; 0 skipped\nblocks.0.depthwise.conv: MixConv2d("
+    )
     again = replace_depthwise(model, (3, 5, 7))
     assert not again.changed
     assert {layer.reason for layer in again.skipped} == {"it is a MixConv2d already"}
@@ -130,7 +132,7 @@ def test_other_layers_are_not_even_mentioned():
 
 
 def test_what_is_not_exact_is_said():
-    _, report = swap(depthwise(7), (3, 5, 9))
+    _, report = swap(depthwise(7), (3, 5, 9), crop=True)
     assert [layer.exact for layer in report.changed] == [False]
     assert "cropped" in report.changed[0].reason
     assert "not the same: 7×7 kernels cropped" in str(report)
@@ -142,13 +144,60 @@ def test_what_is_not_exact_is_said():
 
 def test_cropped_kernels_keep_their_centre():
     conv = depthwise(7)
-    model, _ = swap(conv, (3, 9))
+    model, _ = swap(conv, (3, 9), crop=True)
     small, large = model[0].convs
     assert torch.equal(small.weight, conv.weight[:6, :, 2:5, 2:5])
     assert torch.equal(large.weight[:, :, 1:8, 1:8], conv.weight[6:])
     assert float(large.weight.detach().abs().sum()) == pytest.approx(
         float(conv.weight[6:].detach().abs().sum())
     )
+
+
+def test_kernels_are_not_cropped_unless_asked_for():
+    """A trained network must not change what it computes without anybody saying so."""
+    conv = depthwise(5)
+    model, report = swap(conv, (3, 5, 7))
+    assert model[0] is conv
+    assert str(report).splitlines() == [
+        "0 replaced, all computing the same; 1 skipped",
+        "0: skipped: 5×5 kernels would be cropped to 3×3; see crop",
+    ]
+    _, report = swap(depthwise(5), (3, 5, 7), crop=True)
+    assert str(report).startswith("1 replaced, 1 of them NOT computing the same; 0 skipped\n")
+    _, report = swap(depthwise(5), (5, 7, 9))
+    assert report.changed[0].exact
+
+
+def test_sizes_for_each_layer():
+    model = nn.Sequential(depthwise(3), depthwise(5), depthwise(7))
+    seen = []
+
+    def grow(name, layer):
+        seen.append(name)
+        k = layer.kernel_size[0]
+        return None if k == 7 else (k, k + 2)
+
+    x = noise(1, 12, 9, 9)
+    before = model(x)
+    report = replace_depthwise(model, grow)
+    assert sorted(seen) == ["0", "1", "2"]
+    assert [r.name for r in report.skipped] == ["2"]
+    assert "no kernel sizes were given" in report.skipped[0].reason
+    assert [getattr(layer, "kernel_sizes", None) for layer in model] == [(3, 5), (5, 7), None]
+    torch.testing.assert_close(model(x), before)
+
+
+def test_a_bad_size_for_a_later_layer_changes_nothing():
+    model = nn.Sequential(depthwise(3), depthwise(5))
+    layers = [*model]
+    with pytest.raises(ValueError, match="kernel_sizes"):
+        replace_depthwise(model, lambda name, layer: (3, 5) if name == "0" else (4,))
+    assert [*model] == layers
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got str"):
+        replace_depthwise("mixnet_s", (3, 5))  # type: ignore[arg-type]
 
 
 def test_fresh_weights_on_request():

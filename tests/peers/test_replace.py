@@ -96,7 +96,7 @@ def test_the_network_computes_what_it_did(source: str, name: str) -> None:
 def test_cropped_kernels_are_reported_as_not_the_same() -> None:
     before = make("timm", "convnext_atto")
     after = copy.deepcopy(before)
-    report = replace_depthwise(after, (3, 5, 7))
+    report = replace_depthwise(after, (3, 5, 7), crop=True)
     assert len(report.changed) == len(depthwise(before)) == 12
     assert not any(layer.exact for layer in report.changed)
     assert all("7×7 kernels cropped to" in layer.reason for layer in report.changed)
@@ -116,7 +116,7 @@ def test_a_mixed_report_tells_which_layers_stay_the_same() -> None:
     # EfficientNet has 3×3 and 5×5 layers: at (3, 5) the former are exact, the latter cropped.
     before = make("timm", "tf_efficientnet_b0")
     after = copy.deepcopy(before)
-    report = replace_depthwise(after, (3, 5))
+    report = replace_depthwise(after, (3, 5), crop=True)
     old = depthwise(before)
     for layer in report.layers:
         assert layer.exact == (old[layer.name].kernel_size == (3, 3)), str(layer)

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s
 
 __all__ = [
     "StageRow",
+    "as_shown",
     "build",
     "main",
     "output_shapes",
@@ -78,6 +80,26 @@ def stage_rows(model: ConvNet, x: Tensor) -> list[StageRow]:
     return [*rows, ("sum", "", "", total, sum(cost.multiply_adds for cost in costs))]
 
 
+def as_shown(picture: Any) -> Any:
+    """A Pillow picture as a viewer shows it: in RGB, turned upright, on white.
+
+    Raises:
+        ValueError: for pixels of 32 bits, which say nothing about what is black and what white.
+    """
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(picture)
+    sixteen = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PNG")
+    if sixteen:
+        picture = picture.convert("I").point(lambda value: value * (1 / 257) + 0.5).convert("L")
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"32-bit pixels (mode {picture.mode}) have no known range; save as 8-bit")
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
 def read_image(path: str, height: int, width: int) -> Tensor:
     """An image file as a normalised batch of one: largest centred crop, scaled, normalised.
 
@@ -87,7 +109,7 @@ def read_image(path: str, height: int, width: int) -> Tensor:
         width: columns wanted.
 
     Raises:
-        ValueError: if the file cannot be read as an image.
+        ValueError: if the file cannot be read as an image, or is larger than Pillow allows.
         ImportError: if Pillow is not installed.
     """
     try:
@@ -96,9 +118,9 @@ def read_image(path: str, height: int, width: int) -> Tensor:
         raise ImportError("--image needs Pillow: pip install pillow") from None
     try:
         with Image.open(path) as file:
-            image = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise ValueError(f"--image {path}: {error}") from error
+            image = ImageOps.fit(as_shown(file), (width, height), Image.Resampling.BICUBIC)
+    except Exception as error:  # damaged files fail in many ways; all mean the same
+        raise ValueError(f"--image {path or repr(path)}: {error}") from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return preprocess(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
 
@@ -115,26 +137,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", nargs="+", choices=[*_MOBILENETS, *_MIXNETS],
-        default=["mobilenet_v2", "mixnet_s"], help="one or more networks")  # fmt: skip
+        help="one or more networks (mobilenet_v2 mixnet_s)")  # fmt: skip
     add("--size", nargs="+", type=int, default=[224], metavar="N",
         help="height and width, or one number for both (224)")  # fmt: skip
-    add("--kernel-sizes", nargs="+", type=int, default=[3, 5, 7], metavar="K",
+    add("--kernel-sizes", nargs="+", type=int, metavar="K",
         help="kernel mix of the MobileNets (3 5 7)")  # fmt: skip
-    add("--partition", default="equal", choices=["equal", "exponential", "logarithmic"],
+    add("--partition", choices=["equal", "exponential", "logarithmic"],
         help="how the MobileNets split channels (equal)")  # fmt: skip
     add("--image", metavar="PATH", help="a picture to use in place of a black image")
     add("--weights", metavar="PATH_OR_NAME", help="weights of a MixNet; untrained without")
     return parser
 
 
+_LARGEST = 4096  # pixels a side: beyond, the maps fill the memory
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line; ends the program with a message if it makes no sense."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if len(options.size) > 2 or min(options.size) < 1:
-        parser.error(f"--size takes one or two positive numbers, got {options.size}")
-    if options.weights and any(name in _MOBILENETS for name in options.model):
+    named = options.model or []
+    if len(options.size) > 2 or not 1 <= min(options.size) <= max(options.size) <= _LARGEST:
+        parser.error(f"--size takes one or two numbers from 1 to {_LARGEST}, got {options.size}")
+    if options.weights is not None and not set(named) & set(_MIXNETS):
         parser.error("--weights are for MixNets; name one with --model")
+    if options.weights is not None and len(named) > 1:
+        parser.error(f"--weights belong to one network, got {len(named)}: {', '.join(named)}")
+    for option in ("kernel_sizes", "partition"):
+        if getattr(options, option) is not None and set(named) & set(_MIXNETS):
+            flag = option.replace("_", "-")
+            parser.error(f"--{flag} is for MobileNets; a MixNet's blocks have their own")
+    options.model = named or ["mobilenet_v2", "mixnet_s"]
+    options.kernel_sizes = options.kernel_sizes or [3, 5, 7]
+    options.partition = options.partition or "equal"
     return options
 
 
@@ -163,9 +198,9 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
     kernels = "" if name in _MIXNETS else f", kernels {tuple(options.kernel_sizes)}"
     print(f"\n{name}{kernels}, input {'×'.join(map(str, x.shape))}")
     print_stages(model, x)
-    if options.image and not options.weights:
+    if options.image is not None and options.weights is None:
         print("the weights are random: no scores to show (give some with --weights)")
-    elif options.image:
+    elif options.image is not None:
         with torch.no_grad():
             top = model(x)[0].softmax(0).topk(5)
         scores = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -177,7 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     size = (options.size[0], options.size[-1])
     try:
-        x = read_image(options.image, *size) if options.image else torch.zeros(1, 3, *size)
+        black = torch.zeros(1, 3, *size)
+        x = black if options.image is None else read_image(options.image, *size)
         for name in options.model:
             report(name, build(name, options), x, options)
         sys.stdout.flush()

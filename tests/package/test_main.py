@@ -8,8 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from mixconv.__main__ import main
+from mixconv.__main__ import as_shown, main
 
 ROOT = Path(__file__).parents[2]
 SHORT = ["--model", "mobilenet_v1", "--size", "32", "--kernel-sizes", "3", "5"]
@@ -80,3 +81,77 @@ def test_what_makes_no_sense_ends_the_program(arguments, capsys):
         main(arguments)
     assert ended.value.code == 2
     assert "usage: mixconv" in capsys.readouterr().err
+
+
+def test_what_would_be_ignored_is_refused(capsys):
+    for arguments, words in [
+        (["--model", "mixnet_s", "--kernel-sizes", "3"], "--kernel-sizes is for MobileNets"),
+        (["--model", "mixnet_s", "--partition", "equal"], "--partition is for MobileNets"),
+        (["--size", "100000"], "--size takes one or two numbers from 1 to 4096"),
+        (["--model", "mixnet_s", "mixnet_m", "--weights", "x.pth"], "--weights belong to one"),
+        (["--weights", ""], "--weights are for MixNets"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert ended.value.code == 2
+        assert words in capsys.readouterr().err
+    assert main([*SHORT, "--image", ""]) == 1
+    assert capsys.readouterr().err.startswith("mixconv: --image '': ")
+
+
+def test_a_picture_of_hundreds_of_megapixels_is_one_line(tmp_path, capsys):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "huge.png")
+    assert main([*SHORT, "--image", str(tmp_path / "huge.png")]) == 1
+    error = capsys.readouterr().err
+    assert "decompression bomb" in error
+    assert len(error.splitlines()) == 1
+
+
+def saved(tmp_path, picture, name, **options):
+    picture.save(tmp_path / name, **options)
+    with Image.open(tmp_path / name) as file:
+        return as_shown(file)
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+    picture = Image.new("RGB", (32, 16), "black")
+    picture.paste((255, 255, 255), (0, 0, 16, 16))  # the left half is white
+    for orientation, white in [(1, (4, 8)), (3, (28, 8)), (6, (8, 4)), (8, (8, 28))]:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        shown = saved(tmp_path, picture, "phone.jpg", exif=exif, quality=100)
+        assert shown.getpixel(white)[0] > 250
+        assert shown.size == ((32, 16) if orientation in (1, 3) else (16, 32))
+
+
+@pytest.mark.parametrize("name", ["gray.png", "gray.tiff"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
+    values = [0, 257, 32896, 65535]
+    picture = Image.new("I;16", (4, 1))
+    for column, value in enumerate(values):
+        picture.putpixel((column, 0), value)
+    shown = saved(tmp_path, picture, name)
+    assert [shown.getpixel((i, 0)) for i in range(4)] == [(v // 257,) * 3 for v in values]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_is_white(tmp_path, mode):
+    picture = Image.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 255))
+    shown = saved(tmp_path, picture.convert(mode), "clear.png")
+    assert (shown.getpixel((0, 0)), shown.getpixel((1, 0))) == ((255,) * 3, (0,) * 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "CMYK"])
+def test_other_modes_keep_their_colours(tmp_path, mode):
+    color = (255, 0, 0) if mode in ("P", "RGB", "CMYK") else (255, 255, 255)
+    picture = Image.new("RGB", (16, 16), color).convert(mode)
+    shown = saved(tmp_path, picture, "any.tiff" if mode == "CMYK" else "any.png")
+    assert (shown.mode, shown.getpixel((3, 3))) == ("RGB", color)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_pixels_without_a_range_are_refused(tmp_path, mode, capsys):
+    Image.new(mode, (4, 4), 1000).save(tmp_path / "depth.tiff")
+    assert main([*SHORT, "--image", str(tmp_path / "depth.tiff")]) == 1
+    assert "32-bit pixels" in capsys.readouterr().err

@@ -385,6 +385,8 @@ upright = Image.new("RGB", (3, 2), "red")
 turned = upright.getexif()
 turned[0x0112] = 6  # "turn me by 90 degrees": orientation, as a phone writes it
 half = Image.new("I;16", (1, 1), 32896)
+
+# %%
 clear = Image.new("RGBA", (1, 1), (0, 0, 0, 0))
 print("turned:", as_shown(upright).size, "for", upright.size)
 print(
@@ -461,7 +463,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# %%
+# %% tags=["plumbing"]
 #| export __main__.py
 _LARGEST = 4096  # pixels a side: beyond, the maps fill the memory
 
@@ -525,7 +527,7 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
         print("highest scores:", ", ".join(f"class {i} {score:.1%}" for i, score in scores))
 
 
-# %%
+# %% tags=["plumbing"]
 #| export __main__.py
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""

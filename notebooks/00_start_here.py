@@ -48,6 +48,7 @@ assert (one_size, mixed) == (1296, 656)
 # | 7 | [MixNet](07_mixnet.ipynb) | the networks that the search found |
 # | 8 | [Weights](08_weights.ipynb) | the same numbers as the official code; timm's weights |
 # | 9 | [Any model](09_any_model.ipynb) | MixConv in a network that is not ours |
+# | | [A trained network](09_trained_network.ipynb) | our blocks recognise a photograph; which channels need large kernels |
 # | 10 | [Heirs](10_heirs.ipynb) | what came after, over the same layer |
 # | **II** | **Make it fast** | |
 # | 11 | [Why it is slow](11_why_slow.ipynb) | folding and merging: what is gained without a compiler |
@@ -60,7 +61,7 @@ assert (one_size, mixed) == (1296, 656)
 # | **III** | **Use it** | |
 # | 18 | [Using it](18_using_it.ipynb) | command line, features, fine-tuning, export |
 #
-# You can stop after chapter 3 and know the layer; after chapter 8 you know the paper. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded: no weights, no data.
+# You can stop after chapter 3 and know the layer; after chapter 8 you know the paper. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded.
 #
 # | you want to | do this |
 # |---|---|
@@ -81,7 +82,7 @@ assert (one_size, mixed) == (1296, 656)
 #
 # > ✏️ **Ours.** A choice or an addition of this book.
 #
-# Nothing here is trained. Accuracies need ImageNet, so they are always cited, and said to be cited.
+# We train nothing. Accuracies need ImageNet, so they are always cited, and said to be cited. (One network with trained weights comes along, for chapter 9.)
 #
 # ## Notation
 #

@@ -156,7 +156,7 @@ class BlockConfig:
         expand_groups: groups of the expanding 1×1 convolution.
         project_groups: groups of the projecting 1×1 convolution.
         squeeze_ratio: of squeeze-and-excitation to input channels; 0 for none.
-        activation: "relu" or "swish".
+        activation: "relu", "swish", or "relu6", for which the notation has no word.
         skip: residual connection where shapes allow.
         dilated: dilated 3×3 kernels in blocks of stride 1.
     """
@@ -305,6 +305,7 @@ class MixNetConfig:
         head_channels: channels of the last one; not scaled by the width multiplier.
         drop_rate: dropout before the classifier.
         width_multiplier: scales stem and blocks.
+        activation: of stem and head, "relu", "relu6" or "swish"; each block has its own.
     """
 
     blocks: tuple[str | BlockConfig, ...]
@@ -312,6 +313,7 @@ class MixNetConfig:
     head_channels: int = 1536
     drop_rate: float = 0.2
     width_multiplier: float = 1.0
+    activation: str = "relu"
 
 
 # %%
@@ -509,9 +511,9 @@ class MixNet(ConvNet):
         width = round_channels(config.stem_channels, scaled.width_multiplier)
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
         head = make_pointwise(blocks[-1].out_channels, config.head_channels)
+        end = partial(ConvNormActivation, norm_layer=norm, activation=config.activation)
         super().__init__(
-            ConvNormActivation(stem, norm), blocks, ConvNormActivation(head, norm),
-            config.head_channels, num_classes=num_classes,
+            end(stem), blocks, end(head), config.head_channels, num_classes=num_classes,
             drop_rate=config.drop_rate if drop_rate is None else drop_rate,
         )  # fmt: skip
         self.config = scaled

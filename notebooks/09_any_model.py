@@ -611,7 +611,7 @@ attempt(one_large_kernel_solution, test_one, wrong=[everywhere, in_place])
 #
 # </details>
 #
-# <details><summary>Hint: where is the middle?</summary>
+# <details><summary>Hint: the equation</summary>
 #
 # A k×k kernel loses (k − 3) / 2 rows and columns on each side.
 #
@@ -661,4 +661,4 @@ attempt(shrink_solution, test_shrink, wrong=[corner, uncut])
 # - A swap goes wrong without an error: paddings, layers in two places, hooks.
 # - `replace_depthwise` puts MixConv into any model, keeps its function where kernels grow, and reports what it did.
 #
-# Previous: [8 · Weights](08_weights.ipynb) · Next: [10 · Heirs](10_heirs.ipynb)
+# Previous: [8 · Weights](08_weights.ipynb) · Next: [9 · A trained network](09_trained_network.ipynb)

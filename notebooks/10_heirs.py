@@ -819,4 +819,4 @@ attempt(one_kernel_solution, test_kernel, wrong=[in_the_corner])
 # - A sum of kernels is one kernel. A mix is one kernel, too, with zeros in it.
 # - Large kernels came back in one size. What MixConv saves is arithmetic, and on a GPU arithmetic was not what cost time.
 #
-# Previous: [9 · Any model](09_any_model.ipynb) · Next: [11 · Why it is slow](11_why_slow.ipynb)
+# Previous: [9 · A trained network](09_trained_network.ipynb) · Next: [11 · Why it is slow](11_why_slow.ipynb)

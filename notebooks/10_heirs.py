@@ -672,6 +672,12 @@ table([*header, "weights", "million multiply-adds"], rows)
 # ## Exercises
 #
 # **10.1** ★ *3 minutes, one line.* With a pencil: through windows of how many pixels do MogaNet's three parts see? All pass a 5×5; then the second part a 5×5 with dilation 2, the third a 7×7 with dilation 3. (Chapter 1 has the formula.)
+#
+# <details><summary>Hint: the equation</summary>
+#
+# A layer of kernel $k$ and dilation $d$ adds $(k - 1) \cdot d$ pixels to the window.
+#
+# </details>
 
 # %%
 from mixconv.teaching import attempt, expect
@@ -689,7 +695,6 @@ attempt(three_windows, test_windows)
 
 
 # %% tags=["solution"]
-# Solution
 def three_windows_solution() -> tuple[int, int, int]:
     return 5, 5 + 4 * 2, 5 + 6 * 3
 
@@ -699,11 +704,28 @@ def undilated() -> tuple[int, int, int]:
     return 5, 5 + 4, 5 + 6
 
 
-attempt(three_windows_solution, test_windows, wrong=[undilated])
+def alone() -> tuple[int, int, int]:
+    """forget the 5×5 that all pass first"""
+    return 5, 1 + 4 * 2, 1 + 6 * 3
+
+
+attempt(three_windows_solution, test_windows, wrong=[undilated, alone])
 
 
 # %% [markdown]
 # **10.2** ★★ *5 minutes, two lines.* One more heir. [MambaOut](https://arxiv.org/abs/2405.07992) (Yu and Wang, 2024) copies the first channels and gives the *last* ones a 7×7 depthwise layer. Write it for any `MixConv2d` that has fewer channels than the image.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Cut the channels in two: what the layer does not take is copied.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `copied = x.shape[1] - layer.in_channels`
+#
+# </details>
 
 # %%
 def partial_depthwise(x: torch.Tensor, layer: MixConv2d) -> torch.Tensor:
@@ -722,7 +744,6 @@ attempt(partial_depthwise, test_partial)
 
 
 # %% tags=["solution"]
-# Solution
 def partial_depthwise_solution(x: torch.Tensor, layer: MixConv2d) -> torch.Tensor:
     copied = x.shape[1] - layer.in_channels
     return torch.cat([x[:, :copied], layer(x[:, copied:])], dim=1)
@@ -733,11 +754,23 @@ def at_the_front(x: torch.Tensor, layer: MixConv2d) -> torch.Tensor:
     return torch.cat([layer(x[:, : layer.in_channels]), x[:, layer.in_channels :]], dim=1)
 
 
-attempt(partial_depthwise_solution, test_partial, wrong=[at_the_front])
+def copies_last(x: torch.Tensor, layer: MixConv2d) -> torch.Tensor:
+    """take the last channels, but put them in front"""
+    copied = x.shape[1] - layer.in_channels
+    return torch.cat([layer(x[:, copied:]), x[:, :copied]], dim=1)
+
+
+attempt(partial_depthwise_solution, test_partial, wrong=[at_the_front, copies_last])
 
 
 # %% [markdown]
 # **10.3** ★★ *10 minutes, three lines.* Write the test as a function. From `trace_wires`: does each output see one channel only, and do at least two outputs see through different windows? (`wires.flatten(2).any(dim=2)` says which inputs an output sees; the maximum of `window_sizes(wires)` over the inputs is the window that there is.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Two questions, and a mix answers yes to both. A layer that sums or concatenates over all channels fails the first, a plain depthwise layer the second.
+#
+# </details>
 
 # %%
 def is_a_mix(wires: torch.Tensor) -> bool:
@@ -756,7 +789,6 @@ attempt(is_a_mix, test_mix)
 
 
 # %% tags=["solution"]
-# Solution
 def is_a_mix_solution(wires: torch.Tensor) -> bool:
     seen = wires.flatten(2).any(dim=2).sum(dim=1)
     windows = window_sizes(wires).amax(dim=1)
@@ -768,11 +800,28 @@ def only_channels(wires: torch.Tensor) -> bool:
     return bool((wires.flatten(2).any(dim=2).sum(dim=1) == 1).all())
 
 
-attempt(is_a_mix_solution, test_mix, wrong=[only_channels])
+def only_windows(wires: torch.Tensor) -> bool:
+    """look at the windows and forget the channels"""
+    return len(window_sizes(wires).amax(dim=1).unique(dim=0)) > 1
+
+
+attempt(is_a_mix_solution, test_mix, wrong=[only_channels, only_windows])
 
 
 # %% [markdown]
 # **10.4** ★★★ *20 minutes, five lines.* A sum is *one* kernel. SLaK's three branches (without their norms) are depthwise convolutions of the same channels, added. Turn their weights, a tall band, a wide band and a small square, into the kernels of a single depthwise convolution. RepLKNet does this when training is over. (Convolution is linear: $w_1 * x + w_2 * x = (w_1 + w_2) * x$, once the kernels have the same size; `F.pad(weight, (left, right, top, bottom))` makes one larger.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The middle of each kernel must come to lie on the middle of the large one: half of the missing rows above, half below; columns likewise.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `long = tall.shape[2]`, the side of the large kernel.
+#
+# </details>
 
 # %%
 def one_kernel(tall: torch.Tensor, wide: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
@@ -793,8 +842,9 @@ attempt(one_kernel, test_kernel)
 
 
 # %% tags=["solution"]
-# Solution
-def one_kernel_solution(tall, wide, small):
+def one_kernel_solution(
+    tall: torch.Tensor, wide: torch.Tensor, small: torch.Tensor
+) -> torch.Tensor:
     long = tall.shape[2]
     kernel = torch.zeros(len(tall), 1, long, long)
     for weight in (tall, wide, small):
@@ -803,14 +853,20 @@ def one_kernel_solution(tall, wide, small):
     return kernel
 
 
-def in_the_corner(tall, wide, small):
+def in_the_corner(tall: torch.Tensor, wide: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
     """put the smaller kernels into a corner in place of the middle"""
     long = tall.shape[2]
     sides = [(0, long - w.shape[3], 0, long - w.shape[2]) for w in (tall, wide, small)]
     return sum(F.pad(w, s) for w, s in zip((tall, wide, small), sides, strict=True))
 
 
-attempt(one_kernel_solution, test_kernel, wrong=[in_the_corner])
+def stretched(tall: torch.Tensor, wide: torch.Tensor, small: torch.Tensor) -> torch.Tensor:
+    """stretch each kernel to the large size in place of putting zeros around it"""
+    size = (tall.shape[2],) * 2
+    return sum(F.interpolate(weight, size) for weight in (tall, wide, small))
+
+
+attempt(one_kernel_solution, test_kernel, wrong=[in_the_corner, stretched])
 
 # %% [markdown]
 # ## Takeaways

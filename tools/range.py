@@ -21,7 +21,7 @@ from tools.notebooks import ROOT, write_atomically
 
 RESULT = ROOT / "tests" / "data" / "range.json"
 FOLDER = ROOT / ".range"
-NEEDED = ["pytest>=8", "numpy", "safetensors", "ipython", "matplotlib"]
+NEEDED = ["pytest>=8", "numpy", "hypothesis", "safetensors", "ipython", "matplotlib"]
 
 
 def claimed_floor() -> str:
@@ -41,7 +41,7 @@ def run_tests(pair: str) -> dict[str, Any]:
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, f"torch=={version}", *NEEDED], check=True)
     tests = subprocess.run(
-        [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/package"],
+        [str(python), "-m", "pytest", "-p", "no:cacheprovider", "tests/package"],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -84,7 +84,10 @@ def lab(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
         yield address
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(60)  # it ends its kernels first
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from tools.contents import contents_page
 from tools.notebooks import (
     RECORD,
     ROOT,
@@ -47,6 +48,8 @@ def derive(notebooks: list[tuple[Chapter, Any]], root: Path) -> dict[Path, bytes
     for name, source in tangle(named, root).items():
         files[root / "mixconv" / name] = source.encode()
     files.update(weave_all(named, root))
+    pages = {stem: files[root / "notebooks" / f"{stem}.md"].decode() for stem, _ in named}
+    files[root / "notebooks" / "README.md"] = contents_page(pages).encode()
     return files
 
 

@@ -28,6 +28,8 @@ def links_around(position: int, notebooks: list[tuple[str, Any]]) -> str:
     links = ["[all chapters](../README.md#the-chapters)"]
     if any(stem == "00_start_here" for stem, _ in notebooks):
         links.append("[notation](00_start_here.md#notation)")
+        links.append("[words](00_start_here.md#words)")
+    links.append("[lists](README.md)")
     if position:
         stem, notebook = notebooks[position - 1]
         links.insert(0, f"[← {title_of(notebook)}]({stem}.md)")

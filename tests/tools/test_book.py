@@ -40,6 +40,7 @@ def test_first_build_makes_every_file(built_book):
         "figures/dot.png",
         "mixconv/start.py",
         "mixconv/then.py",
+        "notebooks/README.md",
         *(f"notebooks/{stem}.{kind}" for stem in ("00_start", "01_then") for kind in KINDS),
     }
     assert "```text\n42\n```" in (built_book / "notebooks" / "00_start.md").read_text()

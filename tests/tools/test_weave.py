@@ -153,7 +153,10 @@ def test_a_page_leads_to_its_neighbours(tmp_path):
     chapters = [(s, notebook(markdown(f"# {i} · {s}"))) for i, s in enumerate(stems)]
     files = weave_all(chapters, tmp_path)
     lines = [files[tmp_path / "notebooks" / f"{s}.md"].decode().splitlines()[2] for s in stems]
-    up = "[all chapters](../README.md#the-chapters) · [notation](00_start_here.md#notation)"
+    up = (
+        "[all chapters](../README.md#the-chapters) · [notation](00_start_here.md#notation) · "
+        "[words](00_start_here.md#words) · [lists](README.md)"
+    )
     assert lines == [
         f"{up} · [1 · 01_one →](01_one.md)",
         f"[← 0 · 00_start_here](00_start_here.md) · {up} · [2 · 02_two →](02_two.md)",

@@ -939,4 +939,6 @@ def photograph(size: int = 224) -> Tensor:
 # - Every rewrite is compared with what it replaces, forward and gradient.
 # - One colour means one kernel size.
 #
+# **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), sections 1 and 2, takes a quarter of an hour; the [official code](https://github.com/tensorflow/tpu/tree/master/models/official/mnasnet/mixnet) is five files.
+#
 # Next: [1 · Formulation](01_formulation.ipynb)

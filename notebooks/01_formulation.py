@@ -968,4 +968,6 @@ attempt(two_answers_solution, test_answers, wrong=[in_turn, side_by_side])
 # - Its cost is $\sum_t c_t \cdot k_t^2$ for each output position: large kernels are affordable in some of the channels.
 # - `mixconv_reference` is the definition that every later version is compared with.
 #
+# **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), section 3.1. [A guide to convolution arithmetic](https://arxiv.org/abs/1603.07285) (Dumoulin and Visin) draws every stride and padding; [Xception](https://arxiv.org/abs/1610.02357) (Chollet) is where depthwise layers became a way to build networks.
+#
 # Previous: [0 · Start here](00_start_here.ipynb) · Next: [2 · Partitioning](02_partitioning.ipynb)

@@ -578,4 +578,6 @@ attempt(most_large_solution, test_most_large, wrong=[full_price, nobody_left])
 # - Exponential levels off at 33 weights a channel as groups are added. Logarithmic favours large kernels and costs most.
 # - No group is ever empty: that is an error, not a surprise.
 #
+# **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), section 3.2; `_split_channels` in [`custom_layers.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/custom_layers.py).
+#
 # Previous: [1 · Formulation](01_formulation.ipynb) · Next: [3 · The layer](03_layer.ipynb)

@@ -969,4 +969,6 @@ attempt(merging_ratio_solution, test_ratio, wrong=[mean_size, all_groups])
 # - `dilated` keeps nine weights and the wide window, at stride 1.
 # - `merged()` is the same operation as one `nn.Conv2d`.
 #
+# **Further reading**: `MixConv` in [`custom_layers.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/custom_layers.py). What stacked dilated layers do not see: [Wang and others, section 3.2](https://arxiv.org/abs/1702.08502). Kernels of several sizes merged into one after training: [RepVGG](https://arxiv.org/abs/2101.03697).
+#
 # Previous: [2 · Partitioning](02_partitioning.ipynb) · Next: [4 · Blocks](04_blocks.ipynb)

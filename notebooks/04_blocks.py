@@ -811,4 +811,6 @@ attempt(widest_solution, test_widest, wrong=[depthwise_is_free, narrow_depthwise
 # - `a1.1` is one convolution with `groups=2`.
 # - In a wide block the pointwise layers cost most; that is what leaves room for large depthwise kernels.
 #
+# **Further reading**: [MobileNetV1](https://arxiv.org/abs/1704.04861) and [V2](https://arxiv.org/abs/1801.04381), which argues for linear ends in its section 3.2; [squeeze-and-excitation](https://arxiv.org/abs/1709.01507); [swish](https://arxiv.org/abs/1710.05941); [stochastic depth](https://arxiv.org/abs/1603.09382).
+#
 # Previous: [3 · The layer](03_layer.ipynb) · Next: [5 · MobileNets](05_mobilenets.ipynb)

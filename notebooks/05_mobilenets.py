@@ -1037,4 +1037,6 @@ attempt(cheapest_place_solution, test_cheapest, wrong=[smallest_image, fewest_ch
 # - One kernel size for all channels has a best value; a mix does not fall behind it, and costs less (cited). Layers of stride 2 gain most.
 # - The paper's "FLOPS" are TensorFlow's profiler, halved: multiply-adds, and also what initialises and decays the weights. By that rule all 42 points of its Figures 1, 4 and 6 agree within 1M.
 #
+# **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), sections 3.3 and 3.4. How initial weights are scaled and why: [He and others](https://arxiv.org/abs/1502.01852).
+#
 # Previous: [4 · Blocks](04_blocks.ipynb) · Next: [6 · Receptive fields](06_receptive_fields.ipynb)

@@ -855,4 +855,6 @@ attempt(residual_field_solution, test_residual, wrong=[half_and_half, no_skip])
 # - Mixing buys reach, and channels that differ in every layer. It buys no larger spot for the same weights, in untrained networks.
 # - Measure energy without a logarithm, and say layer, input size, images, seeds and spread.
 #
+# **Further reading**: [Luo and others](https://arxiv.org/abs/1701.04128) define the effective receptive field; [Araujo, Norris and Sim](https://distill.pub/2019/computing-receptive-fields/) derive the theoretical one for any network; [RepLKNet](https://arxiv.org/abs/2203.06717) uses it to argue for large kernels.
+#
 # Previous: [5 · MobileNets](05_mobilenets.ipynb) · Next: [7 · MixNet](07_mixnet.ipynb)

@@ -1013,4 +1013,6 @@ attempt(large_channels_solution, test_large_channels, wrong=[front_to_back, whol
 # - The paper's figure leaves things out. The code is what the published numbers came from.
 # - Where expansion and projection have two groups and the mix has two or four sizes, small and large kernels are networks side by side that only gates connect.
 #
+# **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), section 4; [`mixnet_builder.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/mixnet_builder.py). The searches it follows: [MnasNet](https://arxiv.org/abs/1807.11626), [FBNet](https://arxiv.org/abs/1812.03443), [ProxylessNAS](https://arxiv.org/abs/1812.00332).
+#
 # Previous: [6 · Receptive fields](06_receptive_fields.ipynb) · Next: [8 · Weights](08_weights.ipynb)

@@ -1068,4 +1068,6 @@ attempt(depthwise_weight_solution, test_depthwise, wrong=[multiplier_first])
 # - Weights go in from TensorFlow (in order or by name), timm and files, and out to timm. All is checked before anything changes.
 # - A round trip accepts any table that undoes itself; another implementation does not.
 #
+# **Further reading**: [`mixnet_model.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/mixnet_model.py); timm's [model file](https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/efficientnet.py), which builds MixNets among others; the [safetensors format](https://github.com/huggingface/safetensors), which can be read without running anything.
+#
 # Previous: [7 · MixNet](07_mixnet.ipynb) · Next: [9 · Any model](09_any_model.ipynb)

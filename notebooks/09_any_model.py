@@ -661,4 +661,6 @@ attempt(shrink_solution, test_shrink, wrong=[corner, uncut])
 # - A swap goes wrong without an error: paddings, layers in two places, hooks.
 # - `replace_depthwise` puts MixConv into any model, keeps its function where kernels grow, and reports what it did.
 #
+# **Further reading**: [Net2Net](https://arxiv.org/abs/1511.05641) (Chen and others) is the source of the idea: change a trained network in a way that keeps its function, then go on training.
+#
 # Previous: [8 · Weights](08_weights.ipynb) · Next: [9 · A trained network](09_trained_network.ipynb)

@@ -875,4 +875,6 @@ attempt(one_kernel_solution, test_kernel, wrong=[in_the_corner, stretched])
 # - A sum of kernels is one kernel. A mix is one kernel, too, with zeros in it.
 # - Large kernels came back in one size. What MixConv saves is arithmetic, and on a GPU arithmetic was not what cost time.
 #
+# **Further reading**: the papers are linked where they are met. [ConvNeXt](https://arxiv.org/abs/2201.03545), section 2, is the best one to read whole.
+#
 # Previous: [9 · A trained network](09_trained_network.ipynb) · Next: [11 · Why it is slow](11_why_slow.ipynb)

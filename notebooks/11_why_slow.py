@@ -857,4 +857,6 @@ attempt(place_solution, test_place, wrong=[channel_first, alone])
 # - Merging and folding are algebra: same outputs, fewer passes over memory, no compiler.
 # - What is left is one task: `MixSpec` says it, `split_form` is its meaning.
 #
+# **Further reading**: Williams, Waterman and Patterson, *Roofline: an insightful visual performance model for multicore architectures*, Communications of the ACM 52(4), 2009: ten pages, and every kernel looks different afterwards.
+#
 # Previous: [10 · Heirs](10_heirs.ipynb) · Next: [12 · The operation](12_operation.ipynb)

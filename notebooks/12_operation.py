@@ -979,4 +979,6 @@ with torch.no_grad():
 # - The short way is for plain tensors that nobody watches. All else goes through PyTorch's dispatcher.
 # - Gradient, `vmap`, autocast and shapes are rules of the operation. No kernel needs to know of them.
 #
+# **Further reading**: PyTorch's manual on [custom operators](https://docs.pytorch.org/tutorials/advanced/custom_ops_landing_page.html), and on [`torch.library`](https://docs.pytorch.org/docs/stable/library.html).
+#
 # Previous: [11 · Why it is slow](11_why_slow.ipynb) · Next: [13 · A kernel in steps](13_kernel_in_steps.ipynb)

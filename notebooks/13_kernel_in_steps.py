@@ -801,4 +801,6 @@ attempt(wrong_lines_solution, test_lines, wrong=[moved_by_rows, turned])
 # - A rewrite changes one thing, and is compared with the step before it. An image with a single 1 shows which index is wrong.
 # - An exponential is a power of two, which is free, times a short series.
 #
+# **Further reading**: Drepper, *What every programmer should know about memory* (2007), for caches; GCC's manual on [vector extensions](https://gcc.gnu.org/onlinedocs/gcc/Vector-Extensions.html), for lanes.
+#
 # Previous: [12 · The operation](12_operation.ipynb) · Next: [13 · A kernel, compiled](13_kernel_in_steps_compiled.ipynb)

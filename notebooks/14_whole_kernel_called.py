@@ -377,4 +377,6 @@ for batch in batches:
 # - What has no compiled version is declined with a reason, and the split form computes.
 # - A plan is made once for each kind of call; a call is six addresses.
 #
+# **Further reading**: Ragan-Kelley and others, *Halide*, PLDI 2013: what to compute, apart from where and when; a ring and bands are two of its schedules.
+#
 # Previous: [14 · The whole kernel](14_whole_kernel.ipynb) · Next: [15 · Bytes of a block](15_block_bytes.ipynb)

@@ -694,4 +694,6 @@ attempt(gated_weight_solution, test_gated, wrong=[by_output, first_inputs])
 # - The expansion goes into the ring, the means are summed on the way, the gate goes into the projection's weights.
 # - One template parameter, `fetch_row`, tells the two kernels apart.
 #
+# **Further reading**: Alwani and others, *Fused-layer CNN accelerators*, MICRO 2016: the same thought, in hardware.
+#
 # Previous: [15 · Bytes of a block](15_block_bytes.ipynb) · Next: [16 · A model, in pieces](16_model_pieces.ipynb)

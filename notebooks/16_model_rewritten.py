@@ -791,4 +791,6 @@ attempt(my_forward_solution, test_forward, wrong=[as_before, without_norm])
 # - Old modules are never changed, only replaced: putting back is simple.
 # - A network is as fast as its wide tensors are few: folding and merging, then whole blocks.
 #
+# **Further reading**: [torch.fx](https://arxiv.org/abs/2112.08429) (Reed and others), on what a traced graph can say and what it cannot.
+#
 # Previous: [16 · A model, read](16_model_read.ipynb) · Next: [17 · On a GPU](17_gpu.ipynb)

@@ -440,4 +440,6 @@ attempt(numbers_apart_solution, test_apart, wrong=[channels_first, no_stride])
 # - All groups go in one launch; a table tells each program which group is its own.
 # - Another device is another form: what it computes is checked against the split form, and why it declines can be asked.
 #
+# **Further reading**: Tillet, Kung and Cox, *Triton*, MAPL 2019; [Triton's tutorials](https://triton-lang.org/main/getting-started/tutorials/index.html).
+#
 # Previous: [16 · A model, rewritten](16_model_rewritten.ipynb) · Next: [18 · Using it](18_using_it.ipynb)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,16 @@ def links_around(position: int, notebooks: list[tuple[str, Any]]) -> str:
     return " · ".join(links)
 
 
-def weave(notebook: Any, stem: str, around: str = "") -> tuple[str, dict[str, bytes]]:
+def weave(
+    notebook: Any, stem: str, around: str = "", before: int = 0
+) -> tuple[str, dict[str, bytes]]:
     """The page of one notebook, and the figures it shows by file name.
 
     Args:
         notebook: with its outputs.
         stem: its name, such as `03_layer`.
         around: a line of links for the page's head.
+        before: how many figures the earlier pages of this chapter have.
 
     Raises:
         BookError: for a figure without a name or alt text, or two figures of one name.
@@ -71,7 +75,9 @@ def weave(notebook: Any, stem: str, around: str = "") -> tuple[str, dict[str, by
                     raise BookError(f"{stem}, cell {number}: a second figure named {name}")
                 first_sentence = re.match(r".*?[.](?=\s|$)|.*", output.metadata.alt)
                 assert first_sentence
-                output.metadata.caption = f"Figure {chapter}.{len(figures)}. {first_sentence[0]}"
+                output.metadata.caption = (
+                    f"Figure {chapter}.{before + len(figures)}. {first_sentence[0]}"
+                )
     exporter = MarkdownExporter(
         template_name="page",
         extra_template_basedirs=[str(TEMPLATES)],
@@ -104,8 +110,11 @@ def weave_all(notebooks: list[tuple[str, Any]], root: Path = ROOT) -> dict[Path,
     """Every page and figure of the book, by path."""
     files: dict[Path, bytes] = {}
     origin: dict[Path, str] = {}
+    count: Counter[str] = Counter()
     for position, (stem, notebook) in enumerate(notebooks):
-        page, figures = weave(notebook, stem, links_around(position, notebooks))
+        number = stem.partition("_")[0]
+        page, figures = weave(notebook, stem, links_around(position, notebooks), count[number])
+        count[number] += len(figures)
         files[root / "notebooks" / f"{stem}.md"] = page.encode()
         for name, image in figures.items():
             path = root / "figures" / name

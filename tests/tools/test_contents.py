@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tools.conftest import real_chapters
+from tests.tools.conftest import find_all, real_chapters
 from tools.contents import anchor, beginning, contents_page
 
 PAGE = """\
@@ -60,3 +60,11 @@ def test_no_chapter_is_missing():
     figures = sum(text.count("![") for text in pages.values())
     assert page.count("- [Figure ") <= figures
     assert "| 0 | 0 | 0 |" not in page
+
+
+def test_figures_are_numbered_through_a_chapter():
+    """A chapter of several pages has one Figure 13.1."""
+    pages = [c.page.read_text() for c in real_chapters()]
+    names = [name for page in pages for name in find_all(r"^\*(Figure \d+\.\d+)\. ", page)]
+    assert len(names) > 40
+    assert sorted(set(names)) == sorted(names)

@@ -23,8 +23,8 @@ CHAPTERS = real_chapters()
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
 each_page = pytest.mark.parametrize(
     "path",
-    [ROOT / "README.md", *(chapter.page for chapter in CHAPTERS)],
-    ids=lambda path: path.name,
+    [ROOT / "README.md", ROOT / "notebooks" / "README.md", *(c.page for c in CHAPTERS)],
+    ids=lambda path: path.relative_to(ROOT).as_posix(),
 )
 
 

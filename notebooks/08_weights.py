@@ -84,7 +84,7 @@ show(
 
 
 # %% [markdown]
-# ## The proof
+# ## Endpoint by endpoint
 #
 # One image and its scores may not show every difference. So the repository holds more of what TensorFlow computed: for S and M, at two image sizes, values after the stem, after each block, and at each change of size also before the projection. Of each of these endpoints the mean, the standard deviation, the first 16 and the last 16 values were kept; of the scores, all.
 #
@@ -136,7 +136,69 @@ table(
 
 # %% [markdown]
 # The second size is not square, and odd and even on its way down: there 'SAME' padding must put its extra zero on the right side. That the comparison can fail, the picture shows.
+
+# %% [markdown]
+# **8.1** ★★ *10 minutes, three lines.* Somebody broke parity, in one place. Given two MixNets and images, return the name of the first endpoint where they differ, in the order in which they are computed; None if there is none.
 #
+# <details><summary>Hint: the idea</summary>
+#
+# `endpoints` gives a dictionary in the order of computation. After the first difference all others differ, too.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `ours, theirs = endpoints(model, images), endpoints(reference, images)`
+#
+# </details>
+
+# %%
+import copy
+
+from mixconv.teaching import attempt, expect
+
+
+def first_difference(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
+    raise NotImplementedError
+
+
+@torch.no_grad()
+def test_first_difference(answer) -> None:
+    reference, images = MixNet(MIXNET_S).eval(), torch.randn(1, 3, 64, 64)
+    expect(answer, reference, reference, images, gives=None, why="they are the same")
+    for place in ("stem.norm", "blocks.5.depthwise.norm", "head.norm"):
+        model = copy.deepcopy(reference)
+        model.get_submodule(place).eps = 0.1
+        name = {"stem.norm": "stem", "head.norm": "logits"}.get(place, "block_5")
+        expect(answer, model, reference, images, gives=name, why=f"the epsilon of {place}")
+
+
+attempt(first_difference, test_first_difference)
+
+
+# %% tags=["solution"]
+def first_difference_solution(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
+    ours, theirs = endpoints(model, images), endpoints(reference, images)
+    differing = [name for name in ours if not torch.allclose(ours[name], theirs[name], atol=1e-6)]
+    return differing[0] if differing else None
+
+
+def last_one(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
+    """name the last endpoint that differs: that is always the scores"""
+    ours, theirs = endpoints(model, images), endpoints(reference, images)
+    differing = [name for name in ours if not torch.allclose(ours[name], theirs[name], atol=1e-6)]
+    return differing[-1] if differing else None
+
+
+def shapes_only(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
+    """compare shapes, which a wrong epsilon does not change"""
+    ours, theirs = endpoints(model, images), endpoints(reference, images)
+    return next((name for name in ours if ours[name].shape != theirs[name].shape), None)
+
+
+attempt(first_difference_solution, test_first_difference, wrong=[last_one, shapes_only])
+
+# %% [markdown]
 # ## Across from TensorFlow
 #
 # How did the weights get across? They come in TensorFlow's layout. By hand, for a 3×3 kernel from 16 to 24 channels, and for a depthwise kernel on 16:
@@ -821,7 +883,7 @@ def _other_classifier(
     return ("classifier.weight", "classifier.bias")
 
 
-# %%
+# %% tags=["plumbing"]
 #| export weights.py
 def _is_dense(given: Tensor, expected: Tensor) -> bool:
     """Whether a tensor's numbers can be copied: real, of a kind that fits, and in memory."""
@@ -905,7 +967,7 @@ def _build(config: MixNetConfig, weights: Any, **options: Any) -> MixNet:
     return model
 
 
-# %%
+# %% tags=["plumbing"]
 #| export zoo.py
 _USUAL_SIZES = {"num_classes": 1000, "in_channels": 3}
 _UNTOLD = (
@@ -1013,24 +1075,64 @@ def mixnet_l(
 
 
 # %% [markdown]
-# ## Ours, official, timm
-#
-# | | ours | official code | timm `tf_mixnet_*` | timm `mixnet_*` |
-# |---|---|---|---|---|
-# | padding | 'SAME', or symmetric | 'SAME' | 'SAME' | symmetric |
-# | batch-norm epsilon | 1e-3, or any | 1e-3 | 1e-3 | 1e-5 |
-# | agrees with ours | – | scores, and 34 values of each endpoint, for S and M: 1e-5 (above) | scores and gradients, for S, M and L: 1e-5 (`tests/peers`) | the same, with symmetric padding and 1e-5 |
-# | two 1×1 groups | one grouped convolution | two convolutions, concatenated | two convolutions, concatenated | the same |
-# | unequal partitions | in `MixConv2d` and the MobileNets; a MixNet splits equally | no | no | no |
-#
 # ## Exercises
 #
-# **8.1** ★★ *5 minutes, two lines.* TensorFlow's depthwise kernels may give several outputs for each channel: (k, k, channels, multiplier). Return PyTorch's weight, (channels · multiplier, 1, k, k). In both, output z belongs to input channel z // multiplier.
+# **8.2** ★ *5 minutes, one line.* On images of even size, how many convolutions of a MixNet compute something else with symmetric padding than with 'SAME'? Count them for a configuration.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# At stride 1 both rules put the same zeros on both sides. Chapter 3 says where they differ.
+#
+# </details>
 
 # %%
-from mixconv.teaching import attempt, expect
+def shifted_layers(config: MixNetConfig) -> int:
+    raise NotImplementedError
 
 
+def test_shifted(answer) -> None:
+    for config in (MIXNET_S, MIXNET_M, MixNetConfig(("r2_k3_a1_p1_s11_e1_i8_o8",), 8)):
+        halving = sum(run.stride == 2 for run in unroll(config))
+        expect(answer, config, gives=1 + halving, why=f"the stem and {halving} blocks halve")
+
+
+attempt(shifted_layers, test_shifted)
+
+
+# %% tags=["solution"]
+def shifted_layers_solution(config: MixNetConfig) -> int:
+    return 1 + sum(run.stride == 2 for run in unroll(config))
+
+
+def no_stem(config: MixNetConfig) -> int:
+    """forget that the stem has stride 2"""
+    return sum(run.stride == 2 for run in unroll(config))
+
+
+def all_depthwise(config: MixNetConfig) -> int:
+    """count every depthwise layer, those of stride 1, too"""
+    return 1 + len(unroll(config))
+
+
+attempt(shifted_layers_solution, test_shifted, wrong=[no_stem, all_depthwise])
+
+
+# %% [markdown]
+# **8.3** ★★ *5 minutes, two lines.* TensorFlow's depthwise kernels may give several outputs for each channel: (k, k, channels, multiplier). Return PyTorch's weight, (channels · multiplier, 1, k, k). In both, output z belongs to input channel z // multiplier.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# The last axis in PyTorch's order varies fastest. Which of channels and multiplier must that be?
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `kernel.permute(2, 3, 0, 1)`
+#
+# </details>
+
+# %%
 def depthwise_weight(kernel: Tensor) -> Tensor:
     raise NotImplementedError
 
@@ -1059,7 +1161,59 @@ def multiplier_first(kernel: Tensor) -> Tensor:
     return kernel.permute(3, 2, 0, 1).reshape(channels * multiplier, 1, k, k)
 
 
-attempt(depthwise_weight_solution, test_depthwise, wrong=[multiplier_first])
+def reshaped(kernel: Tensor) -> Tensor:
+    """reshape without moving axes: rows and columns end up among the channels"""
+    k, _, channels, multiplier = kernel.shape
+    return kernel.reshape(channels * multiplier, 1, k, k)
+
+
+attempt(depthwise_weight_solution, test_depthwise, wrong=[multiplier_first, reshaped])
+
+
+# %% [markdown]
+# **8.4** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# One name is the end of the other. Ask for the longer one first, at the beginning of what follows the slash.
+#
+# </details>
+
+# %%
+def padding_of(name: str) -> str | None:
+    raise NotImplementedError
+
+
+def test_padding_of(answer) -> None:
+    names = {"tf_mixnet_s": "same", "timm/tf_mixnet_l.in1k": "same", "mixnet_m": "symmetric",
+             "timm/mixnet_xl.ra_in1k": "symmetric", "last.pth": None, "my_mixnet_s": None,
+             "timm/efficientnet_b0": None}  # fmt: skip
+    for name, padding in names.items():
+        expect(answer, name, gives=padding, why="what its family was trained with")
+
+
+attempt(padding_of, test_padding_of)
+
+
+# %% tags=["solution"]
+def padding_of_solution(name: str) -> str | None:
+    own = name.rpartition("/")[2]
+    families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
+    return next((padding for start, padding in families.items() if own.startswith(start)), None)
+
+
+def anywhere(name: str) -> str | None:
+    """look for the word anywhere: tf_mixnet_s holds mixnet_s, and so does my_mixnet_s"""
+    return "symmetric" if "mixnet_" in name else None
+
+
+def whole_name(name: str) -> str | None:
+    """forget the owner before the slash"""
+    families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
+    return next((padding for start, padding in families.items() if name.startswith(start)), None)
+
+
+attempt(padding_of_solution, test_padding_of, wrong=[anywhere, whole_name])
 
 # %% [markdown]
 # ## Takeaways

@@ -609,6 +609,12 @@ status = main(["predict", photo])
 # ## Exercises
 #
 # **18.1** ★ *3 minutes, one line.* A detector wants maps of stride 8 and 16 from MixNet-M on pictures with one channel. Return the two maps.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `features` gives five maps, of strides 2, 4, 8, 16 and 32.
+#
+# </details>
 
 # %%
 from mixconv.teaching import attempt
@@ -643,11 +649,23 @@ def one_early(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return maps[1], maps[2]
 
 
-attempt(two_maps_solution, test_maps, wrong=[one_early])
+def one_late(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """count from the end: the last entry has stride 32, so stride 16 is the one before"""
+    maps = mixnet_m(in_channels=1).eval().features(pictures)
+    return maps[-2], maps[-1]
+
+
+attempt(two_maps_solution, test_maps, wrong=[one_early, one_late])
 
 
 # %% [markdown]
 # **18.2** ★★ *5 minutes, three lines.* Return two parameter groups for an optimiser: weights of convolutions and the classifier with `weight_decay` 1e-5, and everything with one dimension (normalisations, biases) with 0.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# Weights of convolutions have four dimensions, the classifier's two, all others one. `p.dim()` tells.
+#
+# </details>
 
 # %%
 def groups(model: nn.Module) -> list[dict[str, object]]:
@@ -684,7 +702,124 @@ def by_name(model: nn.Module) -> list[dict[str, object]]:
     return [{"params": decayed, "weight_decay": 1e-5}, {"params": free, "weight_decay": 0.0}]
 
 
-attempt(groups_solution, test_groups, wrong=[by_name])
+def turned(model: nn.Module) -> list[dict[str, object]]:
+    """decay the normalisations and leave the kernels free"""
+    decayed, free = (group["params"] for group in groups_solution(model))
+    return [{"params": free, "weight_decay": 1e-5}, {"params": decayed, "weight_decay": 0.0}]
+
+
+attempt(groups_solution, test_groups, wrong=[by_name, turned])
+
+
+# %% [markdown]
+# **18.3** ★★ *10 minutes, four lines.* Freeze all of a MixNet but its classifier: no gradients, *and* no change of running statistics. The model is in training mode and stays there, so that dropout works. Change it in place.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `requires_grad` stops gradients. Running means are no parameters: they change in every forward pass of a normalisation that is in training mode.
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `for parameter in model.parameters(): parameter.requires_grad_(False)`
+#
+# </details>
+
+# %%
+def freeze(model: nn.Module) -> None:
+    raise NotImplementedError
+
+
+def test_freeze(answer) -> None:
+    model = mixnet_s(num_classes=3, width_multiplier=0.35).train()
+    answer(model)
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert wanted == {"classifier.weight", "classifier.bias"}, (
+        f"with gradients: {sorted(wanted)[:4]}"
+    )
+    before = model.stem.norm.running_mean.clone()
+    model(torch.randn(4, 3, 32, 32))
+    assert torch.equal(model.stem.norm.running_mean, before), "running means have moved"
+    assert model.training, "the model is in evaluation mode: no dropout"
+
+
+attempt(freeze, test_freeze)
+
+
+# %% tags=["solution"]
+def freeze_solution(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier"))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+
+
+def only_gradients(model: nn.Module) -> None:
+    """stop the gradients and forget the statistics"""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith("classifier"))
+
+
+def all_of_it(model: nn.Module) -> None:
+    """put the whole model into evaluation mode, dropout included"""
+    only_gradients(model)
+    model.eval()
+
+
+attempt(freeze_solution, test_freeze, wrong=[only_gradients, all_of_it])
+
+# %% [markdown]
+# **18.4** ★★ *10 minutes, two lines.* Put mixes into a model that has kernels of several sizes, without changing what it computes: each depthwise layer of k×k gets k and k + 2. Return the report.
+#
+# <details><summary>Hint: the idea</summary>
+#
+# `replace_depthwise` takes a function of a layer's name and the layer, and asks it for each layer's sizes.
+#
+# </details>
+
+# %%
+from mixconv.surgery import ReplacementReport
+
+
+def grow(model: nn.Module) -> ReplacementReport:
+    raise NotImplementedError
+
+
+def test_grow(answer) -> None:
+    layers = [nn.Conv2d(8, 8, k, padding=k // 2, groups=8) for k in (3, 5, 7)]
+    model, x = nn.Sequential(*layers), torch.randn(1, 8, 9, 9)
+    before = model(x)
+    report = answer(model)
+    assert isinstance(report, ReplacementReport), f"the report, got {report!r}"
+    sizes = [getattr(layer, "kernel_sizes", None) for layer in model]
+    assert sizes == [(3, 5), (5, 7), (7, 9)], f"kernel sizes {sizes}"
+    assert torch.allclose(model(x), before, atol=1e-5), "it computes something else now"
+
+
+attempt(grow, test_grow)
+
+
+# %% tags=["solution"]
+def grow_solution(model: nn.Module) -> ReplacementReport:
+    def wider(name: str, layer: nn.Conv2d) -> tuple[int, int]:
+        return layer.kernel_size[0], layer.kernel_size[0] + 2
+
+    return replace_depthwise(model, wider)
+
+
+def one_mix(model: nn.Module) -> ReplacementReport:
+    """give all layers one mix: larger kernels are then left alone"""
+    return replace_depthwise(model, (3, 5))
+
+
+def cropped(model: nn.Module) -> ReplacementReport:
+    """crop what does not fit"""
+    return replace_depthwise(model, (3, 5), crop=True)
+
+
+attempt(grow_solution, test_grow, wrong=[one_mix, cropped])
 
 # %% [markdown]
 # ## Takeaways

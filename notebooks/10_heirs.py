@@ -200,7 +200,7 @@ picture(
 # %% [markdown]
 # MixConv is a diagonal whose windows grow; a dense layer would fill every cell. CoaT has the same with other groups. In SMT four sizes meet in each output, MogaNet's windows are wider, InceptionNeXt and FasterNet copy most channels. One after the other they are now built. (The picture imports them from this chapter's module.)
 #
-# For each, the authors' definition is stated again in plain tensor operations, without their modules and without ours. That needs a depthwise convolution with any window: chapter 1's sum of shifted images, with two sides, a bias and a dilation. And `prove` compares a layer with its definition, in the output and every gradient.
+# For each, the authors' definition is stated again in plain tensor operations, without their modules and without ours. That needs a depthwise convolution with any window: chapter 1's sum of shifted images, with two sides, a bias and a dilation. And `agree` compares a layer with its definition, in the output and every gradient.
 
 # %%
 from torch.func import functional_call
@@ -219,7 +219,7 @@ def shifted_sum(x, weight, bias, dilation=1):
     return y
 
 
-def prove(definition, layer, *inputs, what, options=()):
+def agree(definition, layer, *inputs, what, options=()):
     layer = layer.double().eval()
     names = [name for name, _ in layer.named_parameters()]
     weights = [torch.randn_like(w) / w[0].numel() ** 0.5 for w in layer.parameters()]
@@ -292,7 +292,7 @@ def coat_definition(q, v, *weights):
 
 
 q, v = torch.randn(2, 2, 8, 21, 2).double()
-prove(coat_definition, ConvRelPosEnc(2), q, v, options=[size], what="CoaT and ConvRelPosEnc")
+agree(coat_definition, ConvRelPosEnc(2), q, v, options=[size], what="CoaT and ConvRelPosEnc")
 
 
 # %% [markdown]
@@ -354,7 +354,7 @@ def smt_definition(x, *weights):
 
 
 x = torch.randn(2, 8, 6, 5).double()
-prove(smt_definition, MultiHeadMixedConv(8), x, what="SMT and MultiHeadMixedConv")
+agree(smt_definition, MultiHeadMixedConv(8), x, what="SMT and MultiHeadMixedConv")
 
 
 # %% [markdown]
@@ -409,7 +409,7 @@ def moganet_definition(x, w0, b0, w1, b1, w2, b2, pointwise, bias):
 
 
 x = torch.randn(2, 8, 11, 9).double()
-prove(moganet_definition, MultiOrderDWConv(8), x, what="MogaNet and MultiOrderDWConv")
+agree(moganet_definition, MultiOrderDWConv(8), x, what="MogaNet and MultiOrderDWConv")
 
 
 # %% [markdown]
@@ -465,7 +465,7 @@ def inception_definition(x, square, b0, row, b1, column, b2):
 
 
 x = torch.randn(2, 16, 12, 9).double()
-prove(inception_definition, InceptionDWConv2d(16), x, what="InceptionNeXt and InceptionDWConv2d")
+agree(inception_definition, InceptionDWConv2d(16), x, what="InceptionNeXt and InceptionDWConv2d")
 
 
 # %% [markdown]
@@ -515,7 +515,7 @@ def fasternet_definition(x, weight):
 
 
 x = torch.randn(2, 8, 6, 7).double()
-prove(fasternet_definition, PartialConv2d(8), x, what="FasterNet and PartialConv2d")
+agree(fasternet_definition, PartialConv2d(8), x, what="FasterNet and PartialConv2d")
 
 
 # %% [markdown]

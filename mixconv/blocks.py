@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from mixconv._checks import check_positive, check_rate
+from mixconv._checks import as_stride, check_positive, check_rate
 from mixconv.layer import MixConv2d, make_pointwise
 
 __all__ = [
@@ -119,7 +119,7 @@ class DepthwiseSeparableBlock(nn.Module):
         norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        self.stride, self.out_channels = stride, out_channels
+        self.stride, self.out_channels = as_stride(stride), out_channels
         mixed = make_depthwise(
             in_channels, kernel_sizes, stride,
             partition=partition, dilated=dilated, padding=padding,
@@ -247,8 +247,8 @@ class MixConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("expand_ratio", expand_ratio)
-        self.stride, self.out_channels = stride, out_channels
-        self.has_residual = skip and stride == 1 and in_channels == out_channels
+        self.stride, self.out_channels = as_stride(stride), out_channels
+        self.has_residual = skip and self.stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
         unit = partial(ConvNormActivation, norm_layer=norm_layer, activation=activation)
         self.expand: nn.Module = nn.Identity()

@@ -602,6 +602,8 @@ def receptive_field(
         ValueError: if the lists have different lengths.
     """
     strides = strides or [1] * len(kernel_sizes)
+    if min([1, *strides, *(dilations or [])]) < 1:
+        raise ValueError(f"strides and dilations must be at least 1, got {strides}, {dilations}")
     dilations = dilations or [1] * len(kernel_sizes)
     field, step = 1, 1
     for k, stride, dilation in zip(kernel_sizes, strides, dilations, strict=True):

@@ -365,7 +365,7 @@ attempt(zeros_by_hand_solution, test_zeros, wrong=[odd_one_first, as_pytorch])
 from collections.abc import Sequence
 from typing import cast
 
-from mixconv._checks import check_kernel_sizes
+from mixconv._checks import check_flags, check_kernel_sizes
 from mixconv.partition import resolve_partition
 
 
@@ -417,11 +417,11 @@ class MixConv2d(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("channel_multiplier", channel_multiplier)
+        check_flags(dilated=dilated, bias=bias)
         self.kernel_sizes = check_kernel_sizes(kernel_sizes)
         self.partition = resolve_partition(channels, self.kernel_sizes, partition)
         self.in_channels, self.out_channels = channels, channels * channel_multiplier
-        self.stride = as_pair("stride", stride)
-        self.dilation = as_pair("dilation", dilation)
+        self.stride, self.dilation = as_pair("stride", stride), as_pair("dilation", dilation)
         self.padding = padding
         self.channel_multiplier = channel_multiplier
         self.dilated = dilated
@@ -461,9 +461,12 @@ class MixConv2d(MixConv2d):
         """Convolve each group with its own kernel size.
 
         Raises:
-            ValueError: if `x` is not an image or batch with the layer's channels.
+            TypeError: if `x` is not a tensor.
+            ValueError: if it is not an image or batch with the layer's channels.
         """
-        # Tracers pass stand-ins for tensors; those cannot be compared.
+        # Tracers pass stand-ins for tensors; those cannot be compared, but split.
+        if not hasattr(x, "split") or isinstance(x, str):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
         if isinstance(x, Tensor) and (x.dim() not in (3, 4) or x.shape[-3] != self.in_channels):
             raise ValueError(
                 f"x must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W), "

@@ -197,9 +197,11 @@ def make_depthwise(
 # %%
 [type(make_depthwise(8, sizes)).__name__ for sizes in [(3,), (3, 5)]]
 
-
 # %%
 #| export blocks.py
+from mixconv._checks import as_stride
+
+
 class DepthwiseSeparableBlock(nn.Module):
     """Depthwise or mixed depthwise convolution, then pointwise; each normalised and activated.
 
@@ -234,7 +236,7 @@ class DepthwiseSeparableBlock(nn.Module):
         norm_layer: NormLayer = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
-        self.stride, self.out_channels = stride, out_channels
+        self.stride, self.out_channels = as_stride(stride), out_channels
         mixed = make_depthwise(
             in_channels, kernel_sizes, stride,
             partition=partition, dilated=dilated, padding=padding,
@@ -579,8 +581,8 @@ class MixConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("expand_ratio", expand_ratio)
-        self.stride, self.out_channels = stride, out_channels
-        self.has_residual = skip and stride == 1 and in_channels == out_channels
+        self.stride, self.out_channels = as_stride(stride), out_channels
+        self.has_residual = skip and self.stride == 1 and in_channels == out_channels
         wide = in_channels * expand_ratio
         unit = partial(ConvNormActivation, norm_layer=norm_layer, activation=activation)
         self.expand: nn.Module = nn.Identity()

@@ -446,11 +446,19 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 #
 # > ⚙️ **Official code.** Stem and head use ReLU. Padding is TensorFlow's 'SAME' everywhere. Batch normalisation has decay 0.99 and epsilon 0.001; PyTorch calls 1 − 0.99 = 0.01 the *momentum*.
 
-# %%
+# %% tags=["plumbing"]
 #| export mixnet.py
 from mixconv.blocks import ConvNormActivation, MixConvBlock
 from mixconv.layer import make_conv2d, make_pointwise
 from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans
+
+
+def _check_network(config: MixNetConfig, **positive: float) -> None:
+    """Raise TypeError or ValueError for what is no configuration, or a number out of range."""
+    if not isinstance(config, MixNetConfig):
+        raise TypeError(f"config must be a MixNetConfig such as MIXNET_S, got {config!r}")
+    for name, value in positive.items():
+        check_multiplier(name, value)
 
 
 def _make_blocks(
@@ -505,6 +513,7 @@ class MixNet(ConvNet):
         norm_eps: float = 1e-3,
         norm_momentum: float = 0.01,
     ) -> None:
+        _check_network(config, norm_eps=norm_eps, norm_momentum=norm_momentum)
         scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
         norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
         blocks = _make_blocks(unroll(scaled), drop_path_rate, padding=padding, norm_layer=norm)
@@ -920,7 +929,7 @@ def preprocess(image: Tensor) -> Tensor:
 
     Raises:
         TypeError: for integers; divide them by 255 first.
-        ValueError: if there are not three channels.
+        ValueError: if there are not three channels, or values like 255.
 
     Source: ImageNet's usual statistics. Chapter 7.
     """
@@ -928,6 +937,8 @@ def preprocess(image: Tensor) -> Tensor:
         raise TypeError(f"image must be floating point, 0 to 1, got {image.dtype}")
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
+    if not image.is_meta and image.numel() and float(image.max()) > 2:  # resizing may overshoot 1
+        raise ValueError(f"image must be 0 to 1, its largest value is {float(image.max()):.6g}")
     mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
     normalised: Tensor = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
     return normalised

@@ -647,7 +647,7 @@ show(
 #
 # ## What this does not show
 #
-# - **The networks are untrained.** Luo et al. report that training widens the field (cited). A trained network may prefer some groups to others; then shares are not $c_t / c$.
+# - **The networks are untrained.** Luo et al. report that training widens the field (cited). [Chapter 9](09_trained_network.ipynb) asks one network, and gets another answer. A trained network may prefer some groups to others; then shares are not $c_t / c$.
 # - **The images are noise.** In an untrained network they hardly matter. In a trained one they do: give `images`.
 # - **A gradient is a local answer**: what a small change of a pixel does, at this image. And if the image is smaller than the window, the map shows what is left of it.
 #

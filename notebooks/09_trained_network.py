@@ -291,7 +291,7 @@ show(
 )
 
 # %% [markdown]
-# All these kernels had 25 weights to use, 16 of them in the border: with random weights, 64% of the energy would be there. Nearly all channels have less. Some are 3×3 kernels in all but name, others live in their border, and the last layers use it most. Training was never told to mix, and it mixed.
+# All these kernels had 25 weights to use, 16 of them in the border: with random weights, 64% of the energy would be there. Most channels have less. Some are 3×3 kernels in all but name, others live in their border, and the last layers use it most. Training was never told to mix, and it mixed.
 #
 # ## The experiment
 #

@@ -17,6 +17,7 @@ from mixconv.mixnet import (
     MIXNET_L,
     MIXNET_M,
     MIXNET_S,
+    MIXNET_XL,
     BlockConfig,
     MixNet,
     MixNetConfig,
@@ -30,7 +31,7 @@ from mixconv.partition import default_kernel_sizes, partition_channels
 from mixconv.receptive_fields import effective_receptive_field, theoretical_receptive_field
 from mixconv.surgery import replace_depthwise
 from mixconv.weights import load_weights, to_timm
-from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s
+from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s, mixnet_xl
 
 __version__ = "0.2.0"
 
@@ -38,6 +39,7 @@ __all__ = [
     "MIXNET_L",
     "MIXNET_M",
     "MIXNET_S",
+    "MIXNET_XL",
     "BlockConfig",
     "Conv2dSame",
     "DepthwiseSeparableBlock",
@@ -60,6 +62,7 @@ __all__ = [
     "mixnet_l",
     "mixnet_m",
     "mixnet_s",
+    "mixnet_xl",
     "mobilenet_v1",
     "mobilenet_v2",
     "partition_channels",

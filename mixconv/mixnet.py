@@ -18,6 +18,7 @@ __all__ = [
     "MIXNET_L",
     "MIXNET_M",
     "MIXNET_S",
+    "MIXNET_XL",
     "BlockConfig",
     "MixNet",
     "MixNetConfig",
@@ -207,6 +208,10 @@ MIXNET_M = MixNetConfig(
 )
 
 MIXNET_L = replace(MIXNET_M, width_multiplier=1.3)
+
+_FOURS = tuple(str(block).replace("r3_", "r4_") for block in MIXNET_M.blocks)
+
+MIXNET_XL = replace(MIXNET_M, blocks=_FOURS, width_multiplier=1.6)
 
 
 def unroll(config: MixNetConfig) -> list[BlockConfig]:

@@ -932,16 +932,17 @@ with torch.no_grad():
 
 # %%
 #| export zoo.py
-"""`mixnet_s`, `mixnet_m`, `mixnet_l`: the networks by name, with weights (chapter 8)."""
+"""`mixnet_s`, `mixnet_m`, `mixnet_l`, `mixnet_xl`: networks by name, with weights (chapter 8)."""
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from inspect import signature
+from typing import Any, ParamSpec
 
 from torch import Tensor
 
 from mixconv.checkpoint import read_checkpoint
-from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MixNet, MixNetConfig
+from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MIXNET_XL, MixNet, MixNetConfig
 from mixconv.network import refuse_in_chans
 from mixconv.weights import OFFICIAL, fill, settings_of
 
@@ -1027,51 +1028,47 @@ def mixnet_s(
 
 
 # %% [markdown]
-# The other two have the same signature, written out, so that an editor and Jupyter's Shift-Tab can show it. Only the text about the arguments is shared.
+# The others take the same arguments. A decorator gives them the signature, which an editor and Jupyter's Shift-Tab show, and the text about it.
 
 # %% tags=["plumbing"]
 #| export zoo.py
-Builder = TypeVar("Builder", bound=Callable[..., MixNet])
+_P = ParamSpec("_P")
 
 
-def _documented_like(model: Builder) -> Callable[[Builder], Builder]:
-    """Decorator: put what follows the first line of `model`'s docstring after the function's."""
+def _like(model: Callable[_P, MixNet]) -> Callable[[Callable[..., MixNet]], Callable[_P, MixNet]]:
+    """Decorator: the signature of `model`, and what follows the first line of its docstring."""
 
-    def decorate(function: Builder) -> Builder:
+    def decorate(function: Callable[..., MixNet]) -> Callable[_P, MixNet]:
         function.__doc__ = f"{function.__doc__}\n{str(model.__doc__).partition(chr(10))[2]}"
+        function.__signature__ = signature(model)  # type: ignore[attr-defined]
         return function
 
     return decorate
 
 
+_UNSAID = {name: given.default for name, given in signature(mixnet_s).parameters.items()}
+del _UNSAID["weights"]
+
+
 @refuse_in_chans
-@_documented_like(mixnet_s)
-def mixnet_m(
-    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
-    width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
-    padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
-) -> MixNet:  # fmt: skip
+@_like(mixnet_s)
+def mixnet_m(weights: Any = None, **options: Any) -> MixNet:
     """MixNet-M, 5.0 million parameters. Arguments are those of `mixnet_s`."""
-    return _build(
-        MIXNET_M, weights, num_classes=num_classes, in_channels=in_channels,
-        width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
-        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum,
-    )  # fmt: skip
+    return _build(MIXNET_M, weights, **_UNSAID | options)
 
 
 @refuse_in_chans
-@_documented_like(mixnet_s)
-def mixnet_l(
-    weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
-    width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
-    padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
-) -> MixNet:  # fmt: skip
+@_like(mixnet_s)
+def mixnet_l(weights: Any = None, **options: Any) -> MixNet:
     """MixNet-L, 7.3 million parameters: M, 1.3 times as wide. Arguments are those of `mixnet_s`."""
-    return _build(
-        MIXNET_L, weights, num_classes=num_classes, in_channels=in_channels,
-        width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
-        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum,
-    )  # fmt: skip
+    return _build(MIXNET_L, weights, **_UNSAID | options)
+
+
+@refuse_in_chans
+@_like(mixnet_s)
+def mixnet_xl(weights: Any = None, **options: Any) -> MixNet:
+    """MixNet-XL, timm's, 11.9 million parameters. Arguments are those of `mixnet_s`."""
+    return _build(MIXNET_XL, weights, **_UNSAID | options)
 
 
 # %% [markdown]

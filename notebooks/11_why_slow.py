@@ -405,7 +405,8 @@ def refuse_training(mode: bool) -> None:
     if mode:
         raise RuntimeError(
             "this model was fused for inference and cannot be trained: batch norms and weights "
-            "are merged. Train the model you gave to fuse_for_inference, and fuse it again."
+            "are merged. Train the model you gave to fuse_for_inference, and fuse it again. "
+            "(create_feature_extractor asks for training: use torch.fx, or hooks, on this copy.)"
         )
 
 

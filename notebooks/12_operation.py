@@ -866,7 +866,7 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.operation import run_operation
+from mixconv.fast.operation import as_arguments, run_operation
 from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.formulation import LayerCost
 from mixconv.surgery import find_padding
@@ -937,10 +937,17 @@ class FusedMixConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, add the bias, activate."""
+        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+            operation = torch.ops.mixconv.mixed_depthwise2d
+            return cast("Tensor", operation(x, self.weight, self.bias, *as_arguments(self.spec)))
         if x.dim() == 3:
             return cast("Tensor", self(x[None]))[0]
         return run_operation(x, self.weight, self.bias, self.spec)
 
+
+# %% tags=["plumbing"]
+#| export fast/fused_layer.py
+class FusedMixConv2d(FusedMixConv2d):
     def train(self, mode: bool = True) -> "FusedMixConv2d":
         """Refuse training mode.
 
@@ -950,10 +957,6 @@ class FusedMixConv2d(nn.Module):
         refuse_training(mode)
         return super().train(mode)
 
-
-# %% tags=["plumbing"]
-#| export fast/fused_layer.py
-class FusedMixConv2d(FusedMixConv2d):
     def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
         """What `count_costs` counts: one depthwise layer."""
         weights, bias = self.weight.numel(), 0 if self.bias is None else self.bias.numel()

@@ -325,18 +325,17 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block, in the type of its weights."""
-        if x.dim() == 3:
-            return cast("Tensor", self(x[None]))[0]
         buffers = [*self._buffers.values()]
         weights, biases = cast("list[Tensor]", buffers[0::2]), cast("list[Tensor]", buffers[1::2])
+        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+            operation = torch.ops.mixconv.inverted_residual
+            return cast("Tensor", operation(x, weights, biases, str(self.spec)))
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
         return inverted_residual(x.to(weights[1].dtype), weights, biases, self.spec)
 
     def train(self, mode: bool = True) -> "FusedBlock":
-        """Refuse training mode.
-
-        Raises:
-            RuntimeError: if `mode` is true.
-        """
+        """Refuse training mode, by a RuntimeError."""
         refuse_training(mode)
         return super().train(mode)
 

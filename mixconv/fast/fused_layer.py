@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.operation import run_operation
+from mixconv.fast.operation import as_arguments, run_operation
 from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.formulation import LayerCost
 from mixconv.surgery import find_padding
@@ -61,6 +61,9 @@ class FusedMixConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve, add the bias, activate."""
+        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+            operation = torch.ops.mixconv.mixed_depthwise2d
+            return cast("Tensor", operation(x, self.weight, self.bias, *as_arguments(self.spec)))
         if x.dim() == 3:
             return cast("Tensor", self(x[None]))[0]
         return run_operation(x, self.weight, self.bias, self.spec)

@@ -220,12 +220,12 @@ class MixConv2d(nn.Module):
         # Tracers pass stand-ins for tensors; those cannot be compared, but split.
         if not hasattr(x, "split") or isinstance(x, str):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        if isinstance(x, Tensor) and (x.dim() not in (3, 4) or x.shape[-3] != self.in_channels):
-            raise ValueError(
-                f"x must be (N, {self.in_channels}, H, W) or ({self.in_channels}, H, W), "
-                f"got {tuple(x.shape)}"
-            )
-        groups = x.split(self.partition, dim=-3)
+        sizes = [conv.in_channels for conv in self._convolutions()]  # as they are: pruned, perhaps
+        count = sum(sizes)
+        if isinstance(x, Tensor) and (x.dim() not in (3, 4) or x.shape[-3] != count):
+            wanted = f"(N, {count}, H, W) or ({count}, H, W)"
+            raise ValueError(f"x must be {wanted}, got {tuple(x.shape)}")
+        groups = x.split(sizes, dim=-3)
         outputs = [conv(groups[index]) for index, conv in enumerate(self.convs)]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-3)
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from mixconv._checks import check_multiplier, check_positive
-from mixconv.blocks import ConvNormActivation, MixConvBlock
+from mixconv.blocks import ConvNormActivation, MixConvBlock, stop_at
 from mixconv.layer import Conv2dSame, make_conv2d, make_pointwise
 from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
 
@@ -79,11 +79,7 @@ _WORDS = {  # the form of each word after its letters, and how to say it
 
 
 def _split_words(text: str) -> dict[str, str]:
-    """The words of a block string: what follows the letters of each, "" after a flag.
-
-    Raises:
-        ValueError: for a word that is unknown, malformed, there twice, or missing.
-    """
+    """The words of a block string: what follows the letters of each, "" after a flag."""
     words: dict[str, str] = {}
     for word in text.split("_"):
         start = f"block string {text!r}: cannot read {word!r}: "
@@ -247,12 +243,14 @@ def _check_network(config: MixNetConfig, **positive: float) -> None:
 
 
 def _make_blocks(
-    configs: list[BlockConfig], drop_path_rate: float, **options: Any
+    configs: list[BlockConfig], drop_path_rate: float, output_stride: int, **options: Any
 ) -> list[MixConvBlock]:
     """The blocks of a network; stochastic depth grows with depth."""
+    rates = drop_path_rates(drop_path_rate, len(configs))
+    strides = stop_at(output_stride, [config.stride for config in configs])
     blocks: list[MixConvBlock] = []
-    for config, rate in zip(configs, drop_path_rates(drop_path_rate, len(configs)), strict=True):
-        arguments = asdict(config)
+    for config, rate, (stride, dilation) in zip(configs, rates, strides, strict=True):
+        arguments = asdict(config) | {"stride": stride, "dilation": dilation}
         del arguments["repeats"]  # written out by unroll
         blocks.append(MixConvBlock(**arguments, **options, drop_path_rate=rate))
     return blocks
@@ -271,6 +269,7 @@ class MixNet(ConvNet):
         padding: "same" (official, timm's `tf_mixnet_*`) or "symmetric" (timm's `mixnet_*`).
         norm_eps: batch-norm epsilon; 1e-3 is official, timm's `mixnet_*` have 1e-5.
         norm_momentum: share of a new batch in the running statistics.
+        output_stride: 8 or 16 for larger maps, with spread kernels after them, as in timm.
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
@@ -295,11 +294,13 @@ class MixNet(ConvNet):
         padding: str = "same",
         norm_eps: float = 1e-3,
         norm_momentum: float = 0.01,
+        output_stride: int = 32,
     ) -> None:
         _check_network(config, norm_eps=norm_eps, norm_momentum=norm_momentum)
         scaled = replace(config, width_multiplier=config.width_multiplier * width_multiplier)
         norm = partial(nn.BatchNorm2d, eps=norm_eps, momentum=norm_momentum)
-        blocks = _make_blocks(unroll(scaled), drop_path_rate, padding=padding, norm_layer=norm)
+        options = {"padding": padding, "norm_layer": norm}
+        blocks = _make_blocks(unroll(scaled), drop_path_rate, output_stride, **options)
         width = round_channels(config.stem_channels, scaled.width_multiplier)
         stem = make_conv2d(in_channels, width, 3, stride=2, padding=padding)
         head = make_pointwise(blocks[-1].out_channels, config.head_channels)

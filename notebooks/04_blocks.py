@@ -170,7 +170,7 @@ list(ConvNormActivation(MixConv2d(8, (3, 5))).state_dict())
 # %%
 #| export blocks.py
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 from mixconv.layer import make_pointwise
 
@@ -183,14 +183,16 @@ def make_depthwise(
     partition: str | Sequence[int] = "equal",
     dilated: bool = False,
     padding: str = "symmetric",
+    dilation: int = 1,
 ) -> nn.Conv2d | MixConv2d:
     """A MixConv layer or, for a single kernel size, the plain depthwise `nn.Conv2d` it is.
 
     Arguments and errors are those of `MixConv2d`.
     """
     mixed = MixConv2d(
-        channels, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
-    )
+        channels, kernel_sizes, stride,
+        partition=partition, dilated=dilated, padding=padding, dilation=dilation,
+    )  # fmt: skip
     return mixed if len(mixed.kernel_sizes) > 1 else cast("nn.Conv2d", mixed.convs[0])
 
 
@@ -549,6 +551,7 @@ class MixConvBlock(nn.Module):
         norm_layer: makes a normalisation from a number of channels.
         drop_path_rate: stochastic depth of the residual branch.
         skip: whether to add the input where shapes allow.
+        dilation: step between the taps of the depthwise kernels; see `MixConv2d`.
 
     Shape:
         Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
@@ -578,6 +581,7 @@ class MixConvBlock(nn.Module):
         norm_layer: NormLayer = nn.BatchNorm2d,
         drop_path_rate: float = 0.0,
         skip: bool = True,
+        dilation: int = 1,
     ) -> None:
         super().__init__()
         check_positive("expand_ratio", expand_ratio)
@@ -588,13 +592,35 @@ class MixConvBlock(nn.Module):
         self.expand: nn.Module = nn.Identity()
         if expand_ratio > 1:
             self.expand = unit(make_pointwise(in_channels, wide, expand_groups))
-        mixed = make_depthwise(
-            wide, kernel_sizes, stride, partition=partition, dilated=dilated, padding=padding
-        )
+        options: Any = {"partition": partition, "dilated": dilated, "padding": padding}
+        mixed = make_depthwise(wide, kernel_sizes, stride, dilation=dilation, **options)
         self.depthwise = unit(mixed)
         self.squeeze_excite = _make_gate(in_channels, wide, squeeze_ratio, activation)
         self.project = unit(make_pointwise(wide, out_channels, project_groups), activation=None)
         self.drop_path = DropPath(drop_path_rate)
+
+
+# %% tags=["plumbing"]
+#| export blocks.py
+def stop_at(output_stride: int, strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Stride and dilation for each block after a stem of stride 2.
+
+    A block that would make the map smaller than 1 / `output_stride` of the image keeps its size;
+    the kernels of the blocks after it are spread out instead, to see as far as ever.
+
+    Raises:
+        ValueError: for another output stride than 2, 4, 8, 16 or 32.
+
+    Source: `EfficientNetBuilder` of timm 1.0. Chapter 4.
+    """
+    if isinstance(output_stride, bool) or output_stride not in (2, 4, 8, 16, 32):
+        raise ValueError(f"output_stride must be 2, 4, 8, 16 or 32, got {output_stride!r}")
+    reached, spread, found = 2, 1, list[tuple[int, int]]()
+    for stride in strides:
+        fits = reached * stride <= output_stride or output_stride == 32
+        found.append((stride if fits else 1, spread))
+        reached, spread = (reached * stride, spread) if fits else (reached, spread * stride)
+    return found
 
 
 # %%

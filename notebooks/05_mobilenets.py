@@ -318,7 +318,6 @@ _TIMMS = {
     "in_chans": "is called in_channels here: write in_channels={value!r}",
     "pretrained": "is not known here: a MixNet takes weights='timm/tf_mixnet_s.in1k', or a path",
     "features_only": "is not known here: model.features(x) gives the maps of every stride",
-    "output_stride": "is not known here: the strides are those of the blocks",
     "drop_block_rate": "is not known here: there is drop_path_rate",
     "global_pool": "is not known here: model.forward_features(x) gives the maps before the pool",
 }

@@ -993,6 +993,7 @@ def mixnet_s(
     weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
     padding: str | None = None, norm_eps: float | None = None, norm_momentum: float | None = None,
+    output_stride: int = 32,
 ) -> MixNet:  # fmt: skip
     """MixNet-S, 4.1 million parameters.
 
@@ -1006,8 +1007,8 @@ def mixnet_s(
         drop_path_rate: stochastic depth; block i of n gets `drop_path_rate * i / n`, i from 0.
         padding: "same" or "symmetric"; None for what the weights want, else "same".
         norm_eps: batch-norm epsilon; None for what the weights want, else 1e-3.
-        norm_momentum: share of a new batch in the running statistics; None for what the
-            weights want, else 0.01.
+        norm_momentum: share of a new batch in the running statistics; None as for the others.
+        output_stride: 8 or 16 for larger maps, with spread kernels after them, as in timm.
 
     Shape:
         Input `(N, in_channels, H, W)`, output `(N, num_classes)`.
@@ -1023,7 +1024,7 @@ def mixnet_s(
     return _build(
         MIXNET_S, weights, num_classes=num_classes, in_channels=in_channels,
         width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
-        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum,
+        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum, output_stride=output_stride,
     )  # fmt: skip
 
 

@@ -634,8 +634,9 @@ class FusedBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Compute the block, in the type of its weights."""
-        buffers = [*self._buffers.values()]
-        weights, biases = cast("list[Tensor]", buffers[0::2]), cast("list[Tensor]", buffers[1::2])
+        # By name: counters of other packages register buffers of their own.
+        weights: list[Tensor] = [getattr(self, f"weight{index}") for index in range(5)]
+        biases: list[Tensor] = [getattr(self, f"bias{index}") for index in range(5)]
         if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
             operation = torch.ops.mixconv.inverted_residual
             return cast("Tensor", operation(x, weights, biases, str(self.spec)))

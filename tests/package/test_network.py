@@ -180,7 +180,6 @@ def test_intermediates_as_timm_gives_them(version):
     [
         ({"pretrained": True}, "weights='timm/tf_mixnet_s.in1k'"),
         ({"features_only": True}, r"model\.features"),
-        ({"output_stride": 16}, "strides are those of the blocks"),
         ({"global_pool": ""}, "forward_features"),
         ({"drop_block_rate": 0.1}, "drop_path_rate"),
     ],

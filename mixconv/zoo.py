@@ -84,9 +84,9 @@ def mixnet_s(
     Source: paper, section 4.2; `mixnet_s` in the official `mixnet_builder.py`. Chapter 8.
     """
     return _build(
-        MIXNET_S, weights, num_classes=num_classes, in_channels=in_channels,
+        MIXNET_S, weights, num_classes=num_classes, in_channels=in_channels, padding=padding,
         width_multiplier=width_multiplier, drop_rate=drop_rate, drop_path_rate=drop_path_rate,
-        padding=padding, norm_eps=norm_eps, norm_momentum=norm_momentum, output_stride=output_stride,
+        norm_eps=norm_eps, norm_momentum=norm_momentum, output_stride=output_stride,
     )  # fmt: skip
 
 

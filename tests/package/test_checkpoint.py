@@ -40,6 +40,13 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
     assert same_state(model, before)
 
 
+def test_what_was_saved_on_a_gpu_is_read_into_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    torch.save({"a": torch.ones(2)}, tmp_path / "trained.pth")
+    tensor = read_state_dict(tmp_path / "trained.pth")["a"]
+    assert (tensor.device.type, tensor.tolist()) == ("cpu", [1, 1])
+
+
 @pytest.mark.parametrize("keep", [0, 1, 1000, -200])
 def test_damaged_files(keep, tmp_path):
     whole, part = tmp_path / "whole.pth", tmp_path / "part.pth"

@@ -87,6 +87,12 @@ def test_receptive_field_wants_lists_of_one_length():
         receptive_field([3, 3], [1])
 
 
+def test_counting_wants_a_kernel_size_for_each_group():
+    for partition, kernels in [([4, 4], [3]), ([4], [3, 5])]:
+        with pytest.raises(ValueError, match="zip"):
+            mixconv_parameters(partition, kernels)
+
+
 @pytest.mark.parametrize("multiplier", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_closed_form_hooks_and_torch_count_alike(multiplier, stride):

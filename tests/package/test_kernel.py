@@ -362,6 +362,23 @@ def test_rings_lie_apart() -> None:
     assert planning.ring_size(spec, 224) >= rows + 8 * (2 * 111 + 7)
 
 
+@pytest.mark.parametrize(
+    ("kernels", "stride", "width", "largest"),
+    [
+        ((3,), 1, 14, 3 * 16 + 9),  # k rows that 14 outputs see, and k × k weights
+        ((3,), 1, 15, 3 * 30 + 9),  # outputs are computed fourteen at a time: 28
+        ((7, 3), 2, 28, 7 * 33 + 49),  # the largest kernel's, wherever it stands
+        ((3, 7), 2, 29, 7 * 61 + 49),
+    ],
+)
+def test_a_ring_holds_the_rows_and_weights_of_the_largest_kernel(
+    kernels: tuple[int, ...], stride: int, width: int, largest: int
+) -> None:
+    ones = (1,) * len(kernels)
+    spec = MixSpec(tuple(8 * n for n in ones), kernels, stride, ones, "symmetric", "none")
+    assert planning.ring_size(spec, width) == largest + planning.APART
+
+
 # Threads and processes
 
 

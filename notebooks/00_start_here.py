@@ -887,13 +887,15 @@ from pathlib import Path
 from mixconv._readable import compare_figure, hard_to_read
 
 
-def show(figure: Figure, filename: str, alt: str) -> None:
+def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
     """Draw a figure at the end of a cell.
 
     Args:
         figure: a matplotlib figure; it is closed afterwards.
         filename: its name in `figures/`, such as `partition_bars.png`.
-        alt: one or two sentences that state what the picture shows.
+        alt: one or two sentences that state what the picture shows, for who cannot see it. The
+            pages carry it; JupyterLab's own renderer of images has no place for it.
+        caption: a sentence that states what to see; without it, the first of `alt`.
 
     Raises:
         AssertionError: in `make test`, if it is not the picture that is stored.
@@ -905,6 +907,8 @@ def show(figure: Figure, filename: str, alt: str) -> None:
         compare_figure(figure, Path(folder) / filename)
     width = round(figure.get_figwidth() * 100)
     metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
+    if caption:
+        metadata["caption"] = caption
     display(figure, metadata=metadata)
     plt.close(figure)
 

@@ -691,7 +691,7 @@ table(
 )
 
 # %% [markdown]
-# Four kernel sizes cost about half of what 9×9 everywhere costs: the mean of 9, 25, 49 and 81 is 41.
+# Four kernel sizes cost about half of what 9×9 everywhere costs: (9 + 25 + 49 + 81) / 4 = 41 against 81.
 #
 # PyTorch has a counter of its own. It counts a multiplication and an addition as two, so its figure is twice ours.
 
@@ -707,7 +707,7 @@ counter.get_total_flops() == 2 * mixconv_multiply_adds((8,) * 4, (3, 5, 7, 9), 1
 # ## Why large kernels are cheap, until they are not
 #
 # A depthwise layer comes with a pointwise layer. For each output position, $c$ channels in and $c$ out, the first costs $k^2 c$ and the second $c^2$.
-# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 240 channels, 9 of 249. (240 is the width inside four of MixNet-M's blocks: 40 channels, widened by 6.)
+# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 240 channels, 9 of 9 + 240 = 249. (240 is the width inside four of MixNet-M's blocks: 6 · 40 = 240.)
 
 # %%
 channels = 240
@@ -736,7 +736,7 @@ show(
 )
 
 # %% [markdown]
-# Going from 3×3 to 5×5 adds (25 − 9) · 240 = 3,840 to the pair's 59,760: 6%. Going to 13×13 adds 38,400: 64%. MixConv pays for large kernels in some of the channels only.
+# Going from 3×3 to 5×5 adds (25 − 9) · 240 = 3,840 weights to the pair's 249 · 240 = 59,760: 6%. Going to 13×13 adds (169 − 9) · 240 = 38,400: 64%. MixConv pays for large kernels in some of the channels only.
 #
 # > 📄 **Paper.** Section 1 and Figure 1: for MobileNets the accuracy rises from 3×3 to 7×7 or 9×9 and then falls; the largest kernels hurt both cost and accuracy (cited; it takes ImageNet to show).
 

@@ -54,8 +54,8 @@ default_kernel_sizes(4)
 #
 # **Exponential.** Each group gets half of what the one before it got: 16, 8, 4. The last one gets as much as the one before it, so that the sum is right: 16, 8, 4, 4.
 #
-# **Logarithmic.** The share grows with the kernel: proportional to log k, to any base. The natural logarithms of 3, 5, 7, 9 are 1.10, 1.61, 1.95 and 2.20, together 6.85.
-# 32 · 1.10 / 6.85 = 5.1, then 7.5, 9.1 and 10.3. Rounded down: 5, 7, 9, 10. One channel is left over, and it goes to the first group: 6, 7, 9, 10.
+# **Logarithmic.** The share grows with the kernel: proportional to log k, to any base. The natural logarithms of 3, 5, 7, 9 are 1.10 + 1.61 + 1.95 + 2.20 = 6.86 together (6.85 before rounding).
+# 32 · 1.10 / 6.85 = 5.1, 32 · 1.61 / 6.85 = 7.5, 32 · 1.95 / 6.85 = 9.1, 32 · 2.20 / 6.85 = 10.3. Rounded down: 5, 7, 9, 10. One channel is left over, and it goes to the first group: 6, 7, 9, 10.
 
 # %%
 sizes = (3, 5, 7, 9)
@@ -436,7 +436,7 @@ show(
 
 
 # %% [markdown]
-# Exponential levels off. Each new kernel is larger but gets half as many channels: 9, 17, 23, 27, 29.5, 31, and so on, never reaching the full series $\sum_i 2^{-i} (2i + 1)^2 = 33$. Equal gives every kernel size the same number of channels, so its cost is the mean of all $k^2$, and grows without bound. (Nearly the mean, where a remainder goes to the 3×3 kernels: with 5 groups of 384 channels it is 56.5, not 57.)
+# Exponential levels off. Each new kernel is larger but gets half as many channels: 9, 17, 23, 27, 29.5, 31, and so on, never reaching the full series $\sum_i 2^{-i} (2i + 1)^2 = 33$. Equal gives every kernel size the same number of channels, so its cost is the mean of all $k^2$, and grows without bound. (Nearly the mean, where a remainder goes to the 3×3 kernels: with 5 groups of 384 channels it is 56.5, not (9 + 25 + 49 + 81 + 121) / 5 = 57.)
 #
 # > 📄 **Paper.** Figures 4 and 6 compare equal and exponential on MobileNets: on MobileNetV1, MixConv 3 to 13 costs about 705M against 622M multiply-adds (read off the plots). Chapter 5 recomputes the costs; the accuracies are cited.
 

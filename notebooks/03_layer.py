@@ -126,7 +126,7 @@ show(
 )
 
 # %% [markdown]
-# At stride 2, on an odd number of pixels the two agree. On an even number, 'SAME' is shifted by one pixel. MixNet's 224×224 input is even all the way down to 14.
+# At stride 2, on an odd number of pixels the two agree. On an even number, 'SAME' is shifted by one pixel. MixNet's input has 224 = 16 · 14 pixels a side: even at each of its strides down to 14.
 #
 # As formulas: the output has $\lceil H / s \rceil$ rows. The windows need $(\lceil H/s \rceil - 1) \cdot s + (k - 1) \cdot d + 1$ pixels. What is missing is added, the smaller half first.
 # Since $(\lceil H/s \rceil - 1) \cdot s = H - 1 - ((H - 1) \bmod s)$, the total shrinks to
@@ -307,7 +307,7 @@ make_pointwise(6, 8, groups=2)
 #
 # <details><summary>Hint: the idea</summary>
 #
-# 14 outputs either way. How many pixels do 14 windows of 9 span, two pixels apart? What is missing is added, half in front.
+# 28 / 2 = 14 outputs, and as many from 27. How many pixels do 14 windows of 9 span, two pixels apart? What is missing is added, half in front.
 #
 # </details>
 #
@@ -920,7 +920,7 @@ show(
 
 
 # %% [markdown]
-# One layer, four scales, at 9 + 25 + 49 + 81 = 164 weights. A plain 9×9 layer could hold the same four filters, zeros around the small ones (that is `merged`), with 324. These filters are ours; training would find its own.
+# One layer, four scales, at 9 + 25 + 49 + 81 = 164 weights. A plain 9×9 layer could hold the same four filters, zeros around the small ones (that is `merged`), with 4 · 81 = 324. These filters are ours; training would find its own.
 
 # %% [markdown]
 # ## Exercises

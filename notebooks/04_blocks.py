@@ -69,9 +69,9 @@ show(
 # %% [markdown]
 # ## Why wide inside, why linear at the ends
 #
-# **Wide inside.** A depthwise layer finds one pattern in each channel: with 24 channels, 24 patterns. Widen to 144 before it, and it finds 144. It is the cheapest place to be wide, since a depthwise layer's cost grows with the number of channels, and a 1×1's with its square.
+# **Wide inside.** A depthwise layer finds one pattern in each channel: with 24 channels, 24 patterns. Widen to 6 · 24 = 144 before it, and it finds 144. It is the cheapest place to be wide, since a depthwise layer's cost grows with the number of channels, and a 1×1's with its square.
 #
-# **Narrow between.** What passes from block to block, and what the residual adds to, is the narrow end. Fewer numbers to store, and 1×1 convolutions from 24 to 144 and back cost a third of one from 144 to 144.
+# **Narrow between.** What passes from block to block, and what the residual adds to, is the narrow end. Fewer numbers to store, and 1×1 convolutions from 24 to 144 and back cost a third of one from 144 to 144: 2 · 24 · 144 = 6,912 multiply-adds at each pixel, against 144 · 144 = 20,736.
 #
 # **Linear at the narrow end.** ReLU throws away what is negative. In a wide space the loss can be made good from other channels; in a narrow one it is gone. MobileNetV2's authors show it with an experiment that takes a few lines: lift points of the plane into n dimensions, apply ReLU, and ask the best linear map to bring them back.
 
@@ -397,7 +397,7 @@ for axis, groups in zip(axes, (1, 2), strict=True):
 show(
     figure,
     "grouped_pointwise.png",
-    "Weight matrices of a 1×1 convolution from six to eight channels. With one group all 48 "
+    "Weight matrices of a 1×1 convolution from six to eight channels. With one group all "
     "cells are filled; with two groups two 3×4 blocks on the diagonal, 24 cells.",
 )
 
@@ -649,10 +649,10 @@ class MixConvBlock(MixConvBlock):
 #
 # - Expand: 80 · 480 / 2 groups = 19,200 weights.
 # - MixConv: 480 / 4 · (9 + 25 + 49 + 81) = 19,680.
-# - Gate: 480 · 20 + 20, and 20 · 480 + 480: together 19,700.
+# - Gate: 480 · 20 + 20 = 9,620, and 20 · 480 + 480 = 10,080: together 9,620 + 10,080 = 19,700.
 # - Project: 480 · 80 / 2 = 19,200.
 #
-# Each is used 196 times, once for each pixel, except the gate's, which are used once.
+# Each is used 14 · 14 = 196 times, once for each pixel, except the gate's, which are used once.
 
 # %%
 block = MixConvBlock(80, 80, (3, 5, 7, 9), expand_groups=2, project_groups=2,

@@ -665,7 +665,7 @@ table(["network", "ours, M", "paper, M", "missing, M", "weights, M"], rows)
 #
 # Who does something once for every weight, whatever the image? Nobody, while the network runs. But the graph of a TensorFlow program also holds what happens before and beside that. Its *initialiser* draws each weight: a random number, times a deviation, plus a mean. Two operations. Its *weight decay* squares each decayed weight and adds it up: three operations. MobileNets do not decay depthwise weights. TensorFlow's profiler counts the operations in a graph, without asking what they are for; and half of its count is what one would print as multiply-adds.
 #
-# By hand, for MobileNetV1, in millions: 568.7 for the multiply-adds; 4.2 for one operation (half of two) for each of its 4.2 million weights; 1.5 (half of three) for each of the 4.16 million that are not depthwise, 6.2. Together 579.2. The plot says 579.
+# By hand, for MobileNetV1, in millions: 568.7 for the multiply-adds; 4.2 for one operation (half of two) for each of its 4.2 million weights; 1.5 (half of three) for each of the 4.16 million that are not depthwise: 1.5 · 4.16 = 6.24. Together 568.7 + 4.2 + 6.24 = 579.1; without the rounding on the way, 579.2. The plot says 579.
 #
 # ### The rule
 #
@@ -929,7 +929,7 @@ for name in ("5", "3 5", "7", "3 5 7"):
 table(["against 3×3", "parameters +M, ours", "paper", "multiply-adds +B, ours", "paper"], rows)
 
 # %% [markdown]
-# Every parameter difference agrees within the rounding of the printed digits. The mAP that goes with them (cited): MixConv 357 reaches 22.4 on V1 and 22.3 on V2, where 7×7 reaches 21.8 and 21.2.
+# Every parameter difference agrees within the rounding of the printed digits. The mAP that goes with them (cited from the paper's Table 1): MixConv 357 reaches 22.4 on V1 and 22.3 on V2, where 7×7 reaches 21.8 and 21.2.
 
 # %% [markdown]
 # ## Exercises
@@ -984,7 +984,7 @@ attempt(largest_kernel_solution, test_largest, wrong=[first_too_large, one_below
 #
 # <details><summary>Hint: the idea</summary>
 #
-# Each output position of each channel costs 72 more, in whatever layer.
+# Each output position of each channel costs 81 − 9 = 72 more, in whatever layer.
 #
 # </details>
 #

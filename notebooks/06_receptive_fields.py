@@ -123,7 +123,7 @@ row[0, 0, 3] = torch.nan
 nn.functional.conv1d(row, torch.ones(1, 1, 3), padding=1).isnan()[0, 0].int().tolist()
 
 # %% [markdown]
-# Asking pixel by pixel takes 50,176 passes for a 224×224 image. Four edges are enough, and an edge can be searched. Make the upper 112 rows NaN: if the output is still a number, its window starts further down. Eight such halvings find the edge among 224 rows, and turning the image brings the other edges to the top. The model is copied to double precision first. In single precision a convolution may take a short cut (Winograd's) that computes several outputs together, and a NaN would leak to neighbours.
+# Asking pixel by pixel takes 224 · 224 = 50,176 passes. Four edges are enough, and an edge can be searched. Make the upper half of the rows NaN: if the output is still a number, its window starts further down. Eight such halvings find the edge among 224 rows, and turning the image brings the other edges to the top. The model is copied to double precision first. In single precision a convolution may take a short cut (Winograd's) that computes several outputs together, and a NaN would leak to neighbours.
 
 # %%
 #| export receptive_fields.py
@@ -509,7 +509,7 @@ for name, layers in [("3×3", n) for n in (1, 2, 4, 8, 16, 32)] + [("MixConv 357
 table(["network", "layers", "window", "σ measured", "σ by formula", "2σ / window"], rows)
 
 # %% [markdown]
-# Twice the layers, 1.4 times the spot, and a falling share of the window. All within 15% of the formula (four networks a row). Note what stands in the formula. $\overline{k^2}$ is the number of depthwise weights for each channel. So **the area of the spot is proportional to what the depthwise kernels cost** (but for the 1 that is taken off), and the formula does not ask whether the kernels are mixed.
+# Twice the layers, $\sqrt{2}$ times the spot, and a falling share of the window. All within 15% of the formula (four networks a row). Note what stands in the formula. $\overline{k^2}$ is the number of depthwise weights for each channel. So **the area of the spot is proportional to what the depthwise kernels cost** (but for the 1 that is taken off), and the formula does not ask whether the kernels are mixed.
 #
 # ## What mixing buys
 #
@@ -573,7 +573,7 @@ show(
 # %% [markdown]
 # So what does mixing buy, before any training?
 #
-# - **Reach.** 65×65 pixels can be seen with half of the 9×9 weights, or a third. But reach is permission. Of $4^8$ = 65,536 choices of a group in each layer, one uses it in full.
+# - **Reach.** 65×65 pixels can be seen with half of the 9×9 weights, or a third. But reach is permission. Each of eight layers chooses one of four groups. Of all such choices, $4^8$ or 256 · 256 = 65,536, one uses the reach in full.
 # - **Not more field for its weights.** In a stack the spot is as large as the weights pay for, mixed or not.
 # - **Different channels, side by side.** In every layer some channels look at 3×3 and others at 9×9. The next 1×1 layer can choose. A single kernel size of the same cost has no such choice. (Exercise 6.1 measures it.)
 #
@@ -633,12 +633,14 @@ for row, (name, color) in enumerate(zip(names, ("black", "#56B4E9", "#D55E00"), 
     axis.text(half / 2 + 10, y, words, va="center", fontsize=8)
 axis.set(xlabel="pixels from the centre", ylabel="contribution / maximum", yticks=[0, 0.5, 1])
 axis.set(xlim=(-512, 900), ylim=(-0.3, 1.05), xticks=range(-400, 401, 200))
+sides = [energy_square(maps[name], 0.5) for name in names]
 show(
     figure,
     "log_artefact.png",
     "One bell of σ = 60 pixels, as it is and after log10(z + 1) with a peak of a thousand and of a "
-    "million, where it becomes a wide dome. The square that holds half of it grows from 127 to 225 "
-    "and 309 pixels a side, from 1.5% to 4.8% and 9.1% of the area.",
+    "million, where it becomes a wide dome. The square that holds half of it grows from "
+    f"{sides[0]} to {sides[1]} and {sides[2]} pixels a side, from 1.5% to 4.8% and 9.1% of the "
+    "area.",
 )
 
 

@@ -740,8 +740,8 @@ attempt(mobilenet_v2_blocks_solution, test_v2_blocks, wrong=[always_six, halved_
 #
 # Look at blocks 4 to 6 of both networks: `r3_k3.5_a1.1_p1.1_s11_e6_i40_o40_se0.5_sw`. Follow the channels by hand.
 #
-# - 40 channels come in. `a1.1` expands them in two groups: channels 0–19 make the wide channels 0–119, channels 20–39 make 120–239.
-# - `k3.5` splits 240 channels equally: 3×3 for the wide channels 0–119, 5×5 for 120–239. **That is the same cut.**
+# - 40 channels come in. `a1.1` expands them in two groups, to 6 · 40 = 240: channels 0–19 make the lower half of the wide channels, 0 to 120 − 1 = 119; channels 20–39 make the upper half, 120 to 240 − 1 = 239.
+# - `k3.5` splits 240 channels equally: 3×3 for the wide channels 0–119, 5×5 for 120–239: 240 / 2 = 120. **That is the same cut.**
 # - `p1.1` projects in two groups: 0–119 make the output channels 0–19, 120–239 make 20–39. The same cut again.
 # - The residual adds each channel to itself.
 #

@@ -201,13 +201,13 @@ attempt(first_difference_solution, test_first_difference, wrong=[last_one, shape
 # %% [markdown]
 # ## Across from TensorFlow
 #
-# How did the weights get across? They come in TensorFlow's layout. By hand, for a 3×3 kernel from 16 to 24 channels, and for a depthwise kernel on 16:
+# How did the weights get across? They come in TensorFlow's layout. By hand, for 3×3 kernels, one of a convolution and one of a depthwise layer:
 #
 # | | TensorFlow | PyTorch | order of axes |
 # |---|---|---|---|
-# | convolution | (3, 3, 16, 24): rows, columns, in, out | (24, 16, 3, 3): out, in, rows, columns | 3, 2, 0, 1 |
-# | depthwise | (3, 3, 16, 1): rows, columns, channels, multiplier | (16, 1, 3, 3) | 2, 3, 0, 1 |
-# | dense | (1536, 1000): in, out | (1000, 1536): out, in | 1, 0 |
+# | convolution | `(3, 3, 16, 24)`: rows, columns, in, out | `(24, 16, 3, 3)`: out, in, rows, columns | 3, 2, 0, 1 |
+# | depthwise | `(3, 3, 16, 1)`: rows, columns, channels, multiplier | `(16, 1, 3, 3)` | 2, 3, 0, 1 |
+# | dense | `(1536, 1000)`: in, out | `(1000, 1536)`: out, in | 1, 0 |
 #
 # A grouped layer is one tensor here and several there. So a *slot* says where one official variable belongs: a tensor or a part of one, its layout, and the TensorFlow names it goes by.
 
@@ -376,10 +376,10 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 #
 # | TensorFlow name | scope | kind | number |
 # |---|---|---|---|
-# | `mixnet-s/mixnet_model/blocks_4/conv2d_13/kernel` | blocks_4 | conv2d | 13 |
-# | `mixnet-s/mixnet_model/blocks_4/conv2d_14/kernel` | blocks_4 | conv2d | 14 |
-# | `mixnet-s/mixnet_model/blocks_4/se/conv2d_15/bias` | blocks_4 | se/conv2d | 15 |
-# | `mixnet-s/blocks_4/batch_normalization_1/gamma` | blocks_4 | batch_normalization | 1 |
+# | `mixnet-s/mixnet_model/blocks_4/conv2d_13/kernel` | blocks_4 | conv2d | `13` |
+# | `mixnet-s/mixnet_model/blocks_4/conv2d_14/kernel` | blocks_4 | conv2d | `14` |
+# | `mixnet-s/mixnet_model/blocks_4/se/conv2d_15/bias` | blocks_4 | se/conv2d | `15` |
+# | `mixnet-s/blocks_4/batch_normalization_1/gamma` | blocks_4 | batch_normalization | `1` |
 #
 # Keras numbers the layers of a kind as they are created. So let the variables of each scope and kind stand in line by number, and let each slot take the next one from its line.
 #

@@ -417,7 +417,7 @@ agree(moganet_definition, MultiOrderDWConv(8), x, what="MogaNet and MultiOrderDW
 #
 # *What changed:* [InceptionNeXt](https://arxiv.org/abs/2303.16900) (Yu and others; CVPR 2024) replaces ConvNeXt's 7×7 depthwise layer. One eighth of the channels gets a 3×3, one eighth a band of 1×11, one eighth a band of 11×1. The other five eighths are copied: an *identity* group. *Why:* memory traffic. The abstract says that a 7×7 depthwise layer costs few multiply-adds and yet slows a GPU down, by its memory access. Their [table of results](https://github.com/sail-sg/inceptionnext) (cited): InceptionNeXt-T trains on 901 images a second, where ConvNeXt-T does 575, and reaches 82.3% top-1 against 82.1%, with 28 against 29 million parameters.
 #
-# The same table has the experiment behind it, ConvNeXt-T with a 3×3 in *some* channels only: in all channels 81.5%, in half of them 81.4%, a quarter 81.3%, an eighth 80.8%. MixConv's premise goes a step further than Tan and Le took it: not every channel needs a large kernel, and many need none.
+# [The same table](https://github.com/sail-sg/inceptionnext) (cited) has the experiment behind it, ConvNeXt-T with a 3×3 in *some* channels only: in all channels 81.5%, in half of them 81.4%, a quarter 81.3%, an eighth 80.8%. MixConv's premise goes a step further than Tan and Le took it: not every channel needs a large kernel, and many need none.
 #
 # > ⚙️ **Their code.** `InceptionDWConv2d` in [`models/inceptionnext.py`](https://github.com/sail-sg/inceptionnext/blob/main/models/inceptionnext.py). The copied channels come first.
 

@@ -421,7 +421,7 @@ print(f"at best {best:.0f} of {peak:.0f} billion multiply-adds a second")
 # - **Step 1** can gain as many times as a register has lanes: 16 with AVX-512, 8 with AVX, 4 with the oldest or on ARM. It may be more than the lanes, and that is the memory's doing: it hands out 64 bytes at a time, a *cache line*. Step 0 uses one number of each line that it fetches, step 1 all sixteen.
 # - **Step 2** is not there for its own sake. Processors guess the outcome of a border test, and guess well, so little is saved, and the copy has its price. It is what makes step 3 possible: 14 sums side by side cannot each ask.
 # - **Step 3** gains what the sums had waited for one another, and the taps that are loaded once for 14 outputs. The larger the kernel, the more of the time it speaks for.
-# - **The copy** costs most where the kernel is small and the plane is large. The *first-level cache*, the fastest memory beside the registers, holds 32 to 128 kB for each core. A plane that does not fit must be fetched from the next level at every output row. Chapter 14 keeps k rows instead of the plane.
+# - **The copy** costs most where the kernel is small and the plane is large. The *first-level cache*, the fastest memory beside the registers, holds some tens of kilobytes for each core. A plane that does not fit must be fetched from the next level at every output row. Chapter 14 keeps k rows instead of the plane.
 
 # %% [markdown]
 # ## Vectors as wide as the machine's
@@ -540,7 +540,7 @@ attempt(thrown_away_solution, test_thrown, wrong=[over_the_outputs, kept_of_the_
 # e^x = 2^n \cdot e^r, \qquad r = x - n \ln 2, \qquad |r| \le \tfrac{1}{2} \ln 2 \approx 0.35
 # $$
 #
-# **By hand**, for $x = 3$: $3 / \ln 2 = 4.33$, so $n = 4$ and $r = 3 - 4 \cdot 0.6931 = 0.2274$. For so small an $r$ the series $1 + r + r^2/2 + r^3/6 + \ldots$ is good after few terms: 1.2553. And $16 \cdot 1.2553 = 20.085$.
+# **By hand**, for $x = 3$: $3 / \ln 2 = 4.33$, so $n = 4$ and $r = 3 - 4 \cdot 0.6931 = 0.2274$. For so small an $r$ the series $1 + r + r^2/2 + r^3/6 + \ldots$ is good after few terms: 1 + 0.2274 + 0.0259 + 0.0020 = 1.2553. And $16 \cdot 1.2553 = 20.085$.
 #
 # How many terms? A float32 is exact to one part in 17 million (6 · 10⁻⁸).
 
@@ -568,9 +568,9 @@ assert max(errors[6]) > 2**-24 > 5 * max(errors[7])
 show(
     figure,
     "exponential_error.png",
-    "Relative error of the exponential series over r from -0.35 to 0.35, on a log scale. Up to the "
-    "sixth power the error still exceeds a float32's rounding at the ends; up to the seventh it is "
-    "below it everywhere.",
+    f"Relative error of the exponential series over r from {rest[0]:.2f} to {rest[-1]:.2f}, on a "
+    "log scale. Up to the sixth power the error still exceeds a float32's rounding at the ends; up "
+    "to the seventh it is below it everywhere.",
 )
 
 # %% [markdown]

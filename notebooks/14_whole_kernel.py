@@ -56,7 +56,7 @@ show(
 # %% [markdown]
 # ## A ring of rows, by hand
 #
-# Chapter 13 copied the padded image into scratch memory, 16 channels at a time. At 56×56 pixels that copy has about 60 · 60 · 64 bytes, 230 kB: several times the first-level cache. But an output row needs only k rows of it. So keep k rows. When the window moves down by one, the new row takes the place of the oldest: row `y` always lies in slot `y % k`.
+# Chapter 13 copied the padded image into scratch memory, 16 channels at a time. At 56×56 pixels that copy has about 60 · 60 · 64 = 230,400 bytes: several times the first-level cache. But an output row needs only k rows of it. So keep k rows. When the window moves down by one, the new row takes the place of the oldest: row `y` always lies in slot `y % k`.
 #
 # One column of an image, and a kernel of three taps. The first window begins at row −1, which is not there. Rows outside the image are not stored as zeros: their taps are skipped.
 
@@ -325,7 +325,7 @@ Layer = namedtuple(
 )
 
 # %% [markdown]
-# By hand: three strips that cost 10, 10 and 20 a row, one image of 80 rows, one band: 3,200 in all. Two parts of 1,600: the first takes the two cheap strips, the second the expensive one. Three parts of 1,066⅔: the first takes strip 0, which costs 800, and 26 rows of strip 1. The second begins there, at row 106, and ends 533⅓ into strip 2, after 26 of its rows.
+# By hand: three strips that cost 10, 10 and 20 a row, one image of 80 rows, one band: (10 + 10 + 20) · 80 = 3,200 in all. Two parts of 3,200 / 2 = 1,600: the first takes the two cheap strips, the second the expensive one. Three parts of 1,066⅔: the first takes strip 0, which costs 10 · 80 = 800, and 26 rows of strip 1. The second begins there, at row 106, and ends 533⅓ into strip 2, after 26 of its rows.
 
 # %%
 #| export fast/plan.py

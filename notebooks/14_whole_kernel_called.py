@@ -367,7 +367,7 @@ for batch in batches:
 # - **Strides.** A strip reads 64 bytes of each pixel and jumps over the rest, and a core can wait for only so many cache lines at a time. At stride 2, four pixels are read for each one written.
 # - **Fresh memory.** The system hands out a large output page by page, on first touch.
 #
-# Tried, and not worth it: reading several neighbouring strips in one pass at 112×112 (better where pixels are a multiple of 256 bytes apart, worse elsewhere, since the rings no longer fit the cache); stores that go around the cache; tiles of 28 outputs (registers run out); parts that are handed out as threads become free (no better than equal shares, once the rings were apart).
+# Tried, and not worth it: reading several neighbouring strips in one pass at 112×112 (better for some distances between pixels, worse for most, since the rings no longer fit the cache); stores that go around the cache; tiles of 28 outputs (registers run out); parts that are handed out as threads become free (no better than equal shares, once the rings were apart).
 #
 # A block of MixNet has five other steps that read or write the same tensor. Chapter 15 does them in the same pass.
 

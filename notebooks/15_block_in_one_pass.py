@@ -151,7 +151,7 @@ show(
 #
 # ### Projection
 #
-# The other 1×1 convolutions of a block read a tensor and write one: the projection, and the gate's two, whose only "pixel" is the means. A tile is 7 pixels by two vectors of outputs, 14 sums. Threads share the pixels in chunks, and where these are few, the outputs.
+# The other 1×1 convolutions of a block read a tensor and write one: the projection, and the gate's two, whose only "pixel" is the means. A tile is 7 pixels by two vectors of outputs: 7 · 2 = 14 sums. Threads share the pixels in chunks, and where these are few, the outputs.
 #
 # ```c++
 # //| export fast/inverted_residual.cpp

@@ -42,7 +42,7 @@ for axis, (k, channels) in zip(axes, ((3, 64), (5, 64), (7, 32), (9, 32)), stric
 show(
     figure,
     "programs_on_a_gpu.png",
-    "A layer of 192 channels on 12×16 pixels, cut into programs: tiles of 4×8 pixels and 32 "
+    "A layer with groups of 64, 64, 32 and 32 channels, cut into programs: tiles of pixels by 32 "
     "channels. The groups with 64 channels are two tiles deep, those with 32 one.",
 )
 

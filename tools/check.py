@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tools.book import derive
+from tools.claims import Claim, claims_of_book, summary
 from tools.notebooks import (
     KNOWN_TAGS,
     METADATA,
@@ -79,6 +80,16 @@ def find_problems(root: Path = ROOT) -> list[str]:
     return problems + strays({*files, *(c.ipynb for c, _ in notebooks)}, root)
 
 
+def claim_problems(claims: list[Claim]) -> list[str]:
+    """One line for each number in prose that nothing holds (see `tools/claims.py`)."""
+    return [
+        f"{claim.where}: {claim.number.text} is held by no cell, equation, file or source: "
+        f"… {claim.sentence} …"
+        for claim in claims
+        if not claim.by
+    ]
+
+
 def strays(expected: set[Path], root: Path) -> list[str]:
     """Files and folders in generated places that no notebook makes."""
     found = [*(root / "mixconv").rglob("*"), *(root / "figures").rglob("*")]
@@ -95,8 +106,11 @@ def strays(expected: set[Path], root: Path) -> list[str]:
 
 
 def main() -> int:
+    claims: list[Claim] = []
     try:
         problems = find_problems()
+        claims = claims_of_book()
+        problems += claim_problems(claims)
     except BookError as error:
         problems = [str(error)]
     for problem in problems:
@@ -105,6 +119,7 @@ def main() -> int:
         print(f"{len(problems)} found. What is stale or missing: make book", file=sys.stderr)
         return 1
     print("check: pairs, package, pages and figures are what the notebooks make")
+    print(f"check: {summary(claims)}")
     return 0
 
 

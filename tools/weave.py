@@ -75,9 +75,8 @@ def weave(
                     raise BookError(f"{stem}, cell {number}: a second figure named {name}")
                 first_sentence = re.match(r".*?[.](?=\s|$)|.*", output.metadata.alt)
                 assert first_sentence
-                output.metadata.caption = (
-                    f"Figure {chapter}.{before + len(figures)}. {first_sentence[0]}"
-                )
+                said = output.metadata.get("caption") or first_sentence[0]
+                output.metadata.caption = f"Figure {chapter}.{before + len(figures)}. {said}"
     exporter = MarkdownExporter(
         template_name="page",
         extra_template_basedirs=[str(TEMPLATES)],

@@ -162,3 +162,10 @@ def test_a_page_leads_to_its_neighbours(tmp_path):
         f"[← 0 · 00_start_here](00_start_here.md) · {up} · [2 · 02_two →](02_two.md)",
         f"[← 1 · 01_one](01_one.md) · {up}",
     ]
+
+
+def test_a_caption_of_its_own_stands_in_place_of_the_alt_texts_first_sentence():
+    told = figure(filename="dot.png", alt="One dot. It is grey.", caption="Grey is enough.")
+    page, _ = weave(notebook(markdown("# 4 · Dots"), code("show(x)", [told])), "04_dots")
+    assert "![One dot. It is grey.](" in page
+    assert "*Figure 4.1. Grey is enough.*" in page

@@ -860,7 +860,7 @@ torch.library.opcheck(operation.default, (*inputs, *as_arguments(spec)))
 """A mixed layer, its bias and the activation behind it as one operation (chapter 12)."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -907,11 +907,62 @@ describe_mix(list(layer.convs))
 
 
 # %% [markdown]
-# The module keeps the packed weights, and nothing to train:
+# This layer, and chapter 15's block, stand in a model where something else was. What they share is how they behave there: one image or many, no training, and where the numbers of the output lie.
+
+# %% tags=["plumbing"]
+#| export fast/fused_layer.py
+class FusedModule(nn.Module):
+    """What stands in a fused model: one operation, for inference only.
+
+    Attributes:
+        spec: what to compute.
+        preserves_format: whether the output lies in memory as the input does. If not, it is in
+            channels_last, as the kernels write it.
+    """
+
+    spec: Any
+    preserves_format = False
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The operation itself, on a batch; a graph of torch.fx gets it as one call."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The operation, on one image or many."""
+        if isinstance(x, torch.fx.Proxy):
+            y = self.compute(x)
+            kept = self.preserves_format
+            return x.tracer.create_proxy("call_function", lie_as, (y, x), {}) if kept else y
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        return lie_as(self.compute(x), x) if self.preserves_format else self.compute(x)
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        refuse_training(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
+
+
+def lie_as(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in channels_last if the channels of `x` lie side by side, else contiguous."""
+    last = x.stride(1) == 1
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+# %% [markdown]
+# The layer keeps the packed weights, and nothing to train:
 
 # %%
 #| export fast/fused_layer.py
-class FusedMixConv2d(nn.Module):
+class FusedMixConv2d(FusedModule):
     """Depthwise convolutions, their bias and the activation behind them as one operation.
 
     Args:
@@ -935,28 +986,17 @@ class FusedMixConv2d(nn.Module):
         self.register_buffer("bias", torch.cat(biases) if biases else None)
         super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """Convolve, add the bias, activate."""
-        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+        if isinstance(x, torch.fx.Proxy):
             operation = torch.ops.mixconv.mixed_depthwise2d
             return cast("Tensor", operation(x, self.weight, self.bias, *as_arguments(self.spec)))
-        if x.dim() == 3:
-            return cast("Tensor", self(x[None]))[0]
         return run_operation(x, self.weight, self.bias, self.spec)
 
 
 # %% tags=["plumbing"]
 #| export fast/fused_layer.py
 class FusedMixConv2d(FusedMixConv2d):
-    def train(self, mode: bool = True) -> "FusedMixConv2d":
-        """Refuse training mode.
-
-        Raises:
-            RuntimeError: if `mode` is true.
-        """
-        refuse_training(mode)
-        return super().train(mode)
-
     def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
         """What `count_costs` counts: one depthwise layer."""
         weights, bias = self.weight.numel(), 0 if self.bias is None else self.bias.numel()
@@ -964,16 +1004,16 @@ class FusedMixConv2d(FusedMixConv2d):
         shape = tuple(output.shape)
         return [LayerCost(name, "depthwise", shape, weights + bias, pixels * weights)]
 
-    def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
-        return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())
-
 
 # %%
 fused = FusedMixConv2d(list(layer.convs), describe_mix(list(layer.convs)))
 with torch.no_grad():
     x = torch.randn(2, 20, 6, 7)
     check(fused(x), layer(x), "layer and fused layer")
+    layouts = [fused(x).stride()]
+    fused.preserves_format = True
+    layouts.append(fused(x).stride())
+layouts  # channels side by side, and pixels
 
 # %% [markdown]
 # ## Takeaways

@@ -604,13 +604,11 @@ def inverted_residual(
 
 # %%
 #| export fast/fused_block.py
-from torch import nn
-
-from mixconv.fast.folding import refuse_training
+from mixconv.fast.fused_layer import FusedModule
 from mixconv.formulation import LayerCost
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(FusedModule):
     """An inverted residual block, or a depthwise separable one, as one operation.
 
     Args:
@@ -632,34 +630,19 @@ class FusedBlock(nn.Module):
                 self.register_buffer(f"{name}{index}", tensor.detach().clone())
         super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the block, in the type of its weights."""
+    def compute(self, x: Tensor) -> Tensor:
+        """The block, in the type of its weights."""
         # By name: counters of other packages register buffers of their own.
         weights: list[Tensor] = [getattr(self, f"weight{index}") for index in range(5)]
         biases: list[Tensor] = [getattr(self, f"bias{index}") for index in range(5)]
-        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+        if isinstance(x, torch.fx.Proxy):
             operation = torch.ops.mixconv.inverted_residual
             return cast("Tensor", operation(x, weights, biases, str(self.spec)))
-        if x.dim() == 3:
-            return cast("Tensor", self(x[None]))[0]
         return inverted_residual(x.to(weights[1].dtype), weights, biases, self.spec)
-
-
-# %%
-#| export fast/fused_block.py
-class FusedBlock(FusedBlock):
-    def train(self, mode: bool = True) -> "FusedBlock":
-        """Refuse training mode, by a RuntimeError."""
-        refuse_training(mode)
-        return super().train(mode)
 
     def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
         """What `count_costs` counts: the layers inside."""
         return block_costs(self.spec, name, x.shape, output.shape)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
-        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
 
 
 # %% [markdown]
@@ -668,6 +651,8 @@ class FusedBlock(FusedBlock):
 # A small block from PyTorch's and chapter 3's layers, and the same as one value with packed weights. Forward and gradient of the input:
 
 # %%
+from torch import nn
+
 from mixconv.fast.spec import pack_weights
 from mixconv.layer import MixConv2d
 from mixconv.teaching import check_rewrite

@@ -57,8 +57,8 @@ show(
 # What was done is worth little if nobody can see it. "It is as slow as before" must have an answer other than reading this chapter. So the fused model carries a report: a line for each piece, fused or left, and if left, why.
 
 # %%
-#| export fast/fuse.py
-"""Models rewritten for inference: `fuse_for_inference` and its report (chapter 16)."""
+#| export fast/report.py
+"""What `fuse_for_inference` did, in words (chapter 16)."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -86,8 +86,14 @@ _HINT = (
 )
 
 
+_VIEWS = (
+    "a map is viewed, which channels_last does not allow: "
+    "memory_format=torch.preserve_format keeps maps as they were"
+)
+
+
 # %%
-#| export fast/fuse.py
+#| export fast/report.py
 @dataclass(frozen=True)
 class FusionReport:
     """What `fuse_for_inference` did; `str` gives a line for each piece.
@@ -115,6 +121,8 @@ class FusionReport:
         layers = len(self.fused) - blocks
         lines = [f"{blocks} blocks and {layers} layers fused, {len(self.left)} left", *self.notes]
         lines += [] if self.fused else [_HINT]
+        reasons = *self.notes, *(piece.reason for piece in self.pieces)
+        lines += [_VIEWS] if any("view size" in reason for reason in reasons) else []
         for name, before, after, reason in self.pieces:
             end = f"-> {after}" if after else f"left: {reason}"
             lines.append(f"{name or '(the model)'}: {before} {end}")
@@ -128,14 +136,18 @@ class FusionReport:
 
 # %%
 #| export fast/fuse.py
+"""Models rewritten for inference: `fuse_for_inference` (chapter 16)."""
+
 from torch import nn
+
+from mixconv.fast.report import Piece
 
 
 class _Rewriter:
     """Changes a model piece by piece, and can put back what it took out."""
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
-        self.root, self.backend = nn.Sequential(model), backend
+    def __init__(self, model: nn.Module, backend: str, preserve: bool) -> None:
+        self.root, self.backend, self.preserve = nn.Sequential(model), backend, preserve
         self.pieces: dict[str, Piece] = {}
         self.notes: list[str] = []
         self.taken: list[tuple[nn.Module, str, nn.Module]] = []
@@ -161,6 +173,10 @@ class _Rewriter(_Rewriter):
                 self.taken.append((module, key, old))
                 module._modules[key] = new
 
+
+# %%
+#| export fast/fuse.py
+class _Rewriter(_Rewriter):
     def put_back(self, mark: int, known: dict[str, Piece], reason: str) -> None:
         """Undo all but the first `mark` changes; what is not among the known pieces is left."""
         while len(self.taken) > mark:
@@ -180,6 +196,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from mixconv.fast.fused_layer import FusedModule
 from mixconv.fast.trial import difference
 
 
@@ -201,6 +218,8 @@ class _Rewriter(_Rewriter):
             self.pieces[piece.name] = piece._replace(reason=_say(error))
             return
         for name, module in new.items():
+            if isinstance(module, FusedModule):
+                module.preserves_format = self.preserve
             self.put(name, module)
         if new:
             self.pieces[piece.name] = piece._replace(after=type(new[piece.name]).__name__)
@@ -372,7 +391,7 @@ class _Rewriter(_Rewriter):
 
 
 # %% [markdown]
-# At the end the weights are laid out for channels_last. That changes no number, but a `view` of a map can fail with it, so it is tried, too.
+# At the end the weights are laid out for channels_last, unless the caller wants maps as they were. That changes no number, but a `view` of a map can fail with it, so it is tried, too.
 
 # %%
 #| export fast/fuse.py
@@ -382,6 +401,8 @@ from typing import cast
 class _Rewriter(_Rewriter):
     def lay_out(self) -> None:
         """Put the weights of all convolutions in channels_last, as the kernels want images."""
+        if self.preserve:
+            return
         before = twin(self.root.get_submodule("0"))
         layers = [m for m in self.root.modules() if type(m) in describe_layer.registry]
         convs = [m for m in layers if type(getattr(m, "weight", None)) is nn.Parameter]
@@ -400,6 +421,7 @@ class _Rewriter(_Rewriter):
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mixconv.fast.describe import NORMS, is_one_of
+from mixconv.fast.report import FusionReport
 from mixconv.layer import MixConv2d
 
 
@@ -444,10 +466,14 @@ from typing import Any
 from mixconv.fast.describe import register_peers
 
 BACKENDS = ("auto", "kernel", "merged")
+_FORMATS = (torch.channels_last, torch.preserve_format)
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx changes nn.Module itself while it traces
 
 
-def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+def fuse_for_inference(
+    model: nn.Module, *, backend: str = "auto",
+    memory_format: torch.memory_format = torch.channels_last,
+) -> nn.Module:  # fmt: skip
     """A copy of a model that computes the same in evaluation, and faster.
 
     Batch norms are folded, mixed depthwise layers and whole blocks become one operation each,
@@ -461,13 +487,15 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
         backend: "kernel" for `mixconv::mixed_depthwise2d` and `mixconv::inverted_residual`;
             "merged" for ordinary convolutions only, as ONNX needs; "auto" for the operations
             where a kernel would run, which may compile it.
+        memory_format: `torch.channels_last` gives maps in that format, which `view` may refuse;
+            `torch.preserve_format` as the model itself gives them, at the price of copies.
 
     Returns:
         The copy. It cannot be trained, unless nothing was fused.
 
     Raises:
         TypeError: if `model` is not a module, or a scripted one.
-        ValueError: for an unknown backend, or a model that cannot be copied.
+        ValueError: for an unknown backend or format, or a model that cannot be copied.
 
     Source: ours. Chapter 16.
     """
@@ -475,9 +503,13 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module in Python, got {model!r:.100}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if memory_format not in _FORMATS:
+        names = " or ".join(map(str, _FORMATS))
+        raise ValueError(f"memory_format must be {names}, got {memory_format!r}")
     with _ONE_AT_A_TIME:
         register_peers()
-        return _fuse_copy(_copy(model), backend)
+        preserve = memory_format == torch.preserve_format
+        return _fuse_copy(_Rewriter(_copy(model), backend, preserve))
 
 
 # %%
@@ -493,9 +525,8 @@ def _copy(model: nn.Module) -> nn.Module:
 
 # %%
 #| export fast/fuse.py
-def _fuse_copy(copied: nn.Module, backend: str) -> nn.Module:
-    rewriter = _Rewriter(copied, backend)
-    if any(t.is_meta for t in (*copied.parameters(), *copied.buffers())):
+def _fuse_copy(rewriter: _Rewriter) -> nn.Module:
+    if any(t.is_meta for t in (*rewriter.root.parameters(), *rewriter.root.buffers())):
         rewriter.note("on the meta device there are no numbers to try a change with")
     else:
         rewriter.fuse("0")

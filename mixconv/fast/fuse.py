@@ -1,14 +1,13 @@
 # Generated from notebooks/16_model_rewritten.ipynb by `make book`.
 # Edit the notebook, not this file.
 
-"""Models rewritten for inference: `fuse_for_inference` and its report (chapter 16)."""
+"""Models rewritten for inference: `fuse_for_inference` (chapter 16)."""
 
 import copy
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,73 +24,20 @@ from mixconv.fast.describe import (
 )
 from mixconv.fast.folding import refuse_training
 from mixconv.fast.fused_block import BLOCK_FORMS
+from mixconv.fast.fused_layer import FusedModule
+from mixconv.fast.report import FusionReport, Piece
 from mixconv.fast.rewrite import fuse_block, fuse_chain, why_no_form
 from mixconv.fast.trial import CannotTryError, difference, make_image, twin
 from mixconv.layer import MixConv2d
 
-__all__ = ["BACKENDS", "FusionReport", "Piece", "fuse_for_inference"]
-
-
-class Piece(NamedTuple):
-    """What became of one layer, norm or block.
-
-    Attributes:
-        name: in the model; empty for the model itself.
-        before: the classes that were there.
-        after: the class that is there now; empty if nothing was changed.
-        reason: why nothing was changed.
-    """
-
-    name: str
-    before: str
-    after: str = ""
-    reason: str = ""
-
-
-_HINT = (
-    "nothing was fused. Layers and blocks of your own are known once describe_layer and "
-    "describe_block have a rule for them (mixconv.fast.describe)"
-)
-
-
-@dataclass(frozen=True)
-class FusionReport:
-    """What `fuse_for_inference` did; `str` gives a line for each piece.
-
-    Attributes:
-        pieces: layers and blocks that were fused, and what was left.
-        notes: what holds for more than one of them.
-    """
-
-    pieces: list[Piece]
-    notes: list[str]
-
-    @property
-    def fused(self) -> list[Piece]:
-        """What was changed."""
-        return [piece for piece in self.pieces if piece.after]
-
-    @property
-    def left(self) -> list[Piece]:
-        """What was not, for the reason given."""
-        return [piece for piece in self.pieces if not piece.after]
-
-    def __str__(self) -> str:
-        blocks = sum(piece.after == "FusedBlock" for piece in self.pieces)
-        layers = len(self.fused) - blocks
-        lines = [f"{blocks} blocks and {layers} layers fused, {len(self.left)} left", *self.notes]
-        lines += [] if self.fused else [_HINT]
-        for name, before, after, reason in self.pieces:
-            end = f"-> {after}" if after else f"left: {reason}"
-            lines.append(f"{name or '(the model)'}: {before} {end}")
-        return "\n".join(lines)
+__all__ = ["BACKENDS", "fuse_for_inference"]
 
 
 class _Rewriter:
     """Changes a model piece by piece, and can put back what it took out."""
 
-    def __init__(self, model: nn.Module, backend: str) -> None:
-        self.root, self.backend = nn.Sequential(model), backend
+    def __init__(self, model: nn.Module, backend: str, preserve: bool) -> None:
+        self.root, self.backend, self.preserve = nn.Sequential(model), backend, preserve
         self.pieces: dict[str, Piece] = {}
         self.notes: list[str] = []
         self.taken: list[tuple[nn.Module, str, nn.Module]] = []
@@ -130,6 +76,8 @@ class _Rewriter:
             self.pieces[piece.name] = piece._replace(reason=_say(error))
             return
         for name, module in new.items():
+            if isinstance(module, FusedModule):
+                module.preserves_format = self.preserve
             self.put(name, module)
         if new:
             self.pieces[piece.name] = piece._replace(after=type(new[piece.name]).__name__)
@@ -228,6 +176,8 @@ class _Rewriter:
 
     def lay_out(self) -> None:
         """Put the weights of all convolutions in channels_last, as the kernels want images."""
+        if self.preserve:
+            return
         before = twin(self.root.get_submodule("0"))
         layers = [m for m in self.root.modules() if type(m) in describe_layer.registry]
         convs = [m for m in layers if type(getattr(m, "weight", None)) is nn.Parameter]
@@ -280,10 +230,15 @@ def _train(model: nn.Module, mode: bool = True) -> nn.Module:
 
 BACKENDS = ("auto", "kernel", "merged")
 
+_FORMATS = (torch.channels_last, torch.preserve_format)
+
 _ONE_AT_A_TIME = threading.RLock()  # torch.fx changes nn.Module itself while it traces
 
 
-def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+def fuse_for_inference(
+    model: nn.Module, *, backend: str = "auto",
+    memory_format: torch.memory_format = torch.channels_last,
+) -> nn.Module:  # fmt: skip
     """A copy of a model that computes the same in evaluation, and faster.
 
     Batch norms are folded, mixed depthwise layers and whole blocks become one operation each,
@@ -297,13 +252,15 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
         backend: "kernel" for `mixconv::mixed_depthwise2d` and `mixconv::inverted_residual`;
             "merged" for ordinary convolutions only, as ONNX needs; "auto" for the operations
             where a kernel would run, which may compile it.
+        memory_format: `torch.channels_last` gives maps in that format, which `view` may refuse;
+            `torch.preserve_format` as the model itself gives them, at the price of copies.
 
     Returns:
         The copy. It cannot be trained, unless nothing was fused.
 
     Raises:
         TypeError: if `model` is not a module, or a scripted one.
-        ValueError: for an unknown backend, or a model that cannot be copied.
+        ValueError: for an unknown backend or format, or a model that cannot be copied.
 
     Source: ours. Chapter 16.
     """
@@ -311,9 +268,13 @@ def fuse_for_inference(model: nn.Module, *, backend: str = "auto") -> nn.Module:
         raise TypeError(f"model must be a torch.nn.Module in Python, got {model!r:.100}")
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if memory_format not in _FORMATS:
+        names = " or ".join(map(str, _FORMATS))
+        raise ValueError(f"memory_format must be {names}, got {memory_format!r}")
     with _ONE_AT_A_TIME:
         register_peers()
-        return _fuse_copy(_copy(model), backend)
+        preserve = memory_format == torch.preserve_format
+        return _fuse_copy(_Rewriter(_copy(model), backend, preserve))
 
 
 def _copy(model: nn.Module) -> nn.Module:
@@ -325,9 +286,8 @@ def _copy(model: nn.Module) -> nn.Module:
         raise ValueError(f"model must be one that copy.deepcopy copies: {error}") from error
 
 
-def _fuse_copy(copied: nn.Module, backend: str) -> nn.Module:
-    rewriter = _Rewriter(copied, backend)
-    if any(t.is_meta for t in (*copied.parameters(), *copied.buffers())):
+def _fuse_copy(rewriter: _Rewriter) -> nn.Module:
+    if any(t.is_meta for t in (*rewriter.root.parameters(), *rewriter.root.buffers())):
         rewriter.note("on the meta device there are no numbers to try a change with")
     else:
         rewriter.fuse("0")

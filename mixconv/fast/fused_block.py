@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from mixconv.fast.costs import block_costs, block_flops
-from mixconv.fast.folding import refuse_training
 from mixconv.fast.forms import Call, Forms, Runner, check_memory, is_plain, must_dispatch
+from mixconv.fast.fused_layer import FusedModule
 from mixconv.fast.operation import run_operation
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, activate, check_spec, output_size
 from mixconv.formulation import LayerCost
@@ -301,7 +301,7 @@ def inverted_residual(
     return cast("Tensor", operation(x, weights, biases, str(spec)))
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(FusedModule):
     """An inverted residual block, or a depthwise separable one, as one operation.
 
     Args:
@@ -323,27 +323,16 @@ class FusedBlock(nn.Module):
                 self.register_buffer(f"{name}{index}", tensor.detach().clone())
         super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute the block, in the type of its weights."""
+    def compute(self, x: Tensor) -> Tensor:
+        """The block, in the type of its weights."""
         # By name: counters of other packages register buffers of their own.
         weights: list[Tensor] = [getattr(self, f"weight{index}") for index in range(5)]
         biases: list[Tensor] = [getattr(self, f"bias{index}") for index in range(5)]
-        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+        if isinstance(x, torch.fx.Proxy):
             operation = torch.ops.mixconv.inverted_residual
             return cast("Tensor", operation(x, weights, biases, str(self.spec)))
-        if x.dim() == 3:
-            return cast("Tensor", self(x[None]))[0]
         return inverted_residual(x.to(weights[1].dtype), weights, biases, self.spec)
-
-    def train(self, mode: bool = True) -> "FusedBlock":
-        """Refuse training mode, by a RuntimeError."""
-        refuse_training(mode)
-        return super().train(mode)
 
     def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
         """What `count_costs` counts: the layers inside."""
         return block_costs(self.spec, name, x.shape, output.shape)
-
-    def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
-        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())

@@ -3,7 +3,7 @@
 """A mixed layer, its bias and the activation behind it as one operation (chapter 12)."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.formulation import LayerCost
 from mixconv.surgery import find_padding
 
-__all__ = ["FusedMixConv2d", "describe_mix"]
+__all__ = ["FusedMixConv2d", "FusedModule", "describe_mix", "lie_as"]
 
 
 def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpec | None:
@@ -35,7 +35,53 @@ def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpe
     return MixSpec(channels, sizes, strides.pop(), dilations, paddings.pop(), activation)
 
 
-class FusedMixConv2d(nn.Module):
+class FusedModule(nn.Module):
+    """What stands in a fused model: one operation, for inference only.
+
+    Attributes:
+        spec: what to compute.
+        preserves_format: whether the output lies in memory as the input does. If not, it is in
+            channels_last, as the kernels write it.
+    """
+
+    spec: Any
+    preserves_format = False
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The operation itself, on a batch; a graph of torch.fx gets it as one call."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The operation, on one image or many."""
+        if isinstance(x, torch.fx.Proxy):
+            y = self.compute(x)
+            kept = self.preserves_format
+            return x.tracer.create_proxy("call_function", lie_as, (y, x), {}) if kept else y
+        if x.dim() == 3:
+            return cast("Tensor", self(x[None]))[0]
+        return lie_as(self.compute(x), x) if self.preserves_format else self.compute(x)
+
+    def train(self, mode: bool = True) -> Self:
+        """Refuse training mode.
+
+        Raises:
+            RuntimeError: if `mode` is true.
+        """
+        refuse_training(mode)
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        """What `repr` shows between the brackets."""
+        return ",\n".join(f"{name}={value}" for name, value in self.spec._asdict().items())
+
+
+def lie_as(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in channels_last if the channels of `x` lie side by side, else contiguous."""
+    last = x.stride(1) == 1
+    return y.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class FusedMixConv2d(FusedModule):
     """Depthwise convolutions, their bias and the activation behind them as one operation.
 
     Args:
@@ -59,23 +105,12 @@ class FusedMixConv2d(nn.Module):
         self.register_buffer("bias", torch.cat(biases) if biases else None)
         super().train(False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         """Convolve, add the bias, activate."""
-        if isinstance(x, torch.fx.Proxy):  # a graph of torch.fx gets the operation itself
+        if isinstance(x, torch.fx.Proxy):
             operation = torch.ops.mixconv.mixed_depthwise2d
             return cast("Tensor", operation(x, self.weight, self.bias, *as_arguments(self.spec)))
-        if x.dim() == 3:
-            return cast("Tensor", self(x[None]))[0]
         return run_operation(x, self.weight, self.bias, self.spec)
-
-    def train(self, mode: bool = True) -> "FusedMixConv2d":
-        """Refuse training mode.
-
-        Raises:
-            RuntimeError: if `mode` is true.
-        """
-        refuse_training(mode)
-        return super().train(mode)
 
     def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:
         """What `count_costs` counts: one depthwise layer."""
@@ -83,7 +118,3 @@ class FusedMixConv2d(nn.Module):
         pixels = output.numel() // sum(self.spec.channels)
         shape = tuple(output.shape)
         return [LayerCost(name, "depthwise", shape, weights + bias, pixels * weights)]
-
-    def extra_repr(self) -> str:
-        """What `repr` shows between the brackets."""
-        return ", ".join(f"{name}={value}" for name, value in self.spec._asdict().items())

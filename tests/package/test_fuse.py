@@ -20,10 +20,11 @@ from mixconv import MixConv2d, MixConvBlock, count_costs, mixnet_s, mobilenet_v1
 from mixconv.fast.chains import Chains
 from mixconv.fast.describe import BlockParts, describe_block, describe_layer
 from mixconv.fast.folding import FoldedNorm
-from mixconv.fast.fuse import BACKENDS, FusionReport, fuse_for_inference
+from mixconv.fast.fuse import BACKENDS, fuse_for_inference
 from mixconv.fast.fused_block import FusedBlock
 from mixconv.fast.fused_layer import FusedMixConv2d
 from mixconv.fast.operation import FORMS
+from mixconv.fast.report import FusionReport
 from tests.package.common import noise, randomize, same_state, snapshot
 
 

@@ -1,0 +1,72 @@
+# Generated from notebooks/16_model_rewritten.ipynb by `make book`.
+# Edit the notebook, not this file.
+
+"""What `fuse_for_inference` did, in words (chapter 16)."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+__all__ = ["FusionReport", "Piece"]
+
+
+class Piece(NamedTuple):
+    """What became of one layer, norm or block.
+
+    Attributes:
+        name: in the model; empty for the model itself.
+        before: the classes that were there.
+        after: the class that is there now; empty if nothing was changed.
+        reason: why nothing was changed.
+    """
+
+    name: str
+    before: str
+    after: str = ""
+    reason: str = ""
+
+
+_HINT = (
+    "nothing was fused. Layers and blocks of your own are known once describe_layer and "
+    "describe_block have a rule for them (mixconv.fast.describe)"
+)
+
+
+_VIEWS = (
+    "a map is viewed, which channels_last does not allow: "
+    "memory_format=torch.preserve_format keeps maps as they were"
+)
+
+
+@dataclass(frozen=True)
+class FusionReport:
+    """What `fuse_for_inference` did; `str` gives a line for each piece.
+
+    Attributes:
+        pieces: layers and blocks that were fused, and what was left.
+        notes: what holds for more than one of them.
+    """
+
+    pieces: list[Piece]
+    notes: list[str]
+
+    @property
+    def fused(self) -> list[Piece]:
+        """What was changed."""
+        return [piece for piece in self.pieces if piece.after]
+
+    @property
+    def left(self) -> list[Piece]:
+        """What was not, for the reason given."""
+        return [piece for piece in self.pieces if not piece.after]
+
+    def __str__(self) -> str:
+        blocks = sum(piece.after == "FusedBlock" for piece in self.pieces)
+        layers = len(self.fused) - blocks
+        lines = [f"{blocks} blocks and {layers} layers fused, {len(self.left)} left", *self.notes]
+        lines += [] if self.fused else [_HINT]
+        reasons = *self.notes, *(piece.reason for piece in self.pieces)
+        lines += [_VIEWS] if any("view size" in reason for reason in reasons) else []
+        for name, before, after, reason in self.pieces:
+            end = f"-> {after}" if after else f"left: {reason}"
+            lines.append(f"{name or '(the model)'}: {before} {end}")
+        return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""What people do with a fused copy: look at its maps."""
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mixconv import MixConv2d, MixConvBlock, fuse_for_inference
+from mixconv.fast.fuse import BACKENDS
+from tests.package.common import noise, randomize
+
+
+def near(actual: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    assert actual.shape == expected.shape
+    scale = float(expected.abs().max())
+    assert scale > 0.01
+    assert float((actual - expected).abs().max()) <= tolerance * scale
+
+
+def made(model: nn.Module) -> Any:
+    return randomize(model).eval()
+
+
+# Memory formats
+
+ROWS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: nn.Sequential(MixConv2d(8, (3, 5)), nn.BatchNorm2d(8), nn.ReLU()),
+    "plain": lambda: nn.Sequential(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.SiLU()),
+    "pointwise": lambda: nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.ReLU6()),
+    "5×5": lambda: nn.Sequential(nn.Conv2d(8, 8, 5, 2, 2, groups=8), nn.BatchNorm2d(8)),
+    "same": lambda: nn.Sequential(MixConv2d(8, (1, 3), 2, padding="same"), nn.BatchNorm2d(8)),
+    "grouped": lambda: MixConvBlock(8, 16, (3, 5), expand_groups=2, project_groups=2),
+    "block": lambda: nn.Sequential(
+        MixConvBlock(8, 16, (3, 5), 2, squeeze_ratio=0.5), MixConvBlock(16, 16, (3,))
+    ),
+}
+
+
+def laid_out(x: Tensor) -> str:
+    """The one of the two layouts in which a map lies."""
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    assert last != x.is_contiguous(), "in neither, or both"
+    return "channels_last" if last else "contiguous"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", list(ROWS))
+@torch.no_grad()
+def test_maps_lie_as_the_image_does_if_asked(name: str, backend: str) -> None:
+    model, x = made(ROWS[name]()), noise(2, 8, 9, 12)
+    fused: Any = fuse_for_inference(model, backend=backend, memory_format=torch.preserve_format)
+    assert fused.fusion_report.fused
+    views = x, x.to(memory_format=torch.channels_last), noise(2, 16, 9, 12)[:, 3:11]
+    for image in (*views, noise(2, 16, 9, 12).to(memory_format=torch.channels_last)[:, 3:11]):
+        y, wanted = fused(image), model(image)
+        near(y, wanted)
+        assert laid_out(y) == laid_out(wanted)
+        if name != "block":  # whose gate wants a batch
+            near(fused(image[0]), wanted[0])
+    near(fused(x).view(2, -1), model(x).view(2, -1))
+
+
+@pytest.mark.parametrize("name", ["layer", "block"])
+@torch.no_grad()
+def test_maps_are_in_channels_last_unless_asked(name: str) -> None:
+    fused = fuse_for_inference(made(ROWS[name]()), backend="kernel")
+    assert laid_out(fused(noise(2, 8, 9, 12))) == "channels_last"
+
+
+class Viewing(nn.Module):
+    """Views a map in the middle, as detectors' heads and old classifiers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.block, self.mix = MixConvBlock(8, 8, (3, 5)), MixConv2d(8, (3, 5), bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.mix(self.block(self.stem(x)))
+        return y.view(y.shape[0], -1)
+
+
+def test_a_model_that_views_its_maps_is_fused_whole_if_asked() -> None:
+    model, x = made(Viewing()), noise(1, 3, 20, 20)
+    fused = fuse_for_inference(model, backend="kernel", memory_format=torch.preserve_format)
+    assert "1 blocks and 2 layers fused, 0 left" in str(fused.fusion_report)
+    left = fuse_for_inference(model, backend="kernel")
+    assert "memory_format=torch.preserve_format" in str(left.fusion_report)
+    with torch.no_grad():
+        for network in (fused, left):
+            near(network(x), model(x))
+
+
+@torch.no_grad()
+def test_the_format_survives_copies_files_traces_and_compilers() -> None:
+    model = made(nn.Sequential(ROWS["block"](), MixConv2d(16, (3, 5))))
+    fused: Any = fuse_for_inference(model, backend="kernel", memory_format=torch.preserve_format)
+    file, x = io.BytesIO(), noise(2, 8, 9, 12)
+    torch.save(fused, file)
+    file.seek(0)
+    others = (
+        copy.deepcopy(fused), torch.load(file, weights_only=False), torch.fx.symbolic_trace(fused),
+        torch.export.export(fused, (x,)).module(), torch.compile(fused, backend="aot_eager"),
+    )  # fmt: skip
+    for other in others:
+        near(other(x), model(x))
+        assert laid_out(other(x)) == "contiguous"
+
+
+@pytest.mark.parametrize("wrong", ["preserve", None, torch.contiguous_format])
+def test_other_formats_are_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=r"memory_format must be torch.channels_last or .*, got"):
+        fuse_for_inference(MixConv2d(8, (3, 5)), memory_format=wrong)

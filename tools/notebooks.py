@@ -31,6 +31,8 @@ FOLDED_TAGS = {
     "tool": "The source of this tool",
 }
 KNOWN_TAGS = set(FOLDED_TAGS)
+# A folded cell may say itself what it holds, on its first line: `# fold: How a name is found`.
+FOLD_TITLE = re.compile(r"^# fold: (?P<title>\S.*)$")
 
 METADATA = {
     "kernelspec": {
@@ -72,6 +74,20 @@ def find_chapters(root: Path = ROOT) -> list[Chapter]:
     files = [*folder.glob("*.ipynb"), *folder.glob("*.py")]
     stems = sorted({path.stem for path in files if re.match(r"\d\d_", path.name)})
     return [Chapter(stem, root) for stem in stems]
+
+
+def fold_title(source: str, where: str) -> str | None:
+    """What a cell's first line says that its fold holds, or None if it says nothing.
+
+    Raises:
+        BookError: for such a line that is misspelt, or not the first of its cell.
+    """
+    lines = source.splitlines()
+    match = FOLD_TITLE.match(lines[0]) if lines else None
+    for line in lines[1 if match else 0 :]:
+        if re.match(r"\s*#+[\s|]*fold\w*\s*:", line, re.IGNORECASE):
+            raise BookError(f"{where}: {line!r}; the first line of a cell may be `# fold: TITLE`")
+    return match["title"].strip() if match else None
 
 
 def write_atomically(path: Path, content: str | bytes) -> bool:

@@ -1,9 +1,10 @@
 """Notebooks → package.
 
 A code cell whose first line is `#| export layer.py` is source of `mixconv/layer.py`, and
-`#| export fast/kernel.py` of `mixconv/fast/kernel.py`. Cells go to their module in reading order.
-Imports move to the top. A class may be told in pieces: a later cell that says
-`class MixConv2d(MixConv2d):` adds its members to the class begun before.
+`#| export fast/kernel.py` of `mixconv/fast/kernel.py`. In a folded cell that begins with a title
+(`# fold: How a name is found`) it is the second line, and the title stays behind. Cells go to
+their module in reading order. Imports move to the top. A class may be told in pieces: a later cell
+that says `class MixConv2d(MixConv2d):` adds its members to the class begun before.
 
 C++ is told in Markdown cells: a fenced block of `c++` whose first line is
 `//| export fast/depthwise.cpp` is source of that file. Its blocks are joined in reading order.
@@ -20,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tools.notebooks import ROOT, BookError
+from tools.notebooks import ROOT, BookError, fold_title
 
 MARKER = re.compile(r"^#\|\s*export\b(?P<rest>.*)$")
 MODULE = re.compile(r"^(?:[a-z][a-z0-9_]*/)?[a-z_][a-z0-9_]*\.py$")
@@ -58,6 +59,7 @@ def export_target(source: str, where: str) -> str | None:
         BookError: for a marker that is misspelt, not on the first line, or names no module.
     """
     lines = source.splitlines()
+    first = 1 if fold_title(source, where) else 0
     for number, line in enumerate(lines):
         if re.match(r"\s*#\s+\|\s*export|\s+#\|", line):
             raise BookError(f"{where}: {line!r} is not a marker; write `#| export NAME.py`")
@@ -66,7 +68,7 @@ def export_target(source: str, where: str) -> str | None:
         match = MARKER.match(line)
         if match is None:
             raise BookError(f"{where}: {line!r} is not a marker; write `#| export NAME.py`")
-        if number:
+        if number != first:
             raise BookError(f"{where}: `#| export` must be the first line of its cell")
         name = match["rest"].strip()
         if not MODULE.match(name) or name.endswith("__init__.py"):
@@ -150,7 +152,7 @@ def add_cell(module: Module, source: str, where: str) -> None:
     except SyntaxError as error:
         raise BookError(f"{where}, line {error.lineno}: {error.msg}") from error
     lines = source.splitlines()
-    position = 1  # line 0 is the marker
+    position = 2 if fold_title(source, where) else 1  # a title, perhaps, and the marker
     for node in tree.body:
         start, end = first_line(node) - 1, node.end_lineno or node.lineno
         above = lines[position:start]

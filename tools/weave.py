@@ -11,7 +11,7 @@ from typing import Any
 
 from nbconvert.exporters import MarkdownExporter
 
-from tools.notebooks import FOLDED_TAGS, ROOT, BookError
+from tools.notebooks import FOLDED_TAGS, ROOT, BookError, fold_title
 
 TEMPLATES = Path(__file__).resolve().parent / "templates"
 DISPLAY_MATH = re.compile(r"^\$\$\n(.*?)\n\$\$$", re.MULTILINE | re.DOTALL)
@@ -52,7 +52,8 @@ def weave(
         before: how many figures the earlier pages of this chapter have.
 
     Raises:
-        BookError: for a figure without a name or alt text, or two figures of one name.
+        BookError: for a figure without a name or alt text, two figures of one name, or the title
+            of a fold in a cell that is not folded.
     """
     notebook = copy.deepcopy(notebook)
     figures: dict[str, bytes] = {}
@@ -66,6 +67,11 @@ def weave(
             if tag in cell.metadata.get("tags", []):
                 cell.metadata.fold = summary
                 cell.metadata.fold_outputs = tag == "solution"
+        if title := fold_title(cell.source, f"{stem}, cell {number}"):
+            if "fold" not in cell.metadata:
+                raise BookError(f"{stem}, cell {number}: a title, {title!r}, of a cell not folded")
+            cell.metadata.fold = title
+            cell.source = cell.source.partition("\n")[2].lstrip("\n")  # its summary says it
         for output in cell.outputs:
             if "image/svg+xml" in output.get("data", {}):
                 raise BookError(f"{stem}, cell {number}: an SVG output; draw PNG, with show()")

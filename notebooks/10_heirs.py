@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 10 · Heirs
 #
-# What became of the idea after 2019? In the picture below, the blue lane: few networks since have cut the channels into parts, and most of those came within one year. (A year is that of the first posting. We say *heir* for a layer that later does the same, whether or not its authors had MixConv in mind.)
+# What became of the idea after 2019? In the picture below, the blue lane: of the networks that we know, few have cut the channels into parts since, and most of those came within one year. (A year is that of the first posting. We say *heir* for a layer that later does the same, whether or not its authors had MixConv in mind.)
 #
-# This chapter builds five of them. Each becomes a few lines around `MixConv2d`, compared with its authors' definition. Then come four layers that *look* like MixConv and are not, with a test that tells them apart; and the question why large kernels came back and mixed ones rarely did.
+# This chapter builds five of them. Each becomes a few lines, most of them around `MixConv2d`. Each is compared with a second writing of its authors' definition, and three with a library's module, too. Then come four layers that *look* like MixConv and are not, with a test that tells them apart; and the question why large kernels came back and mixed ones rarely did.
 #
 # **You will be able to**
 # - say of five later layers which channels go through which kernel, and build them;
@@ -23,7 +23,8 @@ use_style()
 LANES = [  # name, colour, (year, height in the lane, label)
     ("parts of the channels,\neach its own window", kernel_color(3), [
         (2019.55, 0, "MixConv"), (2021.28, 0, "CoaT"), (2022.85, 0.55, "MogaNet"),
-        (2023.18, 0.18, "FasterNet"), (2023.24, -0.19, "InceptionNeXt"), (2023.54, -0.56, "SMT")]),
+        (2023.18, 0.18, "FasterNet"), (2023.24, -0.19, "InceptionNeXt"), (2023.54, -0.56, "SMT"),
+        (2024.37, 0.55, "MambaOut")]),
     ("several windows,\nall channels in each", kernel_color(7), [
         (2020.45, 0.25, "PyConv"), (2020.5, -0.25, "YOLOv5's MixConv2d"),
         (2022.52, 0.25, "SLaK"), (2022.7, -0.25, "SegNeXt")]),
@@ -39,14 +40,17 @@ for lane, (name, color, works) in enumerate(LANES):
         weight = "bold" if label == "MixConv" else "normal"
         axis.plot(year, height - 2.2 * lane, "o", color=color, ms=7)
         axis.text(year + 0.1, height - 2.2 * lane, label, va="center", fontsize=9, weight=weight)
-axis.set(xlim=(2016.9, 2026.5), ylim=(-5.5, 1.05), yticks=[], xticks=range(2017, 2026))
+axis.set(xlim=(2016.9, 2026.2), ylim=(-5.5, 1.05), yticks=[], xticks=range(2017, 2025))
+axis.spines["bottom"].set_bounds(2017, 2025)
 axis.spines["left"].set_visible(False)
 show(
     figure,
     "after_2019.png",
     "A time line from 2017 to 2024 in three lanes. Parts of the channels, each its own window: "
-    "MixConv 2019, CoaT 2021, then MogaNet, FasterNet, InceptionNeXt and SMT in 2022 and 2023. "
-    "Several windows, all channels in each: four layers. One window a layer: five networks.",
+    "MixConv 2019, CoaT 2021, then MogaNet, FasterNet, InceptionNeXt and SMT in 2022 and 2023, "
+    "MambaOut in 2024. Several windows, all channels in each: four layers. One window a layer: "
+    "five networks.",
+    caption="Most heirs of MixConv came within one year; one window a layer is the rule.",
 )
 
 # %% [markdown]
@@ -73,7 +77,7 @@ for weight in [*mix.parameters(), *dense.parameters()]:
 #| export heirs.py
 """What came after MixConv: five layers, each a few lines around `MixConv2d` (chapter 10).
 
-Each computes what its authors' layer computes, and keeps its tensors in the authors' order.
+Each is written from its authors' published code, and keeps its tensors in their order.
 """
 
 from collections.abc import Callable, Sequence
@@ -136,10 +140,17 @@ def what_is_seen(layer, channels=8, size=13):
     return sorted(counts), [f"{rows}×{columns}" for rows, columns in sorted(pairs)]
 
 
-what_is_seen(MixConv2d(8, (3, 5, 7, 9))), what_is_seen(nn.Conv2d(8, 8, 3, padding=1))
+def tell(name, layer, channels=8, size=13):
+    counts, windows = what_is_seen(layer, channels, size)
+    print(f"{name}: an output sees {' or '.join(map(str, counts))} of {channels} channels,",
+          "through", " or ".join(windows))  # fmt: skip
+
+
+tell("MixConv", MixConv2d(8, (3, 5, 7, 9)))
+tell("dense", nn.Conv2d(8, 8, 3, padding=1))
 
 # %% [markdown]
-# A MixConv's outputs see one channel each, through four windows; a dense layer's see all eight, through one.
+# An output of a MixConv sees one channel, through one of four windows; one of a dense layer sees all eight, through the same window.
 #
 # The same as a picture: one row for each output, one column for each input; in each cell, the pixels that are seen. All wiring pictures of this chapter come from this function.
 
@@ -164,17 +175,20 @@ def draw_wires(axis, wires, title):
         words = "\n".join("copy" if p == (1, 1) else f"{p[0]}×{p[1]}" for p in pairs)
         place = step * (rows.index(pairs) + rows.count(pairs) / 2)
         axis.text(8 * step + 2, place, words, va="center", weight="bold")
+    for row, column in (windows == 1).all(dim=-1).nonzero().tolist():  # copies: easy to miss
+        place = (step * (column + 0.5) - 0.5, step * (row + 0.5) - 0.5)
+        axis.plot(*place, "o", color="black", mfc="white", ms=5)
     axis.set(xlabel="input channel", ylabel="output channel", title=title, xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 
 
-def picture(filename, alt, layers, columns):
+def picture(filename, alt, caption, layers, columns):
     torch.manual_seed(0)
     rows = len(layers) // columns
     figure, axes = plt.subplots(rows, columns, figsize=(3.5 * columns, 2.8 * rows))
     for axis, (title, layer) in zip(axes.flat, layers.items(), strict=True):
         draw_wires(axis, trace_wires(layer, 8, size=27), title)
-    show(figure, filename, alt)
+    show(figure, filename, alt, caption)
 
 
 # %%
@@ -188,7 +202,8 @@ picture(
     "wires_of_heirs.png",
     "Six 8×8 grids. MixConv: squares of four sizes on the diagonal. CoaT: three sizes. SMT: in "
     "each row four squares of four sizes. MogaNet: squares of 5, 13, 23. InceptionNeXt: five "
-    "points, a square, two bands. FasterNet: four squares in a corner, six points.",
+    "circles for copies, a square, two bands. FasterNet: four squares in a corner, six circles.",
+    "A mix has one window in a row, and not the same in all rows; circles are copies.",
     {
         "MixConv": MixConv2d(8, (3, 5, 7, 9)), "CoaT": heirs.ConvRelPosEnc(1).mix,
         "SMT, after its first 1×1": smt, "MogaNet, before its 1×1": moganet,
@@ -200,7 +215,7 @@ picture(
 # %% [markdown]
 # MixConv is a diagonal whose windows grow; a dense layer would fill every cell. CoaT has the same with other groups. In SMT four sizes meet in each output, MogaNet's windows are wider, InceptionNeXt and FasterNet copy most channels. One after the other they are now built. (The picture imports them from this chapter's module.)
 #
-# For each, the authors' definition is stated again in plain tensor operations, without their modules and without ours. That needs a depthwise convolution with any window: chapter 1's sum of shifted images, with two sides, a bias and a dilation. And `agree` compares a layer with its definition, in the output and every gradient.
+# For each, the authors' definition is written a second time, in plain tensor operations, without their modules and without ours. (A second writing catches slips. It cannot catch a misreading; their modules can, see below.) That needs a depthwise convolution with any window: chapter 1's sum of shifted images, with two sides, a bias and a dilation. And `agree` compares a layer with its definition, in the output and every gradient.
 
 # %%
 from torch.func import functional_call
@@ -360,7 +375,7 @@ agree(smt_definition, MultiHeadMixedConv(8), x, what="SMT and MultiHeadMixedConv
 # %% [markdown]
 # ## MogaNet (2022): a mix of depths
 #
-# *What changed:* in [MogaNet](https://arxiv.org/abs/2211.03295) (Li and others; posted 2022, ICLR 2024) all channels pass through a 5×5. An eighth of them stop there. Three eighths go on through a 5×5 with dilation 2, the other half through a 7×7 with dilation 3. Windows: 5, 13 and 23 pixels. *Why:* its authors find that large-kernel networks learn the interactions of very few and of very many pixels, and miss those between. So they serve three ranges side by side, and give most channels to the wide ones. The split 1 : 3 : 4 is the reverse of MixConv's exponential one.
+# *What changed:* in [MogaNet](https://arxiv.org/abs/2211.03295) (Li and others; posted 2022, ICLR 2024) all channels pass through a 5×5. An eighth of them stop there. Three eighths go on through a 5×5 with dilation 2, the other half through a 7×7 with dilation 3. Windows: 5, 13 and 23 pixels. *Why:* its authors find that large-kernel networks learn the interactions of very few and of very many pixels, and miss those between. So they serve three ranges side by side, and give most channels to the wide ones. The split 1 : 3 : 4 runs the other way than MixConv's exponential one: most channels for the widest.
 #
 # > ⚙️ **Their code.** `MultiOrderDWConv` in [`models/moganet.py`](https://github.com/Westlake-AI/MogaNet/blob/main/models/moganet.py). A dense 1×1 convolution, `PW_conv`, ends it. `MixConv2d` has one dilation for all its groups (or the `dilated` rule), so the second stage is two layers here.
 
@@ -542,7 +557,7 @@ def conv(inputs, outputs, sides, groups):
 
 
 # %% [markdown]
-# **PyConv** ([Duta and others, 2020](https://arxiv.org/abs/2006.11538); `PyConv4` in [`pyconvresnet.py`](https://github.com/iduta/pyconv/blob/master/models/pyconvresnet.py)) and **YOLOv5's `MixConv2d`** (in [`models/experimental.py`](https://github.com/ultralytics/yolov5/blob/master/models/experimental.py); its docstring cites the MixConv paper, and chapter 1 met it) concatenate. They differ in the `groups` of each branch, the number of blocks that the inputs are cut into. PyConv cuts more for larger kernels. YOLOv5 takes the greatest common divisor of inputs and outputs (since [a change in 2021](https://github.com/ultralytics/yolov5/pull/5410), meant to make it depthwise; with n kernel sizes and as many outputs as inputs, each output sees n channels). Batch norms and activations are left out.
+# **PyConv** ([Duta and others, 2020](https://arxiv.org/abs/2006.11538); `PyConv4` in [`pyconvresnet.py`](https://github.com/iduta/pyconv/blob/master/models/pyconvresnet.py)) and **YOLOv5's `MixConv2d`** (in [`models/experimental.py`](https://github.com/ultralytics/yolov5/blob/master/models/experimental.py); its docstring cites the MixConv paper, and chapter 1 met it) concatenate. They differ in the `groups` of each branch, the number of blocks that the inputs are cut into. PyConv cuts more for larger kernels. YOLOv5 takes the greatest common divisor of inputs and outputs (since [a change in 2021](https://github.com/ultralytics/yolov5/pull/5410), meant to make it depthwise; with n kernel sizes that divide the channels, and as many outputs as inputs, each output sees n channels). Batch norms and activations are left out.
 
 # %%
 def pyconv(channels, groups=(1, 4, 8, 16)):
@@ -555,7 +570,8 @@ def yolo_mixconv(channels, kernel_sizes=(3, 5)):
     return Branches(torch.hstack, *(conv(channels, each, (k, k), each) for k in kernel_sizes))
 
 
-what_is_seen(pyconv(64), channels=64), what_is_seen(yolo_mixconv(64), channels=64)
+tell("PyConv", pyconv(64), channels=64)
+tell("YOLOv5's MixConv2d", yolo_mixconv(64), channels=64)
 
 
 # %% [markdown]
@@ -577,7 +593,8 @@ def slak(channels, long=51, short=5):
     return Branches(sum, *(conv(channels, channels, sides, channels) for sides in windows))
 
 
-what_is_seen(msca(8), size=27), what_is_seen(slak(8), size=53)
+tell("SegNeXt", msca(8), size=27)
+tell("SLaK", slak(8), size=53)
 
 # %% [markdown]
 # One channel for each output, as in MixConv. But one window for all outputs: the union of what the branches see. In the pictures (PyConv with fewer blocks and SLaK with shorter bands, so that they fit):
@@ -587,6 +604,7 @@ picture(
     "look_alikes.png",
     "Four 8×8 grids. PyConv: eight squares in a row, or four. YOLOv5: two squares in a row. "
     "SegNeXt: equal squares of 25×25 on the diagonal. SLaK: equal crosses on the diagonal.",
+    "Look-alikes have several windows in a row, or the same in all rows.",
     {
         "PyConv": pyconv(8, groups=(1, 1, 2, 2)), "YOLOv5's MixConv2d": yolo_mixconv(8),
         "SegNeXt, before its 1×1 layer": msca(8), "SLaK": slak(8, long=11, short=3),
@@ -595,7 +613,7 @@ picture(
 )  # fmt: skip
 
 # %% [markdown]
-# So two questions tell a mix from a look-alike. *How many channels does one output see?* One, in a mix. *Do outputs see through different windows?* Yes, in a mix. (Exercise 10.3 makes a function of it.)
+# So two questions tell a mix from a look-alike. *How many channels does one output see?* One, in a mix. *Do outputs see through different windows?* Yes, in a mix. (Exercise 10.3 makes a function of it.) Of the heirs, CoaT and InceptionNeXt pass, MogaNet before its last 1×1, and SMT before its first. FasterNet does not, since its dense part sees many channels: it has kept the split alone.
 #
 # The cost gives a third, the easiest to put to a paper. *Do the kernels share the channels out, or does each get all of them?* A mix shares them out; the last table of this chapter counts.
 #
@@ -624,7 +642,7 @@ print(f"{own} weights; merged {merged}, {merged / own:.0f} times as many")
 #
 # Why? Two reasons can be cited. Depthwise layers are slow for what multiply-adds do not count, memory traffic (the abstracts of FasterNet and InceptionNeXt). And small kernels in *some* channels lose little accuracy (InceptionNeXt's table above), so that the cheapest mix has copies in it, not 9×9 kernels.
 #
-# > ✏️ **Ours.** The rest is our reading, not a measurement. MixConv saves multiply-adds, against one large kernel. From 2020 on, networks were judged by their time on GPUs, where a depthwise layer waits for memory: a mix moves as many numbers as one size does, in g pieces in place of one. And a 31×31 layer *contains* every mix of smaller kernels: chapter 3's `merged` is the proof. Where multiplications are nearly free, a mix only forbids something, and against ConvNeXt's 7×7 it would save little even of those (see the table below). Where they are not, on a phone or a CPU, the saving is real, and it takes a kernel that computes the groups in one pass to get it. Part II builds one.
+# > ✏️ **Ours.** The rest is our reading, not a measurement. MixConv saves multiply-adds, against one large kernel. From 2020 on, networks were judged by their time on GPUs, where a depthwise layer waits for memory ([chapter 11](11_why_slow.ipynb) measures it on a CPU): a mix moves as many numbers as one size does, in g pieces in place of one. And a 31×31 layer *contains* every mix of smaller kernels: chapter 3's `merged` is the proof. Where multiplications are nearly free, a mix only forbids something, and against ConvNeXt's 7×7 it would save little even of those (see the table below). Where they are not, on a phone or a CPU, the saving is real, and it takes a kernel that computes the groups in one pass to get it. Part II builds one.
 # > And two places where mixing stayed: where channels are in groups already, namely heads (CoaT, SMT), and where the smallest window is none at all (InceptionNeXt, FasterNet).
 #
 # ## All of them, on one size
@@ -871,7 +889,7 @@ attempt(one_kernel_solution, test_kernel, wrong=[in_the_corner, stretched])
 # %% [markdown]
 # ## Takeaways
 # - CoaT and SMT contain a MixConv, split by attention heads. MogaNet mixes depths, InceptionNeXt shapes and copies, FasterNet a dense part and copies.
-# - A mix: each output sees one channel, through one of several windows, and the kernels read each channel at most once. PyConv, YOLOv5, SegNeXt and SLaK send all channels through every kernel.
+# - A mix: each output sees one channel, through one of several windows, and not the same for all. PyConv, YOLOv5, SegNeXt and SLaK send all channels through every kernel.
 # - A sum of kernels is one kernel. A mix is one kernel, too, with zeros in it.
 # - Large kernels came back in one size. What MixConv saves is arithmetic, and on a GPU arithmetic was not what cost time.
 #

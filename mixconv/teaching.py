@@ -5,14 +5,17 @@
 The only module that needs more than torch: install `mixconv[tutorial]`.
 """
 
+import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.cbook
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from IPython.core.formatters import format_display_data
 from IPython.display import display
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -28,6 +31,7 @@ __all__ = [
     "check",
     "check_rewrite",
     "kernel_color",
+    "live",
     "photograph",
     "show",
     "table",
@@ -157,7 +161,25 @@ def use_style() -> None:
     )
 
 
-def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
+_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def live(name: str, **settings: Any) -> Any:
+    """A figure of `mixconv.widgets` that answers back, for `show`; None without anywidget.
+
+    Args:
+        name: its class, such as `Convolution`.
+        settings: what it shows first.
+    """
+    try:
+        widgets = importlib.import_module("mixconv.widgets")
+    except ModuleNotFoundError as missing:
+        print(f"This figure stands still: {missing.name} is not installed (pip install anywidget).")
+        return None
+    return getattr(widgets, name)(**settings)
+
+
+def show(figure: Figure, filename: str, alt: str, caption: str = "", live: Any = None) -> None:
     """Draw a figure at the end of a cell.
 
     Args:
@@ -166,6 +188,7 @@ def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
         alt: one or two sentences that state what the picture shows, for who cannot see it. The
             pages carry it; JupyterLab's own renderer of images has no place for it.
         caption: a sentence that states what to see; without it, the first of `alt`.
+        live: what stands in its place in JupyterLab, once the cell has run.
 
     Raises:
         AssertionError: in `make test`, if it is not the picture that is stored.
@@ -179,7 +202,12 @@ def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
     metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
     if caption:
         metadata["caption"] = caption
-    display(figure, metadata=metadata)
+    if live is None:
+        display(figure, metadata=metadata)
+    else:
+        bundle, _ = format_display_data(figure)
+        bundle[_VIEW] = live._repr_mimebundle_()[0][_VIEW]
+        display(bundle, raw=True, metadata=metadata)
     plt.close(figure)
 
 

@@ -881,13 +881,36 @@ def compare_figure(figure: Figure, path: Path) -> None:
 
 # %% tags=["tool"]
 #| export teaching.py
+import importlib
 import os
 from pathlib import Path
+from typing import Any
+
+from IPython.core.formatters import format_display_data
 
 from mixconv._readable import compare_figure, hard_to_read
 
+_VIEW = "application/vnd.jupyter.widget-view+json"
 
-def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
+
+def live(name: str, **settings: Any) -> Any:
+    """A figure of `mixconv.widgets` that answers back, for `show`; None without anywidget.
+
+    Args:
+        name: its class, such as `Convolution`.
+        settings: what it shows first.
+    """
+    try:
+        widgets = importlib.import_module("mixconv.widgets")
+    except ModuleNotFoundError as missing:
+        print(f"This figure stands still: {missing.name} is not installed (pip install anywidget).")
+        return None
+    return getattr(widgets, name)(**settings)
+
+
+# %% tags=["tool"]
+#| export teaching.py
+def show(figure: Figure, filename: str, alt: str, caption: str = "", live: Any = None) -> None:
     """Draw a figure at the end of a cell.
 
     Args:
@@ -896,6 +919,7 @@ def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
         alt: one or two sentences that state what the picture shows, for who cannot see it. The
             pages carry it; JupyterLab's own renderer of images has no place for it.
         caption: a sentence that states what to see; without it, the first of `alt`.
+        live: what stands in its place in JupyterLab, once the cell has run.
 
     Raises:
         AssertionError: in `make test`, if it is not the picture that is stored.
@@ -909,7 +933,12 @@ def show(figure: Figure, filename: str, alt: str, caption: str = "") -> None:
     metadata = {"filename": filename, "alt": alt, "image/png": {"width": width}}
     if caption:
         metadata["caption"] = caption
-    display(figure, metadata=metadata)
+    if live is None:
+        display(figure, metadata=metadata)
+    else:
+        bundle, _ = format_display_data(figure)
+        bundle[_VIEW] = live._repr_mimebundle_()[0][_VIEW]
+        display(bundle, raw=True, metadata=metadata)
     plt.close(figure)
 
 

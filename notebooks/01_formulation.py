@@ -15,7 +15,7 @@
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
 
-from mixconv.teaching import kernel_color, show, use_style
+from mixconv.teaching import kernel_color, live, show, use_style
 
 use_style()
 layers = {  # for output z: the kernel size, and the channels it reads
@@ -117,9 +117,12 @@ show(
     "Four copies of a 5×5 grid of numbers with the window of one output shaded: a 3×3 window at "
     "the centre and at a corner of channel 0, a 5×5 window at the centre and corner of channel 1. "
     "At the corner, part of each window lies outside the grid. The sums: 108, 12, 25 and 9.",
+    live=live("Convolution", kernel_sizes=(3, 5), row=2, column=2),
 )
 
 # %% [markdown]
+# In JupyterLab, run that cell and the figure answers back: point at an output, or step with the arrow keys, and see its window, its weights and its sum. Then change the layer, the kernels, the stride.
+#
 # Four outputs, by hand:
 #
 # | channel | at | window | sum |

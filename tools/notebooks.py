@@ -34,6 +34,9 @@ KNOWN_TAGS = set(FOLDED_TAGS)
 # A folded cell may say itself what it holds, on its first line: `# fold: How a name is found`.
 FOLD_TITLE = re.compile(r"^# fold: (?P<title>\S.*)$")
 
+# A running kernel draws this; stored without it, Lab would say "model not found" over the picture.
+WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
+
 METADATA = {
     "kernelspec": {
         "display_name": "Python 3 (ipykernel)",
@@ -159,7 +162,7 @@ def format_code(notebook: Any, stem: str, root: Path = ROOT) -> None:
 
 
 def normalise(notebook: Any) -> Any:
-    """The one stored form: ids by position, fixed metadata, joined streams, no time stamps."""
+    """The one stored form: ids by position, fixed metadata, joined streams, nothing that moves."""
     cells = []
     for index, cell in enumerate(notebook.cells):
         tags = list(cell.metadata.get("tags", []))
@@ -173,6 +176,7 @@ def normalise(notebook: Any) -> Any:
             for output in new.outputs:
                 if output.output_type == "execute_result":
                     output.execution_count = new.execution_count
+                output.get("data", {}).pop(WIDGET_VIEW, None)
         elif cell.cell_type == "markdown" and not cell.get("attachments"):
             new = nbformat.v4.new_markdown_cell(cell.source.rstrip(), metadata=metadata)
         else:

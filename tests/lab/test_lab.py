@@ -155,3 +155,39 @@ def test_a_notebook_runs_is_saved_and_still_passes_the_check(page, lab, checkout
         [sys.executable, "-m", "tools.check"], cwd=checkout, capture_output=True, text=True
     )
     assert checked.returncode == 0, checked.stderr
+
+
+def moving(page, lab, stem, name):
+    """Run a notebook; returns the figure of that label, its spoken line, the console's errors."""
+    page.set_default_timeout(SECONDS * 1000)
+    errors = open_notebook(page, lab, stem)
+    assert page.locator(".jp-OutputArea img").count() > 0
+    figure = page.get_by_role("group", name=name)
+    assert figure.count() == page.get_by_text("model not found").count() == 0
+    run(page, "notebook:run-all-cells")
+    figure.wait_for()
+    figure.scroll_into_view_if_needed()
+    return figure, sync_api.expect(figure.get_by_role("status")), errors
+
+
+def test_the_convolution_answers_back(page, lab):
+    figure, told, errors = moving(
+        page, lab, "01_formulation", "A convolution, one output at a time"
+    )
+    told.to_have_text(re.compile(r"18·1 = 108\.$"))
+    figure.get_by_role("button", name="output channel 0, row 0, column 0: 12").hover()
+    told.to_have_text(re.compile(r"0·1 \+ 1·1 \+ 5·1 \+ 6·1 = 12\. Outside"))
+    for key, row in (("ArrowDown", 1), ("ArrowUp", 0), ("ArrowUp", 0)):
+        figure.locator('[aria-selected="true"] button').focus()
+        page.keyboard.press(key)
+        told.to_have_text(re.compile(f"^Output channel 0, row {row}, column 0: "))
+    before = figure.screenshot()
+    figure.get_by_label("stride").select_option("2")
+    assert figure.get_by_role("gridcell").count() == 2 * 3 * 3
+    assert figure.screenshot() != before
+    figure.get_by_label("layer").select_option("convolution")
+    assert figure.get_by_label("kernel, channel 1").is_disabled()
+    figure.get_by_role("button", name="next output").click()
+    told.to_have_text(re.compile("^Output channel 0, row 0, column 1: "))
+    assert errors == []
+    run(page, "kernelmenu:shutdown")

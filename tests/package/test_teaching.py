@@ -16,6 +16,7 @@ from mixconv.teaching import (
     check_rewrite,
     expect,
     kernel_color,
+    live,
     photograph,
     show,
     table,
@@ -182,6 +183,21 @@ def test_show_gives_name_and_alt_text_and_closes(monkeypatch):
     show(figure, "dot.png", "A dot.")
     metadata = {"filename": "dot.png", "alt": "A dot.", "image/png": {"width": 300}}
     assert shown == [((figure,), {"metadata": metadata})]
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_show_gives_what_moves_beside_the_picture(monkeypatch):
+    shown = []
+    monkeypatch.setattr(teaching, "display", lambda *what, **how: shown.append((what, how)))
+    figure, _ = plt.subplots(figsize=(3, 2))
+    widget = live("Convolution")
+    show(figure, "dot.png", "A dot.", live=widget)
+    [((bundle,), how)] = shown
+    view = bundle["application/vnd.jupyter.widget-view+json"]
+    assert view["model_id"] == widget.model_id
+    assert bundle["text/plain"].startswith("<Figure size ")  # and no address, as of a widget
+    metadata = {"filename": "dot.png", "alt": "A dot.", "image/png": {"width": 300}}
+    assert how == {"raw": True, "metadata": metadata}
     assert not plt.fignum_exists(figure.number)
 
 

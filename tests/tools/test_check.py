@@ -53,6 +53,7 @@ SPOILERS = {
     "missing figure": (remove("figures/dot.png"), "figures/dot.png: missing"),
     "stray module": (write("mixconv/old.py"), "mixconv/old.py: no notebook makes it"),
     "stray figure": (write("figures/old.png"), "figures/old.png: no notebook makes it"),
+    "stray script": (write("mixconv/old.mjs"), "mixconv/old.mjs: no notebook makes it"),
     "stray folder": (write("mixconv/old/x.py"), "mixconv/old: no notebook makes it"),
     "stray data": (write("notebooks/data.csv"), "notebooks/data.csv: no notebook makes it"),
     "nbval marker": (

@@ -160,6 +160,16 @@ def test_text_has_no_header_and_no_noise():
     assert '# %% tags=["solution"]' in text
 
 
+def test_what_moves_is_not_stored():
+    """Lab prints "model not found" for it where no kernel runs, even beside a picture."""
+    made = notebook(*RICH)
+    cell = next(cell for cell in made.cells if cell.cell_type == "code")
+    data = {"text/plain": "<Figure>", "application/vnd.jupyter.widget-view+json": {"model_id": "7"}}
+    cell.outputs = [nbformat.v4.new_output("display_data", data=data)]
+    kept = next(cell for cell in normalise(made).cells if cell.cell_type == "code")
+    assert kept.outputs[0].data == {"text/plain": "<Figure>"}
+
+
 @pytest.fixture
 def in_lab(tmp_path):
     """A folder with this repository's settings and one notebook, as JupyterLab meets it."""

@@ -1,0 +1,186 @@
+"""Figures that answer back: their settings, and their arithmetic against the package's."""
+
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mixconv import MixConv2d
+from mixconv.formulation import mixconv_multiply_adds, mixconv_parameters
+from mixconv.layer import make_conv2d, same_padding
+from mixconv.teaching import KERNEL_COLORS, live
+from mixconv.widgets import Convolution
+
+HERE = Path(__file__).parent
+needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not on the path")
+
+
+def answers(calls):
+    """What the JavaScript functions return: one result for each (module, function, arguments)."""
+    done = subprocess.run(
+        ["node", HERE / "answers.mjs"],
+        input=json.dumps(calls),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout)
+
+
+@needs_node
+@pytest.mark.parametrize("path", sorted(HERE.glob("*.test.mjs")), ids=lambda path: path.name)
+def test_the_javascript_passes_its_own_tests(path):
+    done = subprocess.run(["node", "--test", path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert "# pass 0" not in done.stdout
+
+
+@needs_node
+def test_a_colour_means_the_same_size_in_every_figure():
+    sizes = [*KERNEL_COLORS, 15]
+    colors = answers([["parts", "kernelColor", [k]] for k in sizes])
+    assert colors == [*KERNEL_COLORS.values(), "#777777"]
+
+
+def settings_of(widget):
+    return {name: getattr(widget, name) for name in widget.choices}
+
+
+def drawn(settings):
+    """The layer that a Convolution shows, and its image."""
+    size, sizes = settings["size"], settings["kernel_sizes"]
+    options = {"padding": settings["padding"], "dilation": settings["dilation"]}
+    kernels = sizes if settings["layer"] == "MixConv" else sizes[:1] * 2
+    if settings["layer"] == "convolution":
+        convs = [make_conv2d(2, 2, sizes[0], settings["stride"], **options)]
+    else:
+        convs = MixConv2d(2, kernels, settings["stride"], **options)._convolutions()
+    for channel, k in enumerate(kernels):
+        counted = torch.arange(1.0, k * k + 1).view(k, k)
+        counted = counted.flip(0, 1) if channel else counted
+        values = torch.ones(k, k) if settings["weights"] == "ones" else counted
+        own = convs[0].weight[channel] if len(convs) == 1 else convs[channel].weight[0]
+        own.data.copy_(values.expand_as(own))
+    image = torch.stack([torch.arange(float(size * size)).view(size, size), torch.ones(size, size)])
+    outputs = convs[0](image) if len(convs) == 1 else torch.cat(
+        [conv(image[i : i + 1]) for i, conv in enumerate(convs)]
+    )  # fmt: skip
+    weights = sum(conv.weight.numel() for conv in convs)
+    return outputs.detach(), weights
+
+
+def all_settings():
+    choices = Convolution().choices
+    names = ["layer", "size", "stride", "padding", "dilation", "weights"]
+    for values in itertools.product(*(choices[name] for name in names)):
+        for kernel_sizes in ([3, 5], [7, 1]):
+            yield {**dict(zip(names, values, strict=True)), "kernel_sizes": kernel_sizes}
+
+
+@needs_node
+def test_the_convolution_computes_what_the_layers_do():
+    cases = [(settings, *drawn(settings)) for settings in all_settings()]
+    calls: list[object] = []
+    wanted: list[object] = []
+    for settings, outputs, weights in cases:
+        _, rows, columns = outputs.shape
+        places = [(0, 0, 0), (1, 0, columns - 1), (0, rows // 2, 0), (1, rows - 1, columns // 2)]
+        calls += [["convolution", "output", [settings, *place]] for place in places]
+        wanted += [int(outputs[place]) for place in places]
+        calls.append(["convolution", "cost", [settings]])
+        wanted.append({"weights": weights, "multiplyAdds": weights * rows * columns})
+        k = settings["kernel_sizes"][0]
+        calls.append(["convolution", "outputSize", [settings, k]])
+        wanted.append(rows)
+    assert len(cases) == 576
+    assert answers(calls) == wanted
+    settings, outputs, _ = cases[0]
+    every = [
+        ["convolution", "output", [settings, *i]]
+        for i in itertools.product(*map(range, outputs.shape))
+    ]
+    assert answers(every) == outputs.flatten().int().tolist()
+
+
+@needs_node
+def test_the_convolution_pads_and_counts_as_the_package_does():
+    axes = list(itertools.product((5, 6, 7, 8), (1, 3, 5, 7), (1, 2, 3), (1, 2)))
+    names = ("size", "stride", "dilation", "padding")
+    calls = [
+        ["convolution", "zeros", [dict(zip(names, (n, s, d, "same"), strict=True)), k]]
+        for n, k, s, d in axes
+    ]
+    assert answers(calls) == [list(same_padding(*axis)) for axis in axes]
+    settings = settings_of(Convolution())
+    (cost,) = answers([["convolution", "cost", [settings]]])
+    assert cost["weights"] == mixconv_parameters((1, 1), (3, 5))
+    assert cost["multiplyAdds"] == mixconv_multiply_adds((1, 1), (3, 5), 5, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"stride": 4}, ValueError, r"^stride must be one of \(1, 2, 3\), got 4$"),
+        ({"stride": True}, TypeError, r"^stride must be one of \(1, 2, 3\), got True$"),
+        ({"stride": "1"}, TypeError, "got '1'"),
+        ({"padding": "valid"}, ValueError, r"^padding must be one of \('symmetric', 'same'\)"),
+        ({"kernel_sizes": (3,)}, ValueError, r"^kernel_sizes must be 2 numbers, got \(3,\)$"),
+        (
+            {"kernel_sizes": (3, 4)},
+            ValueError,
+            r"^kernel_sizes must be one of \(1, 3, 5",
+        ),
+        ({"kernel_sizes": 3}, TypeError, "kernel_sizes must be a sequence"),
+        ({"strid": 1}, TypeError, r"^Convolution has .*stride, weights, not strid$"),
+    ],
+)
+def test_a_wrong_setting_is_refused_by_name(settings, error, message):
+    with pytest.raises(error, match=message):
+        Convolution(**settings)
+    with pytest.raises(error):
+        live("Convolution", **settings)
+    if "strid" not in settings:
+        widget = Convolution()
+        for name, value in settings.items():
+            with pytest.raises(error, match=message):
+                setattr(widget, name, value)
+        assert settings_of(widget) == settings_of(Convolution())
+
+
+def test_settings_are_told_to_the_browser_and_come_back():
+    widget = live("Convolution", kernel_sizes=(5, 1), stride=2)
+    state = widget.get_state()
+    assert (state["kernel_sizes"], state["stride"], state["layer"]) == ((5, 1), 2, "MixConv")
+    assert state["choices"]["padding"] == ["symmetric", "same"]
+    widget.set_state({"kernel_sizes": [7, 3], "row": 4})  # a message from the browser
+    assert (widget.kernel_sizes, widget.row) == ((7, 3), 4)
+    assert repr(widget).startswith(
+        "Convolution(channel=0, column=0, dilation=1, kernel_sizes=(7, 3)"
+    )
+
+
+def test_the_browser_gets_one_module_that_imports_nothing():
+    for module in (Convolution()._esm,):
+        assert "import" not in module
+        assert "http" not in module
+        assert module.count("export default") == 1
+        assert "function element(" in module
+
+
+def test_without_anywidget_the_figure_stands_still(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "mixconv.widgets")
+    monkeypatch.setitem(sys.modules, "anywidget", None)
+    assert live("Convolution") is None
+    words = "This figure stands still: anywidget is not installed (pip install anywidget).\n"
+    assert capsys.readouterr().out == words
+
+
+def test_the_package_and_its_tools_do_not_import_it():
+    program = "import sys, mixconv, mixconv.teaching; print('anywidget' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "False\n"

@@ -8,7 +8,7 @@
 # **You will be able to**
 # - read a complete C++ kernel, from its first line to its last;
 # - cut a layer into strips, bands and parts of equal cost, by hand;
-# - say why a kernel that allocates nothing cannot fail.
+# - say what a kernel that allocates nothing need not handle.
 #
 # **Know first:** [chapter 12](12_operation.ipynb) and [chapter 13](13_kernel_in_steps.ipynb).
 #
@@ -19,38 +19,65 @@ import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
 
+
+def box(axis, x: float, y: float, row: int, color: str, weight: str = "normal") -> None:
+    axis.add_patch(plt.Rectangle((x, -y), 0.95, -0.85, color=color, alpha=0.55))
+    axis.text(x + 0.48, -y - 0.44, str(row), ha="center", va="center", fontweight=weight)
+
+
+def draw_ring(axis) -> None:
+    for step in range(3):  # the window of output row oy covers rows oy - 1, oy, oy + 1
+        oy, x = step + 1, 3.4 * step
+        for row in range(6):
+            near = abs(row - oy) <= 1
+            box(axis, x, row, row, kernel_color(3) if near else "#e4e4e4")
+            if near:
+                weight = "bold" if row > oy else "normal"
+                box(axis, x + 1.5, row % 3 + 1.2, row, kernel_color(3), weight)
+        for place, y, text in ((0.5, 0.2, "image"), (1.98, -1, "ring"), (1.2, -6.7, "output")):
+            words = f"{text} {oy}" if text == "output" else text
+            axis.text(x + place, y, words, ha="center", fontsize=9)
+    axis.set(xlim=(-0.2, 9.6), ylim=(-7, 0.9), title="a ring of three rows")
+    axis.axis("off")
+
+
+# %% tags=["drawing"]
+ENDS = (0, 16, 20, 32, 40, 48, 56)  # of the strips, in channels
+
+
+def draw_pieces(axis) -> None:
+    for begin, end, k in ((0, 20, 3), (20, 40, 5), (40, 56, 7)):
+        axis.axvspan(begin, end, color=kernel_color(k), alpha=0.3)
+        axis.text((begin + end) / 2, -1.2, f"{k}×{k}", ha="center", fontsize=9)
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+    for number in range(12):  # in the order of the work
+        begin, end, top = ENDS[number % 6], ENDS[number % 6 + 1], number // 6 * 28
+        at, hatch = ((begin + end) / 2, top + 14), "//" if number > 5 else None
+        piece = plt.Rectangle((begin, top), end - begin, 28, fill=False, hatch=hatch, alpha=0.3)
+        axis.add_patch(piece)
+        axis.text(*at, str(number + 1), ha="center", va="center", bbox=white)
+    axis.vlines(ENDS[1:-1], 0, 56, color="black", lw=0.8)
+    axis.hlines(28, 0, 56, color="black", lw=2)
+    for top, text in ((14, "thread 1"), (42, "thread 2")):
+        axis.text(57.5, top, text, rotation=90, va="center", fontsize=9)
+    axis.set(xlim=(0, 56), ylim=(56, 0), xlabel="channels: 6 strips", ylabel="rows: 2 bands")
+    axis.set_title("a layer in pieces", pad=16)
+
+
+# %% tags=["drawing"]
 use_style()
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), width_ratios=(1.25, 1))
-
-
-def box(x: float, y: float, row: int, color: str, weight: str = "normal") -> None:
-    left.add_patch(plt.Rectangle((x, -y), 0.95, -0.85, color=color, alpha=0.55))
-    left.text(x + 0.48, -y - 0.44, str(row), ha="center", va="center", fontweight=weight)
-
-
-for step in range(3):  # the window of output row oy covers rows oy - 1, oy, oy + 1
-    oy, x = step + 1, 3.4 * step
-    for row in range(6):
-        box(x, row, row, kernel_color(3) if abs(row - oy) <= 1 else "#e4e4e4")
-        if abs(row - oy) <= 1:
-            box(x + 1.5, row % 3 + 1.2, row, kernel_color(3), "bold" if row > oy else "normal")
-    for place, y, text in ((0.5, 0.2, "image"), (1.98, -1, "ring"), (1.2, -6.7, f"output {oy}")):
-        left.text(x + place, y, text, ha="center", fontsize=9)
-left.set(xlim=(-0.2, 9.6), ylim=(-7, 0.9), title="a ring of three rows")
-left.axis("off")
-for begin, end, k in ((0, 20, 3), (20, 40, 5), (40, 56, 7)):
-    right.axvspan(begin, end, color=kernel_color(k), alpha=0.3)
-    right.text((begin + end) / 2, -1.2, f"{k}×{k}", ha="center", fontsize=9)
-right.vlines((16, 20, 32, 40, 48), 0, 56, color="black", lw=0.8)
-right.hlines((20, 40), 0, 56, color="black", lw=2)
-right.set(xlim=(0, 56), ylim=(56, 0), xlabel="channels: 6 strips", ylabel="rows: 3 bands")
-right.set_title("a layer in pieces", pad=16)
+draw_ring(left)
+draw_pieces(right)
 show(
     figure,
     "ring_strips_bands.png",
     "Left: for output rows 1, 2 and 3 of a 3×3 kernel, which three rows of the image the ring "
     "holds; each new row takes the place of the oldest. Right: a layer of 56 channels in three "
-    "groups, cut into six strips of up to 16 channels and three bands of rows.",
+    "groups, cut into six strips of up to 16 channels and two bands of rows. The pieces are "
+    "numbered in the order of the work; the first six are thread 1's, the hatched ones thread 2's.",
+    caption="A row that is new takes the place of the oldest, so three rows are memory enough; and "
+    "a layer is one sequence of pieces, band by band and strip by strip, which the threads share.",
 )
 
 # %% [markdown]
@@ -77,14 +104,14 @@ expected = torch.conv1d(torch.tensor([[column]]), torch.tensor([[taps]]), paddin
 assert outputs == expected.flatten().tolist()
 
 # %% [markdown]
-# Each row is fetched once. In the real ring a slot is a row of pixels, each pixel a vector of 16 channels, with zeros to the left and right. The line that puts a row into its slot is called `fetch_row` there. It is the only line of the kernel that chapter 15 exchanges.
+# Each row is fetched once, in this column. In the real ring a slot is a row of pixels, each pixel a vector of 16 channels, with zeros to the left and right. The line that puts a row into its slot is called `fetch_row` there. It is the only line of the kernel that chapter 15 exchanges.
 #
 # ## Strips
 #
 # The smallest piece of work is a *strip*: up to 16 neighbouring channels of one group, since a vector holds 16 (on some machines 8 or 4) and all its lanes must use the same kernel size. Groups have 20 or 90 channels, so where are they cut?
 #
 # - A strip ends where its group ends.
-# - A strip ends at every multiple of 16 channels *of the tensor*. Where a pixel's channels are a multiple of 16, each strip then writes whole cache lines (chapter 13's 64 bytes) that are its own. Two threads that write to one line wait for each other all the time.
+# - A strip ends at every multiple of 16 channels *of the tensor*. Where a pixel's channels are a multiple of 16, and the tensor begins where a cache line does (chapter 13's 64 bytes), a full strip writes whole lines that are its own. Only where a group ends inside a line do two strips share one: strips 2 and 3 of the picture do. Two threads that write to one line wait for each other all the time.
 #
 # A strip of fewer than 16 channels still reads full vectors, which is faster than a loop over its lanes. It may read its neighbours' channels, but not past the tensor. So it knows its `window`, the first channel it reads, and which lanes are its own: `lanes` of them, from lane `skip` on.
 
@@ -268,7 +295,7 @@ def without_stride(rows: int, k: int, stride: int) -> int:
 attempt(fetched_rows_solution, test_fetched, wrong=[without_a_ring, without_stride])
 
 # %% [markdown]
-# A 9×9 strip costs more than a 3×3 strip, so equal numbers of strips would be unfair. What does an output pixel of a strip cost? Its taps, as far as they lie inside the image from top to bottom; reading and writing, more with a stride; and its share of loading the taps. The two constants are fitted to measurements.
+# A 9×9 strip costs more than a 3×3 strip, so equal numbers of strips would be unfair. What does an output pixel of a strip cost? Its taps, as far as they lie inside the image from top to bottom; reading and writing, more with a stride; and its share of loading the taps. The two constants were chosen so that a unit of cost takes about the same time in every strip of a layer. How well does that hold? One thread, kernels from 3×3 to 13×13, images of 14 to 112 pixels, each alone: a unit took 0.10 to 0.12 ns at stride 1, and 0.12 to 0.18 ns at stride 2. Good enough to share work out; no clock. <!-- measured: each kernel size as a layer of its own, shortest of 15 rounds, AVX-512, 2026-11-25 -->
 
 # %%
 #| export fast/plan.py
@@ -299,7 +326,7 @@ for size in (112, 14, 7):
     print(f"{size}×{size}: 3×3 costs {costs[0]}, 11×11 costs {costs[-1]}")
 
 # %% [markdown]
-# Work too small for several threads is one part. Parts are cut where the cost says. So the rows of the work are numbered: row r of strip s is s · 80 + r, if a strip has 80 rows; the strips of the next band, and of the next image, go on from there. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
+# Work too small for several threads is one part. (10,000 units of 0.11 ns are 10,000 · 0.11 = 1,100 ns: about what it takes to wake a thread.) Parts are cut where the cost says. So the rows of the work are numbered: row r of strip s is s · 80 + r, if a strip has 80 rows; the strips of the next band, and of the next image, go on from there. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
 
 # %%
 #| export fast/plan.py
@@ -312,7 +339,7 @@ def count_parts(work: int, threads: int) -> int:
 
 
 # %% [markdown]
-# All that the kernel is told of a layer, in this order. `band` is the rows of a band, and `ring` the vectors that the largest ring takes.
+# All that the kernel is told of a layer, in this order. `band` is how many rows a band has, `bands` how many bands there are, and `ring` how many vectors the largest ring takes.
 
 # %%
 #| export fast/plan.py
@@ -358,7 +385,7 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 # %% [markdown]
 # ## The kernel, from its first line to its last
 #
-# `mixconv/fast/depthwise.cpp` is extracted from the blocks below. It continues chapter 13's `simd.cpp`: `Vec`, `kLanes`, `kTile`, `load`, `store` and `activate` come from there. It plans nothing and allocates nothing: Python hands it a table of integers and a piece of scratch memory. So nothing in it can fail.
+# `mixconv/fast/depthwise.cpp` is extracted from the blocks below. It continues chapter 13's `simd.cpp`: `Vec`, `kLanes`, `kTile`, `load`, `store` and `activate` come from there. It plans nothing and allocates nothing: Python hands it a table of integers and a piece of scratch memory. So it has no error to report: no memory that could be missing, no size that nobody has checked. (One thing is left that can go wrong, and it comes with the threads below.)
 #
 # ```c++
 # //| export fast/depthwise.cpp
@@ -499,7 +526,7 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 # }
 # ```
 #
-# And the ring turns. A task is some rows of the output of one image; this computes them for one strip. It is the hand-sized model from above: fetch until the window is full, add up the rows that exist, store.
+# And the ring turns. A task is some rows of the output of one image; this computes them for one strip. It is the hand-sized model from above: fetch until the window is full, add up the rows that exist, store. One line is new, the first of the inner `for`: a task may begin in the middle of an image, and a 1×1 kernel at stride 2 skips every second row. What lies above the window is not fetched.
 #
 # ```c++
 # //| export fast/depthwise.cpp
@@ -544,8 +571,9 @@ share_out(three, [10, 10, 20], layer._replace(parts=3))
 inside = sum(0 <= oy + ky - 4 < 7 for oy in range(7) for ky in range(9))
 print(f"{inside} of {7 * 9} rows of taps lie inside the image")
 
+
 # %% [markdown]
-# Seven kernel sizes, two strides and two tiles make 28 versions. The layer picks one. (`[&](…) {…}` is a function without a name that sees the variables around it, a Python `lambda`; `auto` lets the compiler find a type out.)
+# Seven kernel sizes, two strides and two tiles make 28 versions (half of that where both tiles are 7). The layer picks one. (`[&](…) {…}` is a function without a name that sees the variables around it, a Python `lambda`; `auto` lets the compiler find a type out.)
 #
 # ```c++
 # //| export fast/depthwise.cpp
@@ -579,6 +607,8 @@ print(f"{inside} of {7 * 9} rows of taps lie inside the image")
 #
 # A plan is the whole table that comes from Python: the layer, the beginnings of the parts, the strips. A part is a range of numbered rows, as `share_out` counts them. It is one task for each strip that it touches; the first and the last may be cut.
 #
+# By hand, with the three strips of 80 rows from above, and the part from 106 to 186. Number 106 is 106 / 80 = 1, remainder 26: row 26 of the first piece after 0, which is strip 1. Its rows go up to 80, so the next number is 160: strip 2, row 0. The part ends at 186, so that task ends at row 26. With several bands or images the pieces simply go on: piece number p is strip p mod 3 of band p / 3, and bands are counted through all images. A last band may be shorter; the numbers that it does not use are empty tasks.
+#
 # ```c++
 # //| export fast/depthwise.cpp
 # struct Plan {
@@ -604,17 +634,42 @@ print(f"{inside} of {7 * 9} rows of taps lie inside the image")
 #   const Layer& l = plan.layer;
 #   const int64_t end = plan.ranges[part + 1];
 #   for (int64_t at = plan.ranges[part]; at < end;) {
-#     const int64_t number = at / l.band, strip = number % l.strips, band = number / l.strips;
-#     const int64_t first = band % l.bands * l.band, next = (number + 1) * l.band;
-#     const int64_t last = first + std::min(end, next) - number * l.band;
+#     const int64_t piece = at / l.band, next = (piece + 1) * l.band;  // a strip of a band
+#     const int64_t strip = piece % l.strips, band = piece / l.strips;  // of all images' bands
+#     const int64_t first = band % l.bands * l.band;                    // row of the image
+#     const int64_t last = first + std::min(end, next) - piece * l.band;
 #     work(plan.strips[strip],
 #          Task{band / l.bands, first + at % l.band, std::min(last, l.out_height)});
 #     at = next;
 #   }
 # }
 # ```
+
+# %% [markdown]
+# The same in Python, for the layer that was shared out above:
+
+# %%
+def tasks(ranges: list[int], part: int, layer: Layer) -> list[str]:
+    at, end, found = ranges[part], ranges[part + 1], []
+    while at < end:
+        piece = at // layer.band
+        next_piece = (piece + 1) * layer.band
+        row = at % layer.band
+        rows = row, row + min(end, next_piece) - at
+        found.append(f"strip {piece % layer.strips}, rows {rows[0]} to {rows[1] - 1}")
+        at = next_piece
+    return found
+
+
+ranges = share_out(three, [10, 10, 20], layer._replace(parts=3))
+for part in range(3):
+    print(f"part {part}:", "; ".join(tasks(ranges, part, layer)))
+
+# %% [markdown]
 #
 # `#pragma omp parallel` runs the block behind it once on each of so many threads. OpenMP, which PyTorch uses too, keeps its threads from call to call. It may give fewer than were asked for; then a thread takes several parts. Without OpenMP, as with Apple's compiler, plain threads are started. Starting one can fail: what it would have done is then done by the calling thread, and still nothing is thrown.
+#
+# Here is the one thing that can go wrong. Where the system refuses to start a thread (no memory for its stack, say), GNU's OpenMP does not answer with an error: it ends the process. PyTorch's own loops end in the same way on such a system, with the same words: "Thread creation failed". We could not have caught it.
 #
 # ```c++
 # //| export fast/depthwise.cpp
@@ -673,7 +728,7 @@ print(f"{inside} of {7 * 9} rows of taps lie inside the image")
 #
 # What is left for Python to compute: room for the rings, with rows of whole tiles (14 is the longest), and the table.
 #
-# Two threads' rings must not lie side by side. A ring's rows are a fixed distance apart. The processor notices such steps and fetches ahead, and one step behind the last row lies the next thread's ring: the two cores take each other's cache lines away, all the time. We did not think of this. We measured two threads that were slower than one, and found it by moving the rings apart. The gap is never touched, so it costs addresses but no memory.
+# Two threads' rings must not lie side by side. We did not think of this. We measured two threads that were slower than one, and found the cure by moving the rings apart. Our explanation: a ring's rows are a fixed distance apart; the processor notices such steps and fetches ahead; and one step behind the last row lies the next thread's ring, so that the two cores take each other's cache lines away. (The cure was measured, the cause was not.) The gap is never touched, so it costs addresses but no memory.
 
 # %%
 #| export fast/plan.py
@@ -714,16 +769,40 @@ def plan_layer(
 
 
 # %% [markdown]
-# The largest ring of a MixNet layer, by hand: 14×14 pixels at stride 1, and an 11×11 kernel. A row has 14 + 10 vectors. Eleven rows and 121 weights make 385 vectors of 64 bytes, 24 kB. That fits the first-level cache.
+# The largest ring of a MixNet layer, by hand: 7×7 at stride 2, from 112 pixels to 56. A row has 55 · 2 + 7 = 117 vectors. Seven rows and 49 weights make 7 · 117 + 49 = 868 vectors of 64 bytes, 54 kB: a little more than a first-level cache of 32 or 48 kB. Is that the rule?
+
+# %%
+import json
+from pathlib import Path
+
+assert ring_size(MixSpec((48,), (7,), 2, (1,), "symmetric", "none"), 112) == 868 + APART
+bench = json.loads(Path("../figures/bench.json").read_text())
+found = {}
+for row in (row for row in bench["layers"] if row["batch"] == 1):  # the MixNets' layers
+    kernels, count = row["kernel_sizes"], len(row["channels"])
+    spec = MixSpec(row["channels"], kernels, row["stride"], (1,) * count, "same", "none")
+    name = f"{max(kernels)}×{max(kernels)}, {row['size']} pixels, stride {row['stride']}"
+    found[name] = 64 * (ring_size(spec, row["size"]) - APART)
+for name, size in sorted(found.items(), key=lambda pair: -pair[1]):
+    print(f"{size / 1024:3.0f} kB: {name}")
+
+# %% [markdown]
+# Three kinds of layers do not fit 32 kB, and only one does not fit 48 kB. The rest leaves room for the rows that go in and out.
+#
+# Now a plan. Two parts for a layer of 48 channels at 14×14 pixels, with an 11×11 kernel:
 
 # %%
 eleven = MixSpec((48,), (11,), 1, (1,), "symmetric", "none")
-assert ring_size(eleven, width=14) == 11 * (14 + 10) + 121 + APART
-plan_layer(eleven, (1, 48, 14, 14), cut_strips(eleven, 14, 14, 16), [137] * 3, parts=2)[:16]
+strips = cut_strips(eleven, 14, 14, lanes=16)
+costs = strip_costs(eleven, 14, 14, strips)
+numbers = plan_layer(eleven, (1, 48, 14, 14), strips, costs, parts=2)
+layer = Layer(*numbers[:13])
+print(layer)
+print("parts begin and end at", numbers[13:16])
 
 
 # %% [markdown]
-# That is the beginning of a plan: thirteen numbers of the `Layer`, then where the two parts begin and end. The next page takes it to the kernel.
+# Thirteen numbers of the `Layer`, and the beginnings of the parts; the strips follow. The next page takes the plan to the kernel.
 #
 # ## Exercises
 #
@@ -748,7 +827,7 @@ def widest(k: int, budget: int) -> int:
 
 def test_widest(answer) -> None:
     cache = 32 * 1024
-    expect(answer, 11, cache, gives=14, why="385 vectors, as above; 28 outputs would take 539")
+    expect(answer, 11, cache, gives=14, why="11 · 24 + 121 vectors are 385; 28 take 539 of 512")
     expect(answer, 3, cache, gives=154, why="3 · 156 + 9 vectors are 477 of 512")
     expect(answer, 13, cache // 2, gives=0, why="one tile takes 507 vectors, and there are 256")
     expect(answer, 5, 64 * (5 * 18 + 25), gives=14, why="one tile, and nothing is left")
@@ -777,7 +856,7 @@ attempt(widest_solution, test_widest, wrong=[without_weights, without_borders])
 
 # %% [markdown]
 # ## Takeaways
-# - A ring of k rows holds all that a row of outputs needs; each row is fetched once.
+# - A ring of k rows holds all that a row of outputs needs; each row is fetched once for a strip of a band.
 # - Strips for the lanes, bands for the cache, parts of equal cost for the threads: Python plans them, the kernel only follows.
 # - One line of the kernel says where a row comes from: `fetch_row`.
 #

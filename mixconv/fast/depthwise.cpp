@@ -188,9 +188,10 @@ void for_each_task(const Plan& plan, int64_t part, const Work& work) {
   const Layer& l = plan.layer;
   const int64_t end = plan.ranges[part + 1];
   for (int64_t at = plan.ranges[part]; at < end;) {
-    const int64_t number = at / l.band, strip = number % l.strips, band = number / l.strips;
-    const int64_t first = band % l.bands * l.band, next = (number + 1) * l.band;
-    const int64_t last = first + std::min(end, next) - number * l.band;
+    const int64_t piece = at / l.band, next = (piece + 1) * l.band;  // a strip of a band
+    const int64_t strip = piece % l.strips, band = piece / l.strips;  // of all images' bands
+    const int64_t first = band % l.bands * l.band;                    // row of the image
+    const int64_t last = first + std::min(end, next) - piece * l.band;
     work(plan.strips[strip],
          Task{band / l.bands, first + at % l.band, std::min(last, l.out_height)});
     at = next;

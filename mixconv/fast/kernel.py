@@ -134,7 +134,9 @@ class KernelForm:
         return _make_runner(library.mixed_depthwise2d, table, out, needed, parts)
 
 
-_PAGE, _MANY_BYTES, _MADV_HUGEPAGE = 1 << 21, 1 << 25, 14
+_PAGE, _MANY_BYTES = 1 << 21, 1 << 25  # 2 MB, 32 MB
+
+_MADV_HUGEPAGE = 14  # the request's number, from Linux's <sys/mman.h>
 
 
 def _ask_for_large_pages(y: Tensor) -> None:

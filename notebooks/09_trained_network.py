@@ -10,7 +10,7 @@
 # - grow kernels of a trained network without changing an answer, and say what cropping does;
 # - find out which channels use their border, and what it means for MixConv.
 #
-# **Know first:** [chapter 6](06_receptive_fields.ipynb), [chapter 7](07_mixnet.ipynb), [chapter 8](08_weights.ipynb), and [the page before](09_any_model.ipynb), on any model. Exercises and figures are numbered through both pages of this chapter.
+# **Know first:** [chapter 6](06_receptive_fields.ipynb), [chapter 7](07_mixnet.ipynb), [chapter 8](08_weights.ipynb). It goes on from [9 · Any model](09_any_model.ipynb); exercises and figures are numbered through both pages.
 #
 # **Time:** 20 minutes to read. Runs in under 60 seconds on two cores.
 
@@ -288,7 +288,8 @@ show(
     "border_energy.png",
     "For each of nine layers of a trained network, the share of a 5×5 kernel's energy outside the "
     "middle 3×3, channels sorted by it. In every layer it climbs steeply, to "
-    f"{min(float(share.max()) for share in shares.values()):.0%} or more. In blocks 4 and 8 most channels are below 20%, in blocks 12 to 14 few.",
+    f"{min(float(share.max()) for share in shares.values()):.0%} or more. In blocks 4 and 8 most "
+    "channels are below 20%, in blocks 12 to 14 few.",
     caption="In every layer some channels hardly use their border, and some live in it.",
 )
 
@@ -405,8 +406,8 @@ across = [0, *(100 * part for part in SHARES)]
 for order, (line, mark) in styles.items():
     means = [0, *(sum(v) / len(v) for v in kl[order])]
     axis.plot(across, means, line, marker=mark, color="black")
-    words = {"least": "least energy in the border", "share": "smallest share of it",
-             "random": "random: mean and range of 5", "most": "most energy in the border"}  # fmt: skip
+    words = {"least": "least energy in the border", "share": "smallest share of it"}
+    words |= {"random": "random: mean and range of 5", "most": "most energy in the border"}
     shift = {"least": -0.35, "share": 0.45}.get(order, 0)
     axis.text(51.5, means[-1] + shift, words[order], va="center")
 low, high = ([0, *(f(v) for v in kl["random"])] for f in (min, max))
@@ -425,7 +426,8 @@ show(
 
 # %%
 quarter = {order: sum(v[1]) / len(v[1]) for order, v in kl.items()}
-assert quarter["least"] < min(kl["random"][1]) and max(kl["random"][1]) < quarter["most"]
+assert quarter["least"] < min(kl["random"][1])
+assert max(kl["random"][1]) < quarter["most"]
 assert quarter["least"] < quarter["share"] < quarter["random"]
 
 # %% [markdown]

@@ -485,6 +485,32 @@ def needs_steps() -> bool:
 # %% [markdown]
 # So there are three ways. What fused modules call is this:
 
+# %% [markdown]
+# Programs that read exported models do not know the operation. Who exports for them learns it from us, and not from their messages:
+
+# %% tags=["plumbing"]
+#| export fast/operation.py
+import warnings
+
+
+def meet_exporters() -> None:
+    """Raise for ONNX, and warn for a trace, with which OpenVINO for one begins.
+
+    Raises:
+        RuntimeError: saying what to export.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ONNX does not know mixconv's operations: "
+            'export fuse_for_inference(model, backend="merged")'
+        )
+    if torch._C._get_tracing_state() is not None:
+        warnings.warn(
+            "this trace calls mixconv's operations, which other programs, such as OpenVINO, do "
+            'not know: for them, fuse with backend="merged"', stacklevel=4,
+        )  # fmt: skip
+
+
 # %%
 #| export fast/operation.py
 from typing import Any, cast
@@ -563,7 +589,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mixconv.fast.forms import check_memory, is_plain
-from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call
+from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call, meet_exporters
 from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unpack_weights
 
 
@@ -608,6 +634,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 @_operation.register_fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+    meet_exporters()
     spec = _as_spec(entries)
     check_call(describe_call(x, weight, bias, spec))
     rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])
@@ -866,7 +893,7 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.operation import as_arguments, run_operation
+from mixconv.fast.operation import as_arguments, meet_exporters, run_operation
 from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.formulation import LayerCost
 from mixconv.surgery import find_padding
@@ -929,6 +956,7 @@ class FusedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The operation, on one image or many."""
+        meet_exporters()
         if isinstance(x, torch.fx.Proxy):
             y = self.compute(x)
             kept = self.preserves_format

@@ -432,6 +432,7 @@ BLOCK_FORMS = Forms("inverted_residual", _prepare_block_form, check_block_call)
 # %%
 #| export fast/fused_block.py
 from mixconv.fast.forms import check_memory, is_plain
+from mixconv.fast.operation import meet_exporters
 from mixconv.fast.spec import output_size
 
 
@@ -450,6 +451,7 @@ def _operation(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], s
 
 @_operation.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str) -> Tensor:
+    meet_exporters()
     block = BlockSpec.parse(spec)
     check_block_call(describe_block_call(x, weights, biases, block))
     rows, columns = (output_size(size, block.mix.stride) for size in x.shape[2:])

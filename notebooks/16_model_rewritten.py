@@ -444,7 +444,7 @@ class _Rewriter(_Rewriter):
 # %% [markdown]
 # ## All together
 #
-# A fused model cannot be trained. Its `train` says so before anything is changed: otherwise the refusal would come from somewhere in the middle, with dropout already on.
+# A fused model cannot be trained. Its `train` says so before anything is changed: otherwise the refusal would come from somewhere in the middle, with dropout already on. The same holds for each part with something new in it.
 
 # %%
 #| export fast/fuse.py
@@ -452,9 +452,19 @@ from mixconv.fast.folding import refuse_training
 
 
 def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    """The `train` of a fused model."""
+    """The `train` of a fused model and of its parts."""
     refuse_training(mode)
     return type(model).train(model, mode)
+
+
+class _Rewriter(_Rewriter):
+    def refuse_training(self) -> None:
+        """Let the copy, and all in it that holds something new, stay in evaluation."""
+        new = {module._modules[key] for module, key, _ in self.taken}
+        fused = self.root[0]
+        for part in fused.modules():
+            if part is fused or (part._modules and not new.isdisjoint(part.modules())):
+                cast("Any", part).train = partial(_train, part)
 
 
 # %%
@@ -533,7 +543,7 @@ def _fuse_copy(rewriter: _Rewriter) -> nn.Module:
     fused = cast("Any", rewriter.root[0])
     if rewriter.taken:
         rewriter.lay_out()
-        fused.train = partial(_train, fused)
+        rewriter.refuse_training()
     fused.fusion_report = rewriter.report()
     return cast("nn.Module", fused)
 

@@ -46,8 +46,9 @@ def refuse_training(mode: bool) -> None:
     if mode:
         raise RuntimeError(
             "this model was fused for inference and cannot be trained: batch norms and weights "
-            "are merged. Train the model you gave to fuse_for_inference, and fuse it again. "
-            "(create_feature_extractor asks for training: use torch.fx, or hooks, on this copy.)"
+            "are merged. Train the model you gave to fuse_for_inference, and fuse it again. (A "
+            "module of yours that holds this copy may be half in training now: call .eval() on it. "
+            "create_feature_extractor asks for training: use torch.fx, or hooks, on this copy.)"
         )
 
 

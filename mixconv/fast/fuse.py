@@ -204,6 +204,14 @@ class _Rewriter:
         pieces = sorted(self.pieces.values(), key=lambda piece: places.get(piece.name, 0))
         return FusionReport([p._replace(name=p.name[2:]) for p in pieces], self.notes)
 
+    def refuse_training(self) -> None:
+        """Let the copy, and all in it that holds something new, stay in evaluation."""
+        new = {module._modules[key] for module, key, _ in self.taken}
+        fused = self.root[0]
+        for part in fused.modules():
+            if part is fused or (part._modules and not new.isdisjoint(part.modules())):
+                cast("Any", part).train = partial(_train, part)
+
 
 def _say(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
@@ -223,7 +231,7 @@ def _label(name: str) -> str:
 
 
 def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    """The `train` of a fused model."""
+    """The `train` of a fused model and of its parts."""
     refuse_training(mode)
     return type(model).train(model, mode)
 
@@ -294,6 +302,6 @@ def _fuse_copy(rewriter: _Rewriter) -> nn.Module:
     fused = cast("Any", rewriter.root[0])
     if rewriter.taken:
         rewriter.lay_out()
-        fused.train = partial(_train, fused)
+        rewriter.refuse_training()
     fused.fusion_report = rewriter.report()
     return cast("nn.Module", fused)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import flop_registry, shape_wrapper
 from mixconv.fast.costs import block_costs, block_flops
 from mixconv.fast.forms import Call, Forms, Runner, check_memory, is_plain, must_dispatch
 from mixconv.fast.fused_layer import FusedModule
-from mixconv.fast.operation import run_operation
+from mixconv.fast.operation import meet_exporters, run_operation
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, activate, check_spec, output_size
 from mixconv.formulation import LayerCost
 
@@ -227,6 +227,7 @@ def _operation(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], s
 
 @_operation.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str) -> Tensor:
+    meet_exporters()
     block = BlockSpec.parse(spec)
     check_block_call(describe_block_call(x, weights, biases, block))
     rows, columns = (output_size(size, block.mix.stride) for size in x.shape[2:])

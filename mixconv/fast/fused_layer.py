@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mixconv.fast.folding import refuse_training
-from mixconv.fast.operation import as_arguments, run_operation
+from mixconv.fast.operation import as_arguments, meet_exporters, run_operation
 from mixconv.fast.spec import MixSpec, pack_weights
 from mixconv.formulation import LayerCost
 from mixconv.surgery import find_padding
@@ -53,6 +53,7 @@ class FusedModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The operation, on one image or many."""
+        meet_exporters()
         if isinstance(x, torch.fx.Proxy):
             y = self.compute(x)
             kept = self.preserves_format

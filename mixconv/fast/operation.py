@@ -6,6 +6,7 @@
 knows the operation as `mixconv::mixed_depthwise2d`.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ __all__ = [
     "as_arguments",
     "check_call",
     "describe_call",
+    "meet_exporters",
     "mixed_depthwise2d",
     "run_operation",
 ]
@@ -65,6 +67,24 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
     device = "cpu" if x.is_cpu else x.device.type  # the first is faster to ask
     threads = torch.get_num_threads()
     return Call(spec, x.shape, x.dtype, device, bias is not None, threads, parameters)
+
+
+def meet_exporters() -> None:
+    """Raise for ONNX, and warn for a trace, with which OpenVINO for one begins.
+
+    Raises:
+        RuntimeError: saying what to export.
+    """
+    if torch.onnx.is_in_onnx_export():
+        raise RuntimeError(
+            "ONNX does not know mixconv's operations: "
+            'export fuse_for_inference(model, backend="merged")'
+        )
+    if torch._C._get_tracing_state() is not None:
+        warnings.warn(
+            "this trace calls mixconv's operations, which other programs, such as OpenVINO, do "
+            'not know: for them, fuse with backend="merged"', stacklevel=4,
+        )  # fmt: skip
 
 
 def as_arguments(spec: MixSpec) -> list[Any]:

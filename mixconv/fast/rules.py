@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from mixconv.fast.forms import check_memory, is_plain
-from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call
+from mixconv.fast.operation import FORMS, as_arguments, check_call, describe_call, meet_exporters
 from mixconv.fast.spec import MixSpec, Pad, output_size, pack_weights, pads, unpack_weights
 
 
@@ -38,6 +38,7 @@ def _as_spec(entries: Sequence[Any]) -> MixSpec:
 
 @_operation.register_fake
 def _fake(x: Tensor, weight: Tensor, bias: Tensor | None, *entries: Any) -> Tensor:
+    meet_exporters()
     spec = _as_spec(entries)
     check_call(describe_call(x, weight, bias, spec))
     rows, columns = (output_size(size, spec.stride) for size in x.shape[2:])

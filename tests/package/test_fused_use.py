@@ -1,4 +1,4 @@
-"""What people do with a fused copy: look at its maps."""
+"""What people do with a fused copy: look at maps, switch modes, export."""
 
 import copy
 import io
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixconv import MixConv2d, MixConvBlock, fuse_for_inference
+from mixconv import MixConv2d, MixConvBlock, fuse_for_inference, mixnet_s, mobilenet_v2
 from mixconv.fast.fuse import BACKENDS
 from tests.package.common import noise, randomize
 
@@ -115,3 +115,55 @@ def test_the_format_survives_copies_files_traces_and_compilers() -> None:
 def test_other_formats_are_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match=r"memory_format must be torch.channels_last or .*, got"):
         fuse_for_inference(MixConv2d(8, (3, 5)), memory_format=wrong)
+
+
+# Training
+
+
+def modes(model: nn.Module) -> list[bool]:
+    return [module.training for module in model.modules()]
+
+
+@pytest.mark.parametrize("backend", ["kernel", "merged"])
+def test_no_part_of_a_fused_model_trains(backend: str) -> None:
+    """A part that holds something fused refuses, and is in evaluation afterwards."""
+    for model in (mixnet_s(num_classes=3, width_multiplier=0.5), mobilenet_v2((3, 5))):
+        fused = fuse_for_inference(made(model), backend=backend)
+        holding = [name for name, part in fused.named_children() if name != "classifier"]
+        assert holding == ["stem", "blocks", "head"]
+        names = [*holding, "blocks.0", "blocks.3"]
+        for network in (fused, copy.deepcopy(fused)):
+            for name in names:
+                with pytest.raises(RuntimeError, match="fused for inference"):
+                    network.get_submodule(name).train()
+                assert not any(modes(network)), name
+            assert not any(modes(network.eval()))
+
+
+def test_dropout_beside_a_fused_part_is_off_after_the_refusal() -> None:
+    part = nn.Sequential(nn.Dropout(), MixConv2d(8, (3, 5)), nn.BatchNorm2d(8), nn.Dropout())
+    fused: Any = fuse_for_inference(made(nn.Sequential(part, nn.Dropout())), backend="kernel")
+    with pytest.raises(RuntimeError, match="fused for inference"):
+        fused[0].train()
+    assert not any(modes(fused))
+    wrapper = nn.Sequential(nn.Dropout(), fused).eval()
+    with pytest.raises(RuntimeError, match=r"call \.eval\(\) on it"):
+        wrapper.train()
+    assert not any(modes(fused))
+    assert not any(modes(wrapper.eval()))
+
+
+# Exporters
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_trace_of_the_kernel_says_who_can_run_it() -> None:
+    x, model = noise(1, 8, 9, 9), made(MixConv2d(8, (3, 5)))
+    for backend in ("kernel", "merged"):
+        fused = fuse_for_inference(model, backend=backend)
+        if backend == "kernel":
+            with pytest.warns(UserWarning, match=r'OpenVINO.*backend="merged"'):
+                traced = torch.jit.trace(fused, (x,))
+        else:
+            traced = torch.jit.trace(fused, (x,))
+        near(traced(x), model(x))

@@ -1,4 +1,4 @@
-# Generated from notebooks/08_weights.ipynb by `make book`. Edit the notebook, not this file.
+# Generated from notebooks/08_official.ipynb by `make book`. Edit the notebook, not this file.
 
 """The official TensorFlow variables in a MixNet, by order or by name (chapter 8)."""
 
@@ -100,7 +100,8 @@ def _slots(model: MixNet) -> list[_Slot]:
 def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
     """Load the official TensorFlow variables into a MixNet.
 
-    A model with another padding or epsilon than the official ones gets them, too, with a warning.
+    A model with another padding or epsilon than the official ones is filled all the same, with a
+    warning, and keeps its own.
 
     Args:
         model: a MixNet of the same configuration.

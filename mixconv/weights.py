@@ -138,7 +138,7 @@ OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
 
 PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
 
-_FAMILY = re.compile(r"(?:^|[^a-z0-9])(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
+_FAMILY = re.compile(r"(?<!\w)(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
 
 
 def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:

@@ -46,7 +46,8 @@ assert (one_size, mixed) == (1296, 656)
 # | 5 | [MobileNets](05_mobilenets.ipynb) | the paper's first networks, their costs, and what it found with them |
 # | 6 | [Receptive fields](06_receptive_fields.ipynb) | what an output can see, and what it looks at |
 # | 7 | [MixNet](07_mixnet.ipynb) | the networks that the search found |
-# | 8 | [Weights](08_weights.ipynb) | the same numbers as the official code; timm's weights |
+# | 8 | [The official code](08_official.ipynb) | the same numbers as the official code |
+# | | [Weights](08_weights.ipynb) | weights from timm, files and the hub; `mixnet_s(weights=…)` |
 # | 9 | [Any model](09_any_model.ipynb) | MixConv in a network that is not ours |
 # | | [A trained network](09_trained_network.ipynb) | our blocks recognise a photograph; which channels need large kernels |
 # | 10 | [Heirs](10_heirs.ipynb) | what came after, over the same layer |
@@ -126,7 +127,7 @@ assert (one_size, mixed) == (1296, 656)
 # | dispatch | PyTorch's choice of the function that runs for a tensor: by device, gradient, wrapper | [12](12_operation.ipynb) |
 # | drop path | while training, a residual branch is now and then left out | [4](04_blocks.ipynb) |
 # | effective receptive field | how strongly an output reacts to each pixel that it can see | [6](06_receptive_fields.ipynb) |
-# | endpoint | a named place in a network whose values are compared | [8](08_weights.ipynb) |
+# | endpoint | a named place in a network whose values are compared | [8](08_official.ipynb) |
 # | expansion | the 1×1 layer that widens a block before its depthwise layer | [4](04_blocks.ipynb) |
 # | fake | the rule that gives an operation's output shape without computing it | [12](12_operation.ipynb) |
 # | fold | take a batch norm into the weights of the layer before it | [11](11_why_slow.ipynb) |
@@ -140,7 +141,7 @@ assert (one_size, mixed) == (1296, 656)
 # | merge | write all groups as one depthwise convolution, kernels padded with zeros | [3](03_layer.ipynb) |
 # | mix | a list of kernel sizes, one for each group | [1](01_formulation.ipynb) |
 # | multiply-add | one multiplication and one addition; the book's unit of work | [1](01_formulation.ipynb) |
-# | parity | the same weights give the same numbers in two programs | [8](08_weights.ipynb) |
+# | parity | the same weights give the same numbers in two programs | [8](08_official.ipynb) |
 # | partition, split | how many channels each group has | [2](02_partitioning.ipynb) |
 # | pointwise convolution, 1×1 | each output is a weighted sum of all channels at one pixel | [1](01_formulation.ipynb) |
 # | projection | the 1×1 layer that narrows a block at its end | [4](04_blocks.ipynb) |

@@ -1035,4 +1035,4 @@ attempt(large_channels_solution, test_large_channels, wrong=[front_to_back, whol
 #
 # **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), section 4; [`mixnet_builder.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/mixnet_builder.py). The searches it follows: [MnasNet](https://arxiv.org/abs/1807.11626), [FBNet](https://arxiv.org/abs/1812.03443), [ProxylessNAS](https://arxiv.org/abs/1812.00332).
 #
-# Previous: [6 · Receptive fields](06_receptive_fields.ipynb) · Next: [8 · Weights](08_weights.ipynb)
+# Previous: [6 · Receptive fields](06_receptive_fields.ipynb) · Next: [8 · The official code](08_official.ipynb)

@@ -1,449 +1,61 @@
 # %% [markdown]
 # # 8 · Weights
 #
-# **How do we know that this is the official network, and not one that looks like it?** By its numbers. In the picture below each dot is one of 1,000 class scores: horizontally what the unmodified official code computed in TensorFlow, vertically how far ours is from it, with the same weights and the same image. As built, there is no difference to see. With one detail changed, of the kind that no shape and no parameter count gives away, there is.
-#
-# So this chapter compares first. Then it tells how weights get across: from TensorFlow, from timm, from files.
+# Trained MixNets are published for timm, whose network is the same as ours under other names. **How do they get in, and who says which padding and epsilon they were trained with?** The picture shows the first half of it, for one block: on the left our kernels, on the right timm's. (It was found by filling each of our tensors with a number of its own and looking where the numbers came out.)
 #
 # **You will be able to**
-# - show that two networks are the same network, in different frameworks and under different names;
-# - load the official TensorFlow variables, in order or by name;
-# - load timm's weights and files, and send weights back to timm;
+# - rename tensors between two networks, and say what a round trip proves;
+# - read weights from files, state dicts and hub names without running anything;
 # - call `mixnet_s(weights=…)` and know what padding and epsilon you get.
 #
-# **Know first:** [chapter 7](07_mixnet.ipynb).
+# **Know first:** [chapter 7](07_mixnet.ipynb), and of the page before this one the picture.
 #
-# **Time:** 25 minutes to read. Runs in under 60 seconds on two cores.
-
-# %% [markdown]
-# The repository holds no trained weights. It holds what the official code computed with weights made from a recipe: variable $i$ is drawn by NumPy from seed $1000 + i$, scaled by what it is for. Anyone can make them again; a digest says that they are the same.
-
-# %%
-import json
-import runpy
-from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from mixconv.mixnet import MIXNET_M, MIXNET_S, MixNet
-from mixconv.official import load_official  # told below
-
-data = Path("../tests/data")
-recipe = runpy.run_path(str(data / "recipe.py"))
-truth = np.load(data / "official.npz")
-specification = json.loads((data / "variables.json").read_text())
-
-
-def official_weights(name: str) -> list[np.ndarray]:
-    roles = specification[name]["variables"]
-    arrays = [recipe["value"](i, role, tuple(shape)) for i, (role, shape, _) in enumerate(roles)]
-    assert recipe["digest"](arrays) == specification[name]["weights_sha256"]
-    return arrays
-
-
-# %%
-from warnings import catch_warnings
-
-
-def official_image(height: int, width: int) -> Tensor:
-    return torch.from_numpy(recipe["make_input"](height, width)).permute(0, 3, 1, 2)
-
-
-scores = {}
-for title, options in {"as built": {}, "epsilon 1e-5": {"norm_eps": 1e-5},
-                       "symmetric padding": {"padding": "symmetric"}}.items():  # fmt: skip
-    network = MixNet(MIXNET_S, **options).eval()
-    with catch_warnings(action="ignore"):  # two of them are wrong on purpose
-        load_official(network, official_weights("mixnet-s"))
-    with torch.no_grad():
-        scores[title] = network(official_image(224, 224))[0].numpy()
-official_scores = truth["mixnet-s_224x224|logits"][0]
-[(title, bool(np.allclose(ours, official_scores, atol=1e-5))) for title, ours in scores.items()]
+# **Time:** 15 minutes to read. Runs in under 60 seconds on two cores. It is the second of two pages, after [The official code](08_official.ipynb).
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
-
-from mixconv.teaching import show, use_style
-
-use_style()
-figure, axes = plt.subplots(1, 3, figsize=(8.4, 2.9), sharey=True)
-for axis, (title, ours) in zip(axes, scores.items(), strict=True):
-    color = "#0072B2" if title == "as built" else "#D55E00"
-    axis.scatter(official_scores, ours - official_scores, s=4, color=color)
-    axis.set(title=title, xlabel="class score, official")
-axes[0].set_ylabel("ours − official")
-show(
-    figure,
-    "official_scores.png",
-    "Three scatter plots of 1,000 class scores of MixNet-S: the official TensorFlow code's score "
-    "against the difference of ours. As built, a flat line at zero. With batch-norm epsilon 1e-5 "
-    "the differences grow with the score; with symmetric padding they scatter.",
-)
-
-
-# %% [markdown]
-# ## Endpoint by endpoint
-#
-# One image and its scores may not show every difference. So the repository holds more of what TensorFlow computed: for S and M, at two image sizes, values after the stem, after each block, and at each change of size also before the projection. Of each of these endpoints the mean, the standard deviation, the first 16 and the last 16 values were kept; of the scores, all.
-#
-# Our endpoints, under the official names:
-
-# %%
-def endpoints(model: MixNet, images: Tensor) -> dict[str, Tensor]:
-    found, ends = {}, {str(info["module"]): i for i, info in enumerate(model.feature_info, 1)}
-    x = found["stem"] = model.stem(images)
-    for index, block in enumerate(model.blocks):
-        inside = block.squeeze_excite(block.depthwise(block.expand(x)))
-        x = found[f"block_{index}"] = block(x)
-        if (number := ends.get(f"blocks.{index}")) is not None:
-            found[f"reduction_{number}"] = x
-            found[f"reduction_{number}.expansion_output"] = inside
-    found["logits"] = model(images)
-    return found
-
-
-# %%
-def compare(name: str, model: MixNet, height: int, width: int) -> tuple[int, bool]:
-    key = f"{name}_{height}x{width}|"
-    with torch.no_grad():
-        found = endpoints(model, official_image(height, width))
-    close = [np.allclose(found["logits"], truth[key + "logits"], atol=1e-5, rtol=1e-5)]
-    for i, endpoint in enumerate(truth[key + "names"]):
-        values = found[str(endpoint)].permute(0, 2, 3, 1).flatten().numpy()
-        summary = [values.mean(), values.std(), *values[:16], *values[-16:]]
-        kept = [truth[key + part][i] for part in ("mean_std", "first16", "last16")]
-        expected = np.concatenate(kept)
-        close.append(np.allclose(summary, expected, atol=1e-5, rtol=1e-5))
-    return len(close), all(close)
-
-
-# %%
-from mixconv.teaching import table
-
-results = {}
-for name, config in (("mixnet-s", MIXNET_S), ("mixnet-m", MIXNET_M)):
-    network = MixNet(config).eval()
-    load_official(network, official_weights(name))
-    for height, width in ((224, 224), (131, 170)):
-        results[name, height, width] = compare(name, network, height, width)
-assert all(equal for _, equal in results.values())
-table(
-    ["network", "size", "endpoints compared", "all within 1e-5"],
-    [[name, f"{h}×{w}", *result] for (name, h, w), result in results.items()],
-)
-
-# %% [markdown]
-# The second size is not square, and odd and even on its way down: there 'SAME' padding must put its extra zero on the right side. That the comparison can fail, the picture shows.
-
-# %% [markdown]
-# **8.1** ★★ *10 minutes, three lines.* Somebody broke parity, in one place. Given two MixNets and images, return the name of the first endpoint where they differ, in the order in which they are computed; None if there is none.
-#
-# <details><summary>Hint: the idea</summary>
-#
-# `endpoints` gives a dictionary in the order of computation. After the first difference all others differ, too.
-#
-# </details>
-#
-# <details><summary>Hint: the first line</summary>
-#
-# `ours, theirs = endpoints(model, images), endpoints(reference, images)`
-#
-# </details>
-
-# %%
-import copy
-
-from mixconv.teaching import attempt, expect
-
-
-def first_difference(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
-    raise NotImplementedError
-
-
-@torch.no_grad()
-def test_first_difference(answer) -> None:
-    reference, images = MixNet(MIXNET_S).eval(), torch.randn(1, 3, 64, 64)
-    expect(answer, reference, reference, images, gives=None, why="they are the same")
-    for place in ("stem.norm", "blocks.5.depthwise.norm", "head.norm"):
-        model = copy.deepcopy(reference)
-        model.get_submodule(place).eps = 0.1
-        name = {"stem.norm": "stem", "head.norm": "logits"}.get(place, "block_5")
-        expect(answer, model, reference, images, gives=name, why=f"the epsilon of {place}")
-
-
-attempt(first_difference, test_first_difference)
-
-
-# %% tags=["solution"]
-def first_difference_solution(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
-    ours, theirs = endpoints(model, images), endpoints(reference, images)
-    differing = [name for name in ours if not torch.allclose(ours[name], theirs[name], atol=1e-6)]
-    return differing[0] if differing else None
-
-
-def last_one(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
-    """name the last endpoint that differs: that is always the scores"""
-    ours, theirs = endpoints(model, images), endpoints(reference, images)
-    differing = [name for name in ours if not torch.allclose(ours[name], theirs[name], atol=1e-6)]
-    return differing[-1] if differing else None
-
-
-def shapes_only(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
-    """compare shapes, which a wrong epsilon does not change"""
-    ours, theirs = endpoints(model, images), endpoints(reference, images)
-    return next((name for name in ours if ours[name].shape != theirs[name].shape), None)
-
-
-attempt(first_difference_solution, test_first_difference, wrong=[last_one, shapes_only])
-
-# %% [markdown]
-# ## Across from TensorFlow
-#
-# How did the weights get across? They come in TensorFlow's layout. By hand, for 3×3 kernels, one of a convolution and one of a depthwise layer:
-#
-# | | TensorFlow | PyTorch | order of axes |
-# |---|---|---|---|
-# | convolution | `(3, 3, 16, 24)`: rows, columns, in, out | `(24, 16, 3, 3)`: out, in, rows, columns | 3, 2, 0, 1 |
-# | depthwise | `(3, 3, 16, 1)`: rows, columns, channels, multiplier | `(16, 1, 3, 3)` | 2, 3, 0, 1 |
-# | dense | `(1536, 1000)`: in, out | `(1000, 1536)`: out, in | 1, 0 |
-#
-# A grouped layer is one tensor here and several there. So a *slot* says where one official variable belongs: a tensor or a part of one, its layout, and the TensorFlow names it goes by.
-
-# %%
-#| export official.py
-"""The official TensorFlow variables in a MixNet, by order or by name (chapter 8)."""
-
-import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
-
 import torch
 from torch import Tensor, nn
 
-from mixconv.blocks import ConvNormActivation, SqueezeExcite
-from mixconv.layer import MixConv2d
-from mixconv.mixnet import MixNet
+from mixconv.mixnet import MIXNET_S, MixNet
+from mixconv.teaching import show, use_style
+from mixconv.weights import to_timm  # told below
 
-_AXES = {"conv": (3, 2, 0, 1), "depthwise": (2, 3, 0, 1), "dense": (1, 0), "vector": (0,)}
-
-
-@dataclass
-class _Slot:
-    """Where one official variable goes.
-
-    Attributes:
-        target: our tensor, or the part of it that holds this variable.
-        layout: "conv", "depthwise", "dense" or "vector".
-        scope: TensorFlow's name scope, such as "blocks_3".
-        kind: the Keras layer, such as "conv2d"; "se/conv2d" inside a gate.
-    """
-
-    target: Tensor
-    layout: str
-    scope: str
-    kind: str
-
-
-# %%
-#| export official.py
-def _to_torch(value: Tensor, slot: _Slot) -> Tensor:
-    """An official variable in PyTorch's layout.
-
-    Raises:
-        ValueError: if its shape does not fit the slot.
-    """
-    axes = _AXES[slot.layout]
-    turned = value.permute(axes) if value.dim() == len(axes) else value
-    if slot.layout == "depthwise" and value.dim() == 4:
-        turned = turned.reshape(-1, 1, *turned.shape[2:])
-    if turned.shape != slot.target.shape:
-        wanted = tuple(slot.target.shape)
-        raise ValueError(f"{slot.scope}/{slot.kind}: {tuple(value.shape)} does not fit {wanted}")
-    return turned
-
-
-# %% [markdown]
-# The slots of a convolution: one kernel for each group, then a bias if there is one. Whether a kernel is depthwise is told by where it stands, not by its shape: a 1×1 with as many groups as channels has the shape of one. Then the slots of a normalisation: scale, shift, running mean, running variance.
-
-# %%
-#| export official.py
-def _conv_slots(conv: nn.Conv2d, scope: str, kind: str = "conv2d") -> Iterator[_Slot]:
-    for kernel in conv.weight.detach().chunk(conv.groups):
-        yield _Slot(kernel, "conv", scope, kind)
-    if conv.bias is not None:
-        yield _Slot(conv.bias.detach(), "vector", scope, kind)
-
-
-def _depthwise_slots(layer: nn.Module, scope: str) -> Iterator[_Slot]:
-    parts = list(layer.convs) if isinstance(layer, MixConv2d) else [layer]
-    for conv in cast("list[nn.Conv2d]", parts):
-        yield _Slot(conv.weight.detach(), "depthwise", scope, "depthwise_conv2d")
-
-
-def _norm_slots(norm: nn.Module, scope: str) -> Iterator[_Slot]:
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        tensor = cast("Tensor", getattr(norm, name)).detach()
-        yield _Slot(tensor, "vector", scope, "batch_normalization")
-
-
-# %% [markdown]
-# The slots of the network, in the order in which the official code creates its variables: stem; for each block expand, depthwise, gate, project; head, classifier.
-
-# %%
-#| export official.py
-def _unit_slots(unit: nn.Module, scope: str, depthwise: bool = False) -> Iterator[_Slot]:
-    if isinstance(unit, ConvNormActivation):
-        conv = cast("nn.Conv2d", unit.get_submodule("conv"))
-        yield from _depthwise_slots(conv, scope) if depthwise else _conv_slots(conv, scope)
-        yield from _norm_slots(unit.get_submodule("norm"), scope)
-    elif isinstance(unit, SqueezeExcite):
-        yield from _conv_slots(unit.squeeze, scope, "se/conv2d")
-        yield from _conv_slots(unit.excite, scope, "se/conv2d")
-
-
-# %%
-#| export official.py
-def _slots(model: MixNet) -> list[_Slot]:
-    """Every official variable's place, in the official order of creation."""
-    slots = list(_unit_slots(model.stem, "stem"))
-    for index, block in enumerate(model.blocks):
-        for name in ("expand", "depthwise", "squeeze_excite", "project"):
-            unit = block.get_submodule(name)
-            slots += _unit_slots(unit, f"blocks_{index}", depthwise=name == "depthwise")
-    slots += _unit_slots(model.head, "head")
-    if isinstance(model.classifier, nn.Linear):
-        slots.append(_Slot(model.classifier.weight.detach(), "dense", "head", "dense"))
-        slots.append(_Slot(model.classifier.bias.detach(), "vector", "head", "dense"))
-    return slots
-
-
-# %%
-model = MixNet(MIXNET_S).eval()
-variables = specification["mixnet-s"]["variables"]
-print(len(_slots(model)), "slots,", len(variables), "official variables")
-(_, shape, name), slot = variables[5], _slots(model)[5]
-print(name, tuple(shape), "→", tuple(slot.target.shape))
-
-
-# %% [markdown]
-# Loading checks everything before it changes anything.
-
-# %%
-#| export official.py
-def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -> None:
-    """Load the official TensorFlow variables into a MixNet.
-
-    A model with another padding or epsilon than the official ones gets them, too, with a warning.
-
-    Args:
-        model: a MixNet of the same configuration.
-        variables: NumPy arrays (or tensors) in TensorFlow's layout, either in order of creation
-            or by TensorFlow name: `{n: reader.get_tensor(n) for n in
-            reader.get_variable_to_shape_map()}` of a `tf.train.load_checkpoint` reader. Moving
-            averages of the weights are preferred; optimiser slots and counters are passed over.
-
-    Raises:
-        ValueError: if the number of variables, a name or a shape differs; the model is then
-            unchanged.
-
-    Source: order of creation in the official `mixnet_model.py`. Chapter 8.
-    """
-    own = model.settings()
-    if (own["padding"], own["norm_eps"]) != ("same", 1e-3):
-        warnings.warn(
-            "the official weights want padding='same', norm_eps=0.001; the model has "
-            f"padding={own['padding']!r}, norm_eps={own['norm_eps']}",
-            stacklevel=2,
-        )
-    slots = _slots(model)
-    named = isinstance(variables, Mapping)
-    values = _in_creation_order(variables, slots) if named else list(variables)  # type: ignore[arg-type]
-    if len(values) != len(slots):
-        raise ValueError(f"the model has {len(slots)} official variables, got {len(values)}")
-    turned = [_to_torch(torch.as_tensor(v), slot) for v, slot in zip(values, slots, strict=True)]
-    for slot, value in zip(slots, turned, strict=True):
-        slot.target.copy_(value)
-
-
-# %% [markdown]
-# ## Checkpoints by name
-#
-# A checkpoint knows names, and no order. Names say enough:
-#
-# | TensorFlow name | scope | kind | number |
-# |---|---|---|---|
-# | `mixnet-s/mixnet_model/blocks_4/conv2d_13/kernel` | blocks_4 | conv2d | `13` |
-# | `mixnet-s/mixnet_model/blocks_4/conv2d_14/kernel` | blocks_4 | conv2d | `14` |
-# | `mixnet-s/mixnet_model/blocks_4/se/conv2d_15/bias` | blocks_4 | se/conv2d | `15` |
-# | `mixnet-s/blocks_4/batch_normalization_1/gamma` | blocks_4 | batch_normalization | `1` |
-#
-# Keras numbers the layers of a kind as they are created. So let the variables of each scope and kind stand in line by number, and let each slot take the next one from its line.
-#
-# Training leaves more in a checkpoint: step counters and optimiser slots, which are passed over, and moving averages of the weights, which are preferred, as in the official evaluation.
-
-# %% tags=["plumbing"]
-#| export official.py
-_VARIABLE = re.compile(
-    r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
-    r"(?P<kind>(?:se/)?(?:depthwise_conv2d|conv2d|batch_normalization|dense))(?:_(?P<number>\d+))?/"
-    r"(?P<name>kernel|depthwise_kernel|bias|gamma|beta|moving_mean|moving_variance)$"
+use_style()
+torch.manual_seed(0)
+numbered = MixNet(MIXNET_S)
+ours, theirs = "blocks.4.", "blocks.2.1."  # the same block
+kernels = {n: t for n, t in numbered.state_dict().items() if n.startswith(ours) and t.ndim == 4}
+for number, tensor in enumerate(kernels.values()):
+    tensor.fill_(number)
+parts = [(name, tensor) for name, tensor in to_timm(numbered).items()
+         if name.startswith(theirs) and tensor.ndim == 4]  # fmt: skip
+heights = [1.4 * number + 0.4 for number in range(len(kernels))]
+figure, axis = plt.subplots(figsize=(8.4, 3.2))
+for height, (name, kernel) in zip(heights, kernels.items(), strict=True):
+    label = f"{name.removeprefix(ours)}  {tuple(kernel.shape)}"
+    axis.text(-0.04, height, label, ha="right", va="center")
+for place, (name, part) in enumerate(parts):
+    found = heights[int(part.mean())]
+    axis.plot([0, 1], [found, place + 0.4], "o-", color="#0072B2", markersize=4)
+    axis.text(1.04, place + 0.4, f"{name.removeprefix(theirs)}  {tuple(part.shape)}", va="center")
+axis.text(-0.04, -0.7, "ours", ha="right", weight="bold")
+axis.text(1.04, -0.7, "timm", weight="bold")
+axis.set(xlim=(-1.7, 2.5), ylim=(8, -1))
+axis.axis("off")
+show(
+    figure,
+    "names_of_a_block.png",
+    "The kernels of block 4 of MixNet-S under our names and timm's, joined by lines. The "
+    "expanding and the projecting 1×1 convolution are one tensor here and two there, one for "
+    "each of their groups; the two depthwise kernels and the two of the gate are one each.",
+    caption="Six tensors here are eight in timm: it keeps each group of a 1×1 layer by itself.",
 )
-_NAMES = ["kernel", "depthwise_kernel", "bias", "gamma", "beta", "moving_mean", "moving_variance"]
-_AVERAGE = "/ExponentialMovingAverage"
-
-_Lines = dict[tuple[str, str], list[tuple[tuple[int, int], Any]]]
-
-
-def _stand_in_line(variables: Mapping[str, Any]) -> _Lines:
-    """The variables of each scope and kind, in order of creation, with what they sort by."""
-    plain = {name.removesuffix(":0"): value for name, value in variables.items()}
-    averages = {n.removesuffix(_AVERAGE): v for n, v in plain.items() if n.endswith(_AVERAGE)}
-    lines: _Lines = {}
-    for name, value in (plain | averages).items():
-        if match := _VARIABLE.search(name):
-            place = (int(match["number"] or 0), _NAMES.index(match["name"]))
-            lines.setdefault((match["scope"], match["kind"]), []).append((place, value))
-    return {key: sorted(line, key=lambda item: item[0]) for key, line in lines.items()}
-
-
-# %% [markdown]
-# Each slot takes the next in its line. Too few or too many is an error that says where.
-
-# %%
-#| export official.py
-def _in_creation_order(variables: Mapping[str, Any], slots: Sequence[_Slot]) -> list[Any]:
-    """The variables of a checkpoint in the order of the slots.
-
-    Raises:
-        ValueError: naming the scope and kind where variables are missing or left over.
-    """
-    lines = _stand_in_line(variables)
-    ordered = []
-    for slot in slots:
-        line = lines.get((slot.scope, slot.kind))
-        if not line:
-            raise ValueError(f"no variable left for {slot.scope}/{slot.kind}")
-        ordered.append(line.pop(0)[1])
-    surplus = sorted("/".join(key) for key, line in lines.items() if line)
-    if surplus:
-        raise ValueError(f"more variables than the model has in {', '.join(surplus)}")
-    return ordered
-
-
-# %%
-checkpoint = dict(zip([name for *_, name in variables], official_weights("mixnet-s"), strict=True))
-by_name = MixNet(MIXNET_S).eval()
-load_official(by_name, {name: checkpoint[name] for name in sorted(checkpoint)})
-compare("mixnet-s", by_name, 224, 224)
 
 # %% [markdown]
 # ## Weights from timm
 #
-# Trained weights are published for timm. Its network is the same; its names are not. The table of names goes both ways: for each of our tensors, the timm tensors whose concatenation it is.
+# The table of names goes both ways: for each of our tensors, the timm tensors whose concatenation it is.
 #
 # timm groups blocks into stages, and a stage ends where the number of channels changes in the block strings (before any width multiplier).
 
@@ -473,7 +85,7 @@ def _block_names(model: MixNet) -> list[str]:
 
 
 # %%
-" ".join(_block_names(model))
+" ".join(_block_names(numbered))
 
 # %% [markdown]
 # Inside a block, timm numbers batch normalisations, and a block without expansion has one fewer:
@@ -571,8 +183,8 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
 
 
 # %%
-renamed = to_timm(model)
-[name for name in renamed if name.startswith("blocks.1.0.conv")]
+renamed = to_timm(numbered)
+[(name, tuple(renamed[name].shape)) for name in renamed if name.startswith("blocks.1.0.conv")]
 
 # %% [markdown]
 # ## Files, state dicts, hub names
@@ -809,7 +421,7 @@ def load_weights(model: nn.Module, weights: Any) -> None:
 #| export weights.py
 OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
 PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
-_FAMILY = re.compile(r"(?:^|[^a-z0-9])(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
+_FAMILY = re.compile(r"(?<!\w)(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
 
 
 def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:
@@ -910,14 +522,17 @@ def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
 
 
 # %% [markdown]
-# Out to timm's names and in again, into a network that started with other weights:
+# Out to timm's names and in again, into a network that started with other weights. So that no two tensors are alike, the normalisations get numbers of their own first.
 
 # %%
 from mixconv.teaching import check
 
-load_official(model, official_weights("mixnet-s"))
-again, image = MixNet(MIXNET_S).eval(), official_image(224, 224)
+model, again = MixNet(MIXNET_S).eval(), MixNet(MIXNET_S).eval()
+for tensor in model.state_dict().values():
+    if tensor.ndim == 1:
+        tensor.uniform_(0.5, 1.5)
 load_weights(again, to_timm(model))
+image = torch.randn(1, 3, 64, 64)
 with torch.no_grad():
     check(again(image), model(image), "scores after a round trip through timm's names")
 
@@ -926,9 +541,9 @@ with torch.no_grad():
 #
 # ## The zoo
 #
-# Now the three functions that most people call. They stand above all the rest: a network from chapter 7, weights from this one.
+# Now the four functions that most people call. They stand above all the rest: a network from chapter 7, weights from this page.
 #
-# One thing is left to decide. timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture at the top.) What tells? Our own state dicts say it themselves (chapter 7). For weights under timm's names, it is the name of the network in a training checkpoint, of the file, of a folder around it, or in the `config.json` beside it.
+# One thing is left to decide. timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture of [the page before](08_official.ipynb).) What tells? Our own state dicts say it themselves (chapter 7). For weights under timm's names, it is the name of the network in a training checkpoint, of the file, of a folder around it, or in the `config.json` beside it. The family's name must stand where a word begins: `my_mixnet_s` is somebody's own, and tells nothing.
 
 # %%
 #| export zoo.py
@@ -1073,103 +688,33 @@ def mixnet_xl(weights: Any = None, **options: Any) -> MixNet:
 
 
 # %% [markdown]
-# ## Exercises
-#
-# **8.2** ★ *5 minutes, one line.* On images of even size, how many convolutions of a MixNet compute something else with symmetric padding than with 'SAME'? Count them for a configuration.
-#
-# <details><summary>Hint: the idea</summary>
-#
-# At stride 1 both rules put the same zeros on both sides. Chapter 3 says where they differ.
-#
-# </details>
+# What does one get? The weights of `model` under timm's names, in four files. A plain `dict` leaves out the note about settings that our own state dicts carry along; the last file has it.
 
 # %%
-def shifted_layers(config: MixNetConfig) -> int:
-    raise NotImplementedError
+import tempfile
+from pathlib import Path
+from textwrap import fill as wrap
+from warnings import catch_warnings, simplefilter
 
-
-def test_shifted(answer) -> None:
-    for config in (MIXNET_S, MIXNET_M, MixNetConfig(("r2_k3_a1_p1_s11_e1_i8_o8",), 8)):
-        halving = sum(run.stride == 2 for run in unroll(config))
-        expect(answer, config, gives=1 + halving, why=f"the stem and {halving} blocks halve")
-
-
-attempt(shifted_layers, test_shifted)
-
-
-# %% tags=["solution"]
-def shifted_layers_solution(config: MixNetConfig) -> int:
-    return 1 + sum(run.stride == 2 for run in unroll(config))
-
-
-def no_stem(config: MixNetConfig) -> int:
-    """forget that the stem has stride 2"""
-    return sum(run.stride == 2 for run in unroll(config))
-
-
-def all_depthwise(config: MixNetConfig) -> int:
-    """count every depthwise layer, those of stride 1, too"""
-    return 1 + len(unroll(config))
-
-
-attempt(shifted_layers_solution, test_shifted, wrong=[no_stem, all_depthwise])
-
+files = {"tf_mixnet_s.pth": dict(to_timm(model)), "mixnet_s.pth": dict(to_timm(model)),
+         "best.pth": dict(to_timm(model)), "with a note.pth": to_timm(model)}  # fmt: skip
+with tempfile.TemporaryDirectory() as folder:
+    for name, state in files.items():
+        torch.save(state, Path(folder) / name)
+        with catch_warnings(record=True) as said:
+            simplefilter("always")
+            found = mixnet_s(weights=Path(folder) / name).settings()
+        print(f"{name:16} {found['padding']:10} {found['norm_eps']}")
+        for warning in said:
+            print(wrap(str(warning.message), 90, initial_indent="  ", subsequent_indent="  "))
 
 # %% [markdown]
-# **8.3** ★★ *5 minutes, two lines.* TensorFlow's depthwise kernels may give several outputs for each channel: (k, k, channels, multiplier). Return PyTorch's weight, (channels · multiplier, 1, k, k). In both, output z belongs to input channel z // multiplier.
-#
-# <details><summary>Hint: the idea</summary>
-#
-# The last axis in PyTorch's order varies fastest. Which of channels and multiplier must that be?
-#
-# </details>
-#
-# <details><summary>Hint: the first line</summary>
-#
-# `kernel.permute(2, 3, 0, 1)`
-#
-# </details>
-
-# %%
-def depthwise_weight(kernel: Tensor) -> Tensor:
-    raise NotImplementedError
-
-
-def test_depthwise(answer) -> None:
-    one = torch.arange(18.0).view(3, 3, 2, 1)
-    expect(answer, one, gives=torch.stack([one[:, :, :1, 0], one[:, :, 1:, 0]]).permute(0, 3, 1, 2),
-           why="one kernel for each channel")  # fmt: skip
-    two = torch.tensor([[[[1.0, 2], [3, 4], [5, 6]]]])  # 1×1, three channels, two outputs each
-    expect(answer, two, gives=torch.tensor([1.0, 2, 3, 4, 5, 6]).view(6, 1, 1, 1),
-           why="outputs 0 and 1 belong to channel 0")  # fmt: skip
-
-
-attempt(depthwise_weight, test_depthwise)
-
-
-# %% tags=["solution"]
-def depthwise_weight_solution(kernel: Tensor) -> Tensor:
-    k, _, channels, multiplier = kernel.shape
-    return kernel.permute(2, 3, 0, 1).reshape(channels * multiplier, 1, k, k)
-
-
-def multiplier_first(kernel: Tensor) -> Tensor:
-    """bring the multiplier before the channels: output z would belong to channel z % channels"""
-    k, _, channels, multiplier = kernel.shape
-    return kernel.permute(3, 2, 0, 1).reshape(channels * multiplier, 1, k, k)
-
-
-def reshaped(kernel: Tensor) -> Tensor:
-    """reshape without moving axes: rows and columns end up among the channels"""
-    k, _, channels, multiplier = kernel.shape
-    return kernel.reshape(channels * multiplier, 1, k, k)
-
-
-attempt(depthwise_weight_solution, test_depthwise, wrong=[multiplier_first, reshaped])
-
+# The second file is where it goes wrong without a warning: these weights belong to a network with 'SAME' padding, and their name says otherwise. Names can lie. A note in the file is better, and `MixNet.state_dict` writes it.
 
 # %% [markdown]
-# **8.4** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them.
+# ## Exercise
+#
+# **8.4** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them. (That is `settings_of` without folders and files.)
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -1178,6 +723,9 @@ attempt(depthwise_weight_solution, test_depthwise, wrong=[multiplier_first, resh
 # </details>
 
 # %%
+from mixconv.teaching import attempt, expect
+
+
 def padding_of(name: str) -> str | None:
     raise NotImplementedError
 
@@ -1215,11 +763,10 @@ attempt(padding_of_solution, test_padding_of, wrong=[anywhere, whole_name])
 
 # %% [markdown]
 # ## Takeaways
-# - With the official weights, S and M give the official scores, and every endpoint agrees in all that was kept of it, within 1e-5.
-# - Padding and epsilon change what a network computes and neither its shapes nor its parameters: only numbers show them.
-# - Weights go in from TensorFlow (in order or by name), timm and files, and out to timm. All is checked before anything changes.
+# - Weights go in from timm's names, from files and from the hub, and out to timm. All is checked before anything changes, and nothing in a file is run.
 # - A round trip accepts any table that undoes itself; another implementation does not.
+# - Padding and epsilon are part of trained weights, and their shapes do not show them. `mixnet_s(weights=…)` takes them from a note in the weights, else from their name, else it warns and takes the official ones.
 #
-# **Further reading**: [`mixnet_model.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/mixnet_model.py); timm's [model file](https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/efficientnet.py), which builds MixNets among others; the [safetensors format](https://github.com/huggingface/safetensors), which can be read without running anything.
+# **Further reading**: timm's [model file](https://github.com/huggingface/pytorch-image-models/blob/main/timm/models/efficientnet.py), which builds MixNets among others; the [safetensors format](https://github.com/huggingface/safetensors), which can be read without running anything.
 #
-# Previous: [7 · MixNet](07_mixnet.ipynb) · Next: [9 · Any model](09_any_model.ipynb)
+# Previous: [8 · The official code](08_official.ipynb) · Next: [9 · Any model](09_any_model.ipynb)

@@ -94,12 +94,13 @@ def test_a_number_of_classes_is_no_accident(classes):
         ("tf_mixnet_m-4eb8f0d3.pth", OFFICIAL), ("models--timm--tf_mixnet_s.in1k", OFFICIAL),
         ("timm/mixnet_s.ft_in1k", PYTORCH), ("mixnet_xl_ra-aac3c00c.pth", PYTORCH),
         ("checkpoint.pth", None), ("timm/efficientnet_b0", None), ("my_mixnet_small", None),
+        ("my_mixnet_s", None), ("runs_tf_mixnet_s.pth", None),
     ],
 )  # fmt: skip
 def test_settings_follow_timms_names(name, settings):
     timm = {"conv_stem.weight": torch.zeros(1)}
     assert settings_of(Checkpoint(timm, (name,), None)) == settings
-    assert settings_of(Checkpoint(timm, ("x", name, "tf_mixnet_s"), None)) == settings or OFFICIAL
+    assert settings_of(Checkpoint(timm, ("x", name, "tf_mixnet_s"), None)) == (settings or OFFICIAL)
     assert settings_of(Checkpoint({"stem.conv.weight": torch.zeros(1)}, (name,), None)) is None
     assert settings_of(Checkpoint(timm, (name,), {"padding": "x"})) == {"padding": "x"}
 

@@ -179,6 +179,7 @@ class BlockConfig:
 # Decoding is splitting at underscores. The rest is manners: for each word, what it must look like, and how to say so.
 
 # %% tags=["plumbing"]
+# fold: What each word must look like
 #| export mixnet.py
 _COUNT = r"[1-9]\d*"
 _WORDS = {  # the form of each word after its letters, and how to say it
@@ -196,6 +197,7 @@ _WORDS = {  # the form of each word after its letters, and how to say it
 
 
 # %% tags=["plumbing"]
+# fold: Splitting a string, and what is said of a wrong one
 #| export mixnet.py
 def _split_words(text: str) -> dict[str, str]:
     """The words of a block string: what follows the letters of each, "" after a flag."""
@@ -451,6 +453,7 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 # > ⚙️ **Official code.** Stem and head use ReLU. Padding is TensorFlow's 'SAME' everywhere. Batch normalisation has decay 0.99 and epsilon 0.001; PyTorch calls 1 − 0.99 = 0.01 the *momentum*.
 
 # %% tags=["plumbing"]
+# fold: Checks, and the blocks from their configurations
 #| export mixnet.py
 from mixconv.blocks import ConvNormActivation, MixConvBlock, stop_at
 from mixconv.layer import make_conv2d, make_pointwise
@@ -542,6 +545,7 @@ class MixNet(ConvNet):
 # Weights do not show which padding and which epsilon they were trained with, and with the wrong ones a network computes something else. So a MixNet's `state_dict` carries both along, in the place where PyTorch keeps version numbers; `torch.save` keeps it.
 
 # %% tags=["plumbing"]
+# fold: Two more methods: the settings, and the note of them in a state dict
 #| export mixnet.py
 from typing import cast
 

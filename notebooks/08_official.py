@@ -406,6 +406,7 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 # Training leaves more in a checkpoint: step counters and optimiser slots, which are passed over, and moving averages of the weights, which are preferred, as in the official evaluation.
 
 # %% tags=["plumbing"]
+# fold: How variables stand in line by their names
 #| export official.py
 _VARIABLE = re.compile(
     r"(?:^|/)(?P<scope>stem|blocks_\d+|head)/"
@@ -471,7 +472,7 @@ compare("mixnet-s", by_name, 224, 224)
 #
 # </details>
 #
-# <details><summary>Hint: the next size</summary>
+# <details><summary>Hint: the equation</summary>
 #
 # Under 'SAME' a layer of stride 2 makes ⌈h / 2⌉ pixels of h: `-(-size // 2)`.
 #
@@ -488,8 +489,7 @@ def shifted_layers(strides: list[int], size: int) -> int:
 
 
 def test_shifted(answer) -> None:
-    before, after = same_padding(8, 3, 2)
-    assert before != after and len(set(same_padding(9, 3, 2))) == 1  # even shifts, odd does not
+    assert [len(set(same_padding(size, 3, 2))) for size in (8, 9)] == [2, 1]  # even ones shift
     expect(answer, [2, 1, 1], 8, gives=1, why="only the layer of stride 2")
     expect(answer, [2, 2], 9, gives=0, why="9 is odd, and so is 5")
     expect(answer, [2, 2], 7, gives=1, why="7 is odd, but 4 is even")

@@ -147,6 +147,7 @@ def _cut(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[st
 
 
 # %% tags=["plumbing"]
+# fold: The MixNet inside of a compiled or data-parallel model
 #| export weights.py
 def _unwrap_model(model: nn.Module) -> MixNet:
     """The MixNet inside of what compiling and data parallelism put around it.
@@ -253,6 +254,7 @@ def read_checkpoint(weights: Any) -> Checkpoint:
 # A checkpoint of a training script holds more than tensors: the optimiser, the epoch, the options. The tensors may be wrapped twice, carry prefixes, and stand beside counters that other tools left there.
 
 # %% tags=["plumbing"]
+# fold: Unpacking the checkpoint of a training script
 #| export checkpoint.py
 _WRAPPINGS = (
     "state_dict_ema", "model_ema", "params_ema", "ema", "state_dict", "model_state_dict", "model",
@@ -286,6 +288,7 @@ def _unwrap(data: Any, where: str, names: tuple[str, ...]) -> Checkpoint:
 
 
 # %% tags=["plumbing"]
+# fold: Reading a file as data, and nothing else
 #| export checkpoint.py
 import argparse
 import json
@@ -317,6 +320,7 @@ def _refuse_inflation(path: Path) -> None:
 
 
 # %% tags=["plumbing"]
+# fold: How a path, a folder or a hub name becomes a file
 #| export checkpoint.py
 _FILES = ("model.safetensors", "pytorch_model.bin", "model.pth", "model_best.pth.tar")
 
@@ -362,6 +366,7 @@ def _names_beside(path: Path) -> list[str]:
 
 
 # %% tags=["plumbing"]
+# fold: Asking the hub, or its cache here
 #| export checkpoint.py
 _HUB_NAME = re.compile(r"^(?P<said>hf[-_]hub:)?(?P<repository>[\w.-]+/[\w.-]+)$")
 
@@ -478,6 +483,7 @@ def _other_colors(weight: Tensor, channels: int) -> Tensor:
 
 
 # %% tags=["plumbing"]
+# fold: A classifier for another number of classes
 #| export weights.py
 def _other_classifier(
     given: Mapping[str, Tensor], num_classes: int, stacklevel: int
@@ -496,6 +502,7 @@ def _other_classifier(
 
 
 # %% tags=["plumbing"]
+# fold: What does not fit, and how it is said
 #| export weights.py
 def _is_dense(given: Tensor, expected: Tensor) -> bool:
     """Whether a tensor's numbers can be copied: real, of a kind that fits, and in memory."""
@@ -584,6 +591,7 @@ def _build(config: MixNetConfig, weights: Any, **options: Any) -> MixNet:
 
 
 # %% tags=["plumbing"]
+# fold: The warning, and the sizes that weights tell
 #| export zoo.py
 _USUAL_SIZES = {"num_classes": 1000, "in_channels": 3}
 _UNTOLD = (
@@ -647,6 +655,7 @@ def mixnet_s(
 # The others take the same arguments. A decorator gives them the signature, which an editor and Jupyter's Shift-Tab show, and the text about it.
 
 # %% tags=["plumbing"]
+# fold: MixNet-M, L and XL, with the signature of S
 #| export zoo.py
 _P = ParamSpec("_P")
 

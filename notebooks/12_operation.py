@@ -324,17 +324,17 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
     Raises:
         ValueError: if they differ in dtype or device. (Sizes are the business of `check_call`.)
     """
-    given = (weight,) if bias is None else (weight, bias)
+    given, cpu, dtype = (weight,) if bias is None else (weight, bias), x.is_cpu, x.dtype
     for tensor in given:
-        if tensor.dtype != x.dtype or tensor.device != x.device:
+        near = tensor.is_cpu if cpu else tensor.device == x.device  # the first is faster to ask
+        if not near or tensor.dtype != dtype:
             raise ValueError(
                 f"weight and bias must have the dtype and device of x, {x.dtype} on {x.device}, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
     parameters = (weight.shape,) if bias is None else (weight.shape, bias.shape)
-    device = "cpu" if x.is_cpu else x.device.type  # the first is faster to ask
-    threads = torch.get_num_threads()
-    return Call(spec, x.shape, x.dtype, device, bias is not None, threads, parameters)
+    device, threads = "cpu" if cpu else x.device.type, torch.get_num_threads()
+    return Call(spec, x.shape, dtype, device, bias is not None, threads, parameters)
 
 
 # %% [markdown]

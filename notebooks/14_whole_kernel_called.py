@@ -249,14 +249,15 @@ def output_maker(size: Sequence[int]) -> Callable[[Tensor], Tensor]:
 def _make_runner(
     function: Any, table: Any, size: tuple[int, ...], needed: int, parts: int
 ) -> Runner:
-    last, address, make_output = torch.channels_last, ctypes.addressof, output_maker(size)
+    last, make_output = torch.channels_last, output_maker(size)
+    address = ctypes.addressof(table)  # good as long as `run` keeps the table
 
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None, kept: Any = table) -> Tensor:
         x, weight = x.contiguous(memory_format=last), weight.contiguous()
         bias = None if bias is None else bias.contiguous()
         y, memory = make_output(x), scratch(needed, parts)
         function(
-            address(table), x.data_ptr(), weight.data_ptr(),
+            address, x.data_ptr(), weight.data_ptr(),
             None if bias is None else bias.data_ptr(), y.data_ptr(), memory.data_ptr(),
         )  # fmt: skip
         return y

@@ -160,5 +160,6 @@ class Chains:
         step, last = self._layer(node), self._layers[chain[-1]]
         if is_idle(step) or (is_one_of(step, NORMS) and len(chain) == 1):
             return True
+        # Over, if the last one was an activation, or timm's norm, which brings one of its own.
         ended = activation_name(last) or list(steps([last])) != [last]
         return activation_name(step) in ACTIVATIONS[1:] and not ended

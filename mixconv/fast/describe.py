@@ -65,7 +65,7 @@ IDLE = (
     "mixconv.fast.folding.FoldedNorm", "timm.layers.drop.DropPath",
 )  # fmt: skip
 
-NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # a norm that holds its activation
+NORM_ACT = "timm.layers.norm_act.BatchNormAct2d"  # norm, dropout and activation in one module
 
 NORMS = ("torch.nn.BatchNorm2d", "torch.nn.SyncBatchNorm", NORM_ACT)
 

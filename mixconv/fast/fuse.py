@@ -27,7 +27,7 @@ from mixconv.fast.fused_block import BLOCK_FORMS
 from mixconv.fast.fused_layer import FusedModule
 from mixconv.fast.report import FusionReport, Piece
 from mixconv.fast.rewrite import fuse_block, fuse_chain, why_no_form
-from mixconv.fast.trial import CannotTryError, difference, make_image, twin
+from mixconv.fast.trial import CannotTryError, difference, make_image, piece_difference, twin
 from mixconv.layer import MixConv2d
 
 __all__ = ["BACKENDS", "fuse_for_inference"]
@@ -218,7 +218,7 @@ def _say(error: Exception) -> str:
 
 
 def _check(before: nn.Module, after: nn.Module, image: Tensor) -> None:
-    if reason := difference(before, after, image):
+    if reason := piece_difference(before, after, image):
         raise ValueError(reason)
 
 

@@ -37,6 +37,10 @@ _VIEWS = (
 )
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 @dataclass(frozen=True)
 class FusionReport:
     """What `fuse_for_inference` did; `str` gives a line for each piece.
@@ -61,8 +65,8 @@ class FusionReport:
 
     def __str__(self) -> str:
         blocks = sum(piece.after == "FusedBlock" for piece in self.pieces)
-        layers = len(self.fused) - blocks
-        lines = [f"{blocks} blocks and {layers} layers fused, {len(self.left)} left", *self.notes]
+        fused = f"{_count(blocks, 'block')} and {_count(len(self.fused) - blocks, 'layer')} fused"
+        lines = [f"{fused}, {len(self.left)} left", *self.notes]
         lines += [] if self.fused else [_HINT]
         reasons = *self.notes, *(piece.reason for piece in self.pieces)
         lines += [_VIEWS] if any("view size" in reason for reason in reasons) else []

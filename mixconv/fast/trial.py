@@ -9,11 +9,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-__all__ = ["TOLERANCE", "CannotTryError", "difference", "make_image", "twin"]
+__all__ = [
+    "LOUD",
+    "TOLERANCE",
+    "CannotTryError",
+    "difference",
+    "make_image",
+    "piece_difference",
+    "twin",
+]
 
 
-# Of the largest value. Sums in another order differ by some 1e-6, a wrong rewrite by 0.1 or more.
+# Of the largest value. Sums in another order differ by some 1e-6, what is wrong mostly by 0.01 up.
 TOLERANCE = 1e-3
+
+LOUD = 20  # so many times the usual image: beyond the bend of a ReLU6, or of a clamp
 
 
 class CannotTryError(Exception):
@@ -90,3 +100,12 @@ def difference(before: nn.Module, after: nn.Module, image: Tensor, *, random: bo
     except Exception as error:
         return f"tried, and failed: {error}"
     return _compare(wanted, found, tolerance)
+
+
+def piece_difference(before: nn.Module, after: nn.Module, image: Tensor) -> str:
+    """`difference` for a layer or a block, on an image and on the same one `LOUD` times as loud.
+
+    Raises:
+        CannotTryError: as `difference`.
+    """
+    return difference(before, after, image) or difference(before, after, LOUD * image)

@@ -840,7 +840,7 @@ def test_reports_say_what_was_done() -> None:
     )
     text = str(report_of(fuse_for_inference(randomize(model), backend="kernel")))
     assert text.splitlines() == [
-        "1 blocks and 1 layers fused, 1 left",
+        "1 block and 1 layer fused, 1 left",
         "0: MixConvBlock -> FusedBlock",
         "1: Conv2d + BatchNorm2d -> Conv2d",
         "3: BatchNorm2d left: no layer that feeds it alone comes before it",

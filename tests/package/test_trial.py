@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mixconv.fast.trial import CannotTryError, difference, make_image, twin
+from mixconv.fast.describe import describe_layer
+from mixconv.fast.fuse import fuse_for_inference
+from mixconv.fast.trial import CannotTryError, difference, make_image, piece_difference, twin
+from mixconv.layer import MixConv2d
 from tests.package.common import noise
 
 
@@ -97,3 +100,24 @@ def test_a_twin_shares_parameters_only() -> None:
     copied(noise(1, 3, 4, 4))
     with pytest.raises(ZeroDivisionError):
         module(noise(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize(("bend", "seen"), [(0.5, True), (6.0, True), (40.0, True), (1e3, False)])
+def test_pieces_are_tried_on_a_louder_image(bend: float, seen: bool) -> None:
+    image = make_image(8, 16, 16)
+    found = piece_difference(nn.ReLU(), nn.Hardtanh(0, bend), image)
+    assert bool(found) == seen
+    assert piece_difference(nn.ReLU(), nn.ReLU(), image) == ""
+    assert (difference(nn.ReLU(), nn.Hardtanh(0, bend), image) == "") == (bend > 1)
+
+
+def test_a_rule_that_forgets_a_clamp_is_found_out() -> None:
+    class Clamped(MixConv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).clamp(max=6)
+
+    describe_layer.register(Clamped, lambda layer: list(layer.convs))
+    fused: Any = fuse_for_inference(nn.Sequential(Clamped(8, (3, 5))), backend="kernel")
+    report = fused.fusion_report
+    assert not report.fused
+    assert "not the same" in report.left[0].reason

@@ -273,6 +273,15 @@ class MixConvBlock(nn.Module):
         return x + self.drop_path(y) if self.has_residual else y
 
 
+def _make_gate(channels: int, wide: int, squeeze_ratio: float, activation: str) -> nn.Module:
+    """Squeeze-and-excitation over `wide` channels of a block with `channels` input channels."""
+    if not 0 <= squeeze_ratio <= 1:
+        raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
+    if squeeze_ratio == 0:
+        return nn.Identity()
+    return SqueezeExcite(wide, max(1, int(channels * squeeze_ratio)), activation)
+
+
 def stop_at(output_stride: int, strides: Sequence[int]) -> list[tuple[int, int]]:
     """Stride and dilation for each block after a stem of stride 2.
 
@@ -292,12 +301,3 @@ def stop_at(output_stride: int, strides: Sequence[int]) -> list[tuple[int, int]]
         found.append((stride if fits else 1, spread))
         reached, spread = (reached * stride, spread) if fits else (reached, spread * stride)
     return found
-
-
-def _make_gate(channels: int, wide: int, squeeze_ratio: float, activation: str) -> nn.Module:
-    """Squeeze-and-excitation over `wide` channels of a block with `channels` input channels."""
-    if not 0 <= squeeze_ratio <= 1:
-        raise ValueError(f"squeeze_ratio must be between 0 and 1, got {squeeze_ratio}")
-    if squeeze_ratio == 0:
-        return nn.Identity()
-    return SqueezeExcite(wide, max(1, int(channels * squeeze_ratio)), activation)

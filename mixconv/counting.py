@@ -1,6 +1,6 @@
 # Generated from notebooks/05_mobilenets.ipynb by `make book`. Edit the notebook, not this file.
 
-"""What the paper's "FLOPS" count: a rule that gives every number it prints (chapter 5)."""
+"""What the paper's "FLOPS" count: a rule that gives every MobileNet it plots (chapter 5)."""
 
 from math import ceil
 

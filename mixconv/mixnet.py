@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mixconv._checks import check_multiplier, check_positive
 from mixconv.blocks import ConvNormActivation, MixConvBlock, stop_at
 from mixconv.layer import Conv2dSame, make_conv2d, make_pointwise
-from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
+from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_timm_names, round_channels
 
 __all__ = [
     "MIXNET_L",
@@ -281,7 +281,7 @@ class MixNet(ConvNet):
     Source: paper, section 4.2; `MixnetModel` in the official `mixnet_model.py`. Chapter 7.
     """
 
-    @refuse_in_chans
+    @refuse_timm_names
     def __init__(
         self,
         config: MixNetConfig,

@@ -11,7 +11,13 @@ from torch import nn
 from mixconv._checks import check_multiplier
 from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvBlock
 from mixconv.layer import make_conv2d, make_pointwise
-from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
+from mixconv.network import (
+    ConvNet,
+    drop_path_rates,  # see the end of the page
+    initialize,
+    refuse_timm_names,  # see the end of the page
+    round_channels,
+)
 
 __all__ = ["mobilenet_v1", "mobilenet_v2"]
 
@@ -55,7 +61,7 @@ def _assemble(
     return model
 
 
-@refuse_in_chans
+@refuse_timm_names
 def mobilenet_v1(
     kernel_sizes: int | Sequence[int] = (3,),
     *,
@@ -102,7 +108,7 @@ _V2_STAGES = [
 ]  # fmt: skip
 
 
-@refuse_in_chans
+@refuse_timm_names
 def mobilenet_v2(
     kernel_sizes: int | Sequence[int] = (3,),
     *,

@@ -18,7 +18,7 @@ __all__ = [
     "describe_features",
     "drop_path_rates",
     "initialize",
-    "refuse_in_chans",
+    "refuse_timm_names",
     "round_channels",
 ]
 
@@ -226,7 +226,7 @@ _TIMMS = {
 }
 
 
-def refuse_in_chans(build: Callable[_P, _T]) -> Callable[_P, _T]:
+def refuse_timm_names(build: Callable[_P, _T]) -> Callable[_P, _T]:
     """Decorate a maker of networks: an argument of timm's is an error that names ours."""
 
     @wraps(build)

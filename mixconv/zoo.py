@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mixconv.checkpoint import read_checkpoint
 from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MIXNET_XL, MixNet, MixNetConfig
-from mixconv.network import refuse_in_chans
+from mixconv.network import refuse_timm_names
 from mixconv.weights import OFFICIAL, fill, settings_of
 
 __all__ = ["mixnet_l", "mixnet_m", "mixnet_s", "mixnet_xl"]
@@ -50,7 +50,7 @@ def _sizes_of(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return found | ({"in_channels": stem.shape[1]} if stem is not None and stem.ndim == 4 else {})
 
 
-@refuse_in_chans
+@refuse_timm_names
 def mixnet_s(
     weights: Any = None, *, num_classes: int | None = None, in_channels: int | None = None,
     width_multiplier: float = 1.0, drop_rate: float | None = None, drop_path_rate: float = 0.0,
@@ -109,21 +109,21 @@ _UNSAID = {name: given.default for name, given in signature(mixnet_s).parameters
 del _UNSAID["weights"]
 
 
-@refuse_in_chans
+@refuse_timm_names
 @_like(mixnet_s)
 def mixnet_m(weights: Any = None, **options: Any) -> MixNet:
     """MixNet-M, 5.0 million parameters. Arguments are those of `mixnet_s`."""
     return _build(MIXNET_M, weights, **_UNSAID | options)
 
 
-@refuse_in_chans
+@refuse_timm_names
 @_like(mixnet_s)
 def mixnet_l(weights: Any = None, **options: Any) -> MixNet:
     """MixNet-L, 7.3 million parameters: M, 1.3 times as wide. Arguments are those of `mixnet_s`."""
     return _build(MIXNET_L, weights, **_UNSAID | options)
 
 
-@refuse_in_chans
+@refuse_timm_names
 @_like(mixnet_s)
 def mixnet_xl(weights: Any = None, **options: Any) -> MixNet:
     """MixNet-XL, timm's, 11.9 million parameters. Arguments are those of `mixnet_s`."""

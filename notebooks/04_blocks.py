@@ -600,29 +600,6 @@ class MixConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
 
-# %% tags=["plumbing"]
-#| export blocks.py
-def stop_at(output_stride: int, strides: Sequence[int]) -> list[tuple[int, int]]:
-    """Stride and dilation for each block after a stem of stride 2.
-
-    A block that would make the map smaller than 1 / `output_stride` of the image keeps its size;
-    the kernels of the blocks after it are spread out instead, to see as far as ever.
-
-    Raises:
-        ValueError: for another output stride than 2, 4, 8, 16 or 32.
-
-    Source: `EfficientNetBuilder` of timm 1.0. Chapter 4.
-    """
-    if isinstance(output_stride, bool) or output_stride not in (2, 4, 8, 16, 32):
-        raise ValueError(f"output_stride must be 2, 4, 8, 16 or 32, got {output_stride!r}")
-    reached, spread, found = 2, 1, list[tuple[int, int]]()
-    for stride in strides:
-        fits = reached * stride <= output_stride or output_stride == 32
-        found.append((stride if fits else 1, spread))
-        reached, spread = (reached * stride, spread) if fits else (reached, spread * stride)
-    return found
-
-
 # %%
 #| export blocks.py
 def _make_gate(channels: int, wide: int, squeeze_ratio: float, activation: str) -> nn.Module:
@@ -697,6 +674,39 @@ def by_block(x, first, second):
 kernels = [conv.weight.detach() for conv in block.depthwise.conv.convs]
 x = torch.randn(2, 8, 7, 7).double()
 check_rewrite(written_out, by_block, x, *kernels, what="block and its steps")
+
+
+# %% [markdown]
+# ## Larger maps
+#
+# Segmentation wants the last maps larger than a 32nd of the image. A network with `output_stride=16` (a MixNet has the argument, chapter 7) computes its last block of stride 2 with stride 1, and spreads the kernels of the blocks after it, so that they see as far as ever. Stride and dilation of each block:
+
+# %% tags=["plumbing"]
+# fold: Stride 1 and dilation, from where the maps shall not shrink
+#| export blocks.py
+def stop_at(output_stride: int, strides: Sequence[int]) -> list[tuple[int, int]]:
+    """Stride and dilation for each block after a stem of stride 2.
+
+    A block that would make the map smaller than 1 / `output_stride` of the image keeps its size;
+    the kernels of the blocks after it are spread out instead, to see as far as ever.
+
+    Raises:
+        ValueError: for another output stride than 2, 4, 8, 16 or 32.
+
+    Source: `EfficientNetBuilder` of timm 1.0. Chapter 4.
+    """
+    if isinstance(output_stride, bool) or output_stride not in (2, 4, 8, 16, 32):
+        raise ValueError(f"output_stride must be 2, 4, 8, 16 or 32, got {output_stride!r}")
+    reached, spread, found = 2, 1, list[tuple[int, int]]()
+    for stride in strides:
+        fits = reached * stride <= output_stride or output_stride == 32
+        found.append((stride if fits else 1, spread))
+        reached, spread = (reached * stride, spread) if fits else (reached, spread * stride)
+    return found
+
+
+# %%
+stop_at(16, [1, 2, 2, 2, 1, 2, 1])
 
 
 # %% [markdown]

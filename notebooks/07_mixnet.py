@@ -457,7 +457,7 @@ def unroll(config: MixNetConfig) -> list[BlockConfig]:
 #| export mixnet.py
 from mixconv.blocks import ConvNormActivation, MixConvBlock, stop_at
 from mixconv.layer import make_conv2d, make_pointwise
-from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans
+from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_timm_names
 
 
 def _check_network(config: MixNetConfig, **positive: float) -> None:
@@ -509,7 +509,7 @@ class MixNet(ConvNet):
     Source: paper, section 4.2; `MixnetModel` in the official `mixnet_model.py`. Chapter 7.
     """
 
-    @refuse_in_chans
+    @refuse_timm_names
     def __init__(
         self,
         config: MixNetConfig,

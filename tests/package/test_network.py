@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mixconv import mixnet_s, mobilenet_v1, mobilenet_v2
-from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_in_chans, round_channels
+from mixconv.network import ConvNet, drop_path_rates, initialize, refuse_timm_names, round_channels
 
 from .common import noise
 
@@ -124,7 +124,7 @@ def test_the_name_that_timm_has_for_channels_is_explained(version):
     names = list(inspect.signature(MAKERS[version]).parameters)
     assert names[:3] == ["kernel_sizes", "num_classes", "in_channels"]  # what Shift-Tab shows
     assert "in_channels: channels" in (MAKERS[version].__doc__ or "")
-    assert refuse_in_chans(dict)(in_channels=1) == {"in_channels": 1}
+    assert refuse_timm_names(dict)(in_channels=1) == {"in_channels": 1}
 
 
 def test_initialising_leaves_other_layers_alone():

@@ -16,6 +16,7 @@ __all__ = [
     "check_number",
     "check_positive",
     "check_rate",
+    "refuse_script",
 ]
 
 
@@ -96,3 +97,11 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
         if k % 2 == 0:
             raise ValueError(f"kernel_sizes must be odd, such as 3, 5 or 7, got {k} in {sizes}")
     return tuple(map(int, sizes))
+
+
+def refuse_script(module: object) -> None:
+    """Raise NotImplementedError: `torch.jit.script` asks by the name `__prepare_scriptable__`."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot take a {type(module).__name__}, whose checks are Python that "
+        "TorchScript does not know: use torch.export.export, or torch.jit.trace"
+    )

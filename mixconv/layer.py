@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv._checks import as_pair, check_flags, check_kernel_sizes, check_positive
+from mixconv._checks import as_pair, check_flags, check_kernel_sizes, check_positive, refuse_script
 from mixconv.partition import resolve_partition
 
 __all__ = [
@@ -55,6 +55,8 @@ class Conv2dSame(nn.Conv2d):
         Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def forward(self, input: Tensor) -> Tensor:  # nn.Conv2d's name for it
         """Pad by TensorFlow's rule, then convolve."""
         zeros: list[int] = []
@@ -64,7 +66,7 @@ class Conv2dSame(nn.Conv2d):
             # Zeros after the last window change nothing, and keep exported sizes simple.
             zeros += [before, spread * (k - 1) - before]
         x = F.pad(input, zeros)
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
 
 
 PADDINGS = ("symmetric", "same")
@@ -167,6 +169,8 @@ class MixConv2d(nn.Module):
     Source: paper, section 3; `MixConv` in the official `custom_layers.py`. Chapter 3.
     """
 
+    __prepare_scriptable__ = refuse_script
+
     def __init__(
         self,
         channels: int,
@@ -189,9 +193,7 @@ class MixConv2d(nn.Module):
         self.partition = resolve_partition(channels, self.kernel_sizes, partition)
         self.in_channels, self.out_channels = channels, channels * channel_multiplier
         self.stride, self.dilation = as_pair("stride", stride), as_pair("dilation", dilation)
-        self.padding = padding
-        self.channel_multiplier = channel_multiplier
-        self.dilated = dilated
+        self.padding, self.dilated, self.channel_multiplier = padding, dilated, channel_multiplier
         self.convs = nn.ModuleList(
             make_conv2d(
                 count, count * channel_multiplier, size, self.stride, dilation=spread,
@@ -302,8 +304,7 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
     channels, outputs = sum(c.in_channels for c in convs), sum(c.out_channels for c in convs)
     merged = make_conv2d(
         channels, outputs, size, cast("tuple[int, int]", first.stride), dilation=dilation,
-        groups=channels, bias=first.bias is not None,
-        padding="same" if type(first) is Conv2dSame else "symmetric",
+        groups=channels, bias=first.bias is not None, padding=PADDINGS[type(first) is Conv2dSame],
     ).to(first.weight)  # fmt: skip
     merged.weight.copy_(torch.cat([embed_kernel(c.weight, size, s) for c, s in pairs]))
     if merged.bias is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mixconv._checks import check_multiplier, check_rate
+from mixconv._checks import check_multiplier, check_rate, refuse_script
 
 __all__ = [
     "ConvNet",
@@ -44,6 +44,8 @@ class ConvNet(nn.Module):
 
     Source: ours; method names as in timm, but for `features`. Chapter 5.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -222,6 +222,14 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
+def refuse_script(module: object) -> None:
+    """Raise NotImplementedError: `torch.jit.script` asks by the name `__prepare_scriptable__`."""
+    raise NotImplementedError(
+        f"torch.jit.script cannot take a {type(module).__name__}, whose checks are Python that "
+        "TorchScript does not know: use torch.export.export, or torch.jit.trace"
+    )
+
+
 # %%
 #| export partition.py
 from mixconv._checks import as_tuple, check_kernel_sizes, check_positive

@@ -34,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixconv._checks import check_rate
+from mixconv._checks import check_rate, refuse_script
 
 
 class ConvNet(nn.Module):
@@ -58,6 +58,8 @@ class ConvNet(nn.Module):
 
     Source: ours; method names as in timm, but for `features`. Chapter 5.
     """
+
+    __prepare_scriptable__ = refuse_script
 
     def __init__(
         self,

@@ -932,12 +932,14 @@ others = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, (3, 5), 1, (1, 2), groups=4), nn.Co
 assert [describe_mix([conv]) for conv in others] == [None] * 3  # padding, shape, not depthwise
 describe_mix(list(layer.convs))
 
-
 # %% [markdown]
 # This layer, and chapter 15's block, stand in a model where something else was. What they share is how they behave there: one image or many, no training, and where the numbers of the output lie.
 
 # %% tags=["plumbing"]
 #| export fast/fused_layer.py
+from mixconv._checks import refuse_script
+
+
 class FusedModule(nn.Module):
     """What stands in a fused model: one operation, for inference only.
 
@@ -949,6 +951,7 @@ class FusedModule(nn.Module):
 
     spec: Any
     preserves_format = False
+    __prepare_scriptable__ = refuse_script
 
     def compute(self, x: Tensor) -> Tensor:
         """The operation itself, on a batch; a graph of torch.fx gets it as one call."""

@@ -8,6 +8,7 @@ from typing import Any, Self, cast
 import torch
 from torch import Tensor, nn
 
+from mixconv._checks import refuse_script
 from mixconv.fast.folding import refuse_training
 from mixconv.fast.operation import as_arguments, meet_exporters, run_operation
 from mixconv.fast.spec import MixSpec, pack_weights
@@ -46,6 +47,7 @@ class FusedModule(nn.Module):
 
     spec: Any
     preserves_format = False
+    __prepare_scriptable__ = refuse_script
 
     def compute(self, x: Tensor) -> Tensor:
         """The operation itself, on a batch; a graph of torch.fx gets it as one call."""

@@ -1,4 +1,4 @@
-"""What people do with a fused copy: look at maps, switch modes, export."""
+"""What people do with a fused copy: look at maps, switch modes, export, script."""
 
 import copy
 import io
@@ -153,7 +153,24 @@ def test_dropout_beside_a_fused_part_is_off_after_the_refusal() -> None:
     assert not any(modes(wrapper.eval()))
 
 
-# Exporters
+# Scripts and exporters
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        MixConv2d(8, (3, 5)), MixConvBlock(8, 8, (3, 5)), mixnet_s(), mobilenet_v2((3,)),
+        nn.Sequential(MixConv2d(8, (3, 5), 2, padding="same").convs[0]),
+        fuse_for_inference(MixConv2d(8, (3, 5)).eval(), backend="kernel"),
+        fuse_for_inference(MixConvBlock(8, 8, (3, 5)).eval(), backend="kernel"),
+    ],
+    ids=lambda model: type(model).__name__,
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripting_is_refused_in_one_line(model: nn.Module) -> None:
+    with pytest.raises(NotImplementedError, match=r"torch\.export\.export") as caught:
+        torch.jit.script(nn.Sequential(model.eval()))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")

@@ -100,3 +100,22 @@ def test_a_layer_splits_by_what_its_convolutions_take() -> None:
     assert torch.equal(layer(x), torch.cat(outputs, 1))
     with pytest.raises(ValueError, match=r"x must be \(N, 5, H, W\)"):
         layer(images(1, 8, 9, 9))
+
+
+@pytest.mark.parametrize("padding", ["same", "symmetric"])
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_fx_quantisation_takes_either_padding(padding: str) -> None:
+    """Folded before, no norm is left over; without that, those behind a mixed layer are."""
+    from torch.ao.quantization import get_default_qconfig_mapping
+    from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
+
+    layers = MixConv2d(12, (3, 5), 2, padding=padding), nn.BatchNorm2d(12), nn.ReLU()
+    model, x = randomize(nn.Sequential(*layers), in_channels=12), images(4, 12, 32, 32)
+    for network, norms in ((model, 1), (fuse_for_inference(model, backend="merged"), 0)):
+        prepared = prepare_fx(network, get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        quantised = convert_fx(prepared)
+        with torch.no_grad():
+            assert_near(quantised(x), model(x), 0.05)
+        kinds = [type(part).__name__ for part in quantised.modules()]
+        assert sum("BatchNorm" in kind or "BNReLU" in kind for kind in kinds) == norms

@@ -30,7 +30,8 @@ for axis, (name, config) in zip(axes, (("S", MIXNET_S), ("M", MIXNET_M)), strict
             axis.axvline(column - 0.5, color="#bbbbbb", linewidth=1)
         if run.stride == 2 or column == 0:
             side //= run.stride
-            axis.text(column - 0.42, 5.4, f"{side} px", fontsize=8, color="#555555")
+            start, align = (column - 0.42, "left") if column else (0.42, "right")
+            axis.text(start, 5.4, f"{side} px", ha=align, fontsize=8, color="#555555")
         for row, k in enumerate(run.kernel_sizes):
             axis.add_patch(plt.Rectangle((column - 0.4, row), 0.8, 0.94, color=kernel_color(k)))
             axis.text(column, row + 0.43, str(k), ha="center", va="center", weight="bold")
@@ -49,6 +50,7 @@ show(
     "lines mark where the image halves, from 112 to 7 pixels a side. While the image is large the "
     "kernels are mostly 3×3; later most blocks mix up to four or five sizes. Two blocks of "
     "MixNet-S are framed: the paper's figure has kernels 3, 5, 7 there, the code 3, 5, 7, 9.",
+    caption="3×3 while the image is large, mixes later, and often the widest where it halves.",
 )
 
 
@@ -79,13 +81,13 @@ wider_than_neighbours(MIXNET_S), wider_than_neighbours(MIXNET_M)
 #
 # > 📄 **Paper.** Section 4.1: the search options of a block include five MixConvs, with one to five groups: 3, then 3, 5, up to 3, 5, 7, 9, 11, always split equally. Exponential splits and dilation are left out to keep the space small.
 #
-# Small is relative. Count the kernel choices alone, for as many blocks as MixNet-S has:
+# Small is relative. MnasNet's search, which the paper follows, chooses once for a *run* of equal blocks. Whether MixNet's did, the paper does not say; in its networks all blocks of a run have the same mix. Count the kernel choices alone, one for each run that MixNet-S has:
 
 # %%
-f"{5 ** len(unroll(MIXNET_S)):,} networks"
+f"{5 ** len(MIXNET_S.blocks):,} networks"
 
 # %% [markdown]
-# Nobody trains them all. MnasNet's search, which the paper follows, tried some 8,000 networks, and trained each for five epochs only ([MnasNet](https://arxiv.org/abs/1807.11626), section 5).
+# Nobody trains them all. MnasNet's search tried some 8,000 networks, and trained each for five epochs only ([MnasNet](https://arxiv.org/abs/1807.11626), section 5).
 #
 # **The objective: what is good.** Accuracy alone would always choose the largest network. MnasNet divides by cost, gently. With accuracy $A$, cost $C$ and a target $T$ for the cost, the reward of a network is
 #
@@ -106,7 +108,7 @@ f"{100 * (wanted - 1):.1f}% better, as a factor: from 75.0% to {75 * wanted:.1f}
 #
 # > 📄 **Paper.** Section 4.2: MixNet-S and M were found this way. L is M made 1.3 times as wide.
 #
-# How to read the picture, then? With a cost in the objective, a large kernel must earn its taps. At 112×112 pixels they are dearest, and 3×3 stays. Where the image halves they gain most (Figure 5), and the mix is wide. Late in the network the image is small, most of the cost sits in the 1×1 layers, and large kernels add little to it. What no reason explains may be chance: a search stops at *a* good network, and M's lone 3×3 in block 11 may be just that.
+# How to read the picture, then? With a cost in the objective, a large kernel must earn its taps. At 112×112 pixels they are dearest, and 3×3 stays. Where the image halves they gain most (Figure 5), and the mix is often wide. Late in the network the image is small, most of the cost sits in the 1×1 layers, and large kernels add little to it. What no reason explains may be chance: a search stops at *a* good network, and M's lone 3×3 in block 11 may be just that.
 #
 # Running a search takes many trained networks, and is out of this book's scope. Its results are strings, and those we can read.
 #
@@ -248,7 +250,8 @@ def decode_block(text: str) -> BlockConfig:
 # %% [markdown]
 # Encoding is the way back. Numbers are printed as the official code prints them, and what the notation cannot say is refused: the string must read back as what it came from.
 
-# %%
+# %% tags=["plumbing"]
+# fold: Encoding a configuration as a string
 #| export mixnet.py
 def encode_block(config: BlockConfig) -> str:
     """The official notation of a block configuration; `decode_block` reads it back.
@@ -542,7 +545,7 @@ class MixNet(ConvNet):
 
 
 # %% [markdown]
-# Weights do not show which padding and which epsilon they were trained with, and with the wrong ones a network computes something else. So a MixNet's `state_dict` carries both along, in the place where PyTorch keeps version numbers; `torch.save` keeps it.
+# Weights do not show which padding and which epsilon they were trained with, and with the wrong ones a network computes something else. So a MixNet's `state_dict` carries both along, in the place where PyTorch keeps version numbers; `torch.save` keeps it. (The folded cell adds two methods to the class above. A notebook can only do that with a second class of the same name; in `mixnet.py` they stand in the one.)
 
 # %% tags=["plumbing"]
 # fold: Two more methods: the settings, and the note of them in a state dict
@@ -613,21 +616,73 @@ def block_row(index: int) -> list[object]:
     run = unroll(model.config)[index]
     parts = [c for c in costs if c.name.startswith(f"blocks.{index}.")]
     side = parts[-1].output_shape[-1]
-    return [index, ", ".join(map(str, run.kernel_sizes)), run.stride, run.expand_ratio,
+    total = sum(c.multiply_adds for c in parts)
+    depthwise = sum(c.multiply_adds for c in parts if c.kind == "depthwise")
+    return [index, ", ".join(map(str, run.kernel_sizes)), run.expand_ratio,
             f"{run.in_channels}→{run.out_channels}", f"{run.expand_groups}/{run.project_groups}",
-            run.squeeze_ratio or "–", run.activation, f"{side}×{side}",
-            sum(c.parameters for c in parts), sum(c.multiply_adds for c in parts)]  # fmt: skip
+            run.squeeze_ratio or "–", f"{side}×{side}", sum(c.parameters for c in parts), total,
+            f"{100 * depthwise / total:.0f}%"]  # fmt: skip
 
 
 table(
-    ["block", "kernels", "stride", "expand", "channels", "1×1 groups", "squeeze", "activation",
-     "output", "parameters", "multiply-adds"],
+    ["block", "kernels", "expand", "channels", "1×1 groups", "squeeze", "output", "parameters",
+     "multiply-adds", "depthwise"],
     [block_row(index) for index in range(len(model.blocks))],
 )  # fmt: skip
 
 
 # %% [markdown]
-# (Parameters of convolutions; batch normalisation adds two for each channel.)
+# (Parameters of convolutions; batch normalisation adds two for each channel. The last column is the depthwise kernels' share of the multiply-adds.) The same along the depth, kernel size by kernel size:
+
+# %% tags=["drawing"]
+def costs_by_part(network: nn.Module) -> list[dict[int, list[int]]]:
+    """Multiply-adds and weights of each block: of each kernel size, and, as 1, of all else."""
+    blocks: list[dict[int, list[int]]] = [{1: [0, 0]} for _ in network.blocks]
+    for cost in count_costs(network, torch.zeros(1, 3, 224, 224)):
+        if cost.name.startswith("blocks."):
+            kernel_size = network.get_submodule(cost.name).kernel_size[0]
+            part = blocks[int(cost.name.split(".")[1])].setdefault(kernel_size, [0, 0])
+            part[0], part[1] = part[0] + cost.multiply_adds, part[1] + cost.parameters
+    return blocks
+
+
+# %% tags=["drawing"]
+from matplotlib.patches import Patch
+
+figure, axes = plt.subplots(2, 2, figsize=(8.4, 4.4), sharex="col", sharey="row")
+for column, name in enumerate("SM"):
+    network = networks[name].eval()
+    for index, parts in enumerate(costs_by_part(network)):
+        bottom = [0.0, 0.0]
+        for k, part in sorted(parts.items()):
+            color = "#bbbbbb" if k == 1 else kernel_color(k)
+            for axis, row in zip(axes[:, column], (0, 1), strict=True):
+                axis.bar(index, part[row] / 1e6, 0.85, bottom[row], color=color)
+                bottom[row] += part[row] / 1e6
+    axes[0, column].set_title(f"MixNet-{name}", loc="left")
+    axes[1, column].set(xlabel="block", xticks=range(0, len(network.blocks), 3))
+    for axis in axes[:, column]:
+        for index in [i for i, block in enumerate(network.blocks) if block.stride == 2]:
+            axis.axvline(index - 0.5, color="#bbbbbb", linewidth=1, zorder=0)
+axes[0, 0].set_ylabel("multiply-adds, M")
+axes[1, 0].set_ylabel("weights, M")
+patches = [Patch(color=kernel_color(k), label=f"{k}×{k}") for k in (3, 5, 7, 9, 11)]
+patches = [Patch(color="#bbbbbb", label="1×1 and gates"), *patches]
+figure.legend(handles=patches, ncols=6, loc="outside upper center")
+show(
+    figure,
+    "cost_along_depth.png",
+    "Bars of the multiply-adds and the weights of each block of MixNet-S and M, from first to "
+    "last, split into 1×1 layers with gates in grey and depthwise kernels in their colours. "
+    "Multiply-adds are spread over the depth. Weights pile up in the last three or four "
+    "blocks, nearly all of them grey.",
+    caption="Multiply-adds are spread along the depth, weights pile up at its end, and most of "
+    "both is 1×1.",
+)
+
+
+# %% [markdown]
+# This is why a search can afford large kernels late. The first block has nothing but 3×3 and expands nothing, and its kernels take 36% of its multiply-adds. Block 13 has kernels up to 11×11, at 7×7 pixels, and they take 8%.
 #
 # > 📄 **Paper.** Figure 8 draws S and M as rows of blocks with their kernel sizes.
 #
@@ -657,7 +712,7 @@ table(["network", *counts["S"], "sum"],
 #
 # > 📄 **Paper.** Table 2 prints these parameters, and "FLOPS" that are higher. Section 4.4 has MixNet-M with ten classes.
 #
-# Chapter 5 found out what the paper's FLOPS count besides. The same rule here, with the weight decay counted not at all, once, and twice:
+# Chapter 5 found out what the paper's FLOPS count besides. The same rule here, with the weight decay (three operations, halved, for each weight that is not depthwise) counted not at all, once, and twice:
 
 # %%
 from mixconv.counting import paper_flops
@@ -672,8 +727,8 @@ for name, (size, flops, accuracy) in (printed | {"M, 10 classes": [3.49, 352, "�
     rows.append([name, f"{weights / 1e6:.2f}", size,
                  f"{sum(by_type(network).values()) / 1e6:.1f}", *rule, flops, accuracy,
                  ])  # fmt: skip
-table(["MixNet", "weights, M", "paper", "multiply-adds, M", "rule, no decay", "once", "twice",
-       "paper", "top-1, %"], rows)  # fmt: skip
+table(["MixNet", "weights, M", "paper's weights", "multiply-adds, M", "rule, no decay", "once",
+       "twice", "paper's FLOPS", "paper's top-1, %"], rows)  # fmt: skip
 
 # %% [markdown]
 # > ✏️ **Ours.** S, M and M with ten classes agree with the decay counted twice, L with none. That the paper counts something for each weight is sure: the two Ms differ in their classifiers alone, by 1.5 million weights and as many multiply-adds, and the paper's figures differ by 8 million. In S and M each weight that is not depthwise costs six operations more than in L. Which ones is not known; they match a decay counted twice. No single setting fits S, M and L.
@@ -751,7 +806,7 @@ attempt(mobilenet_v2_blocks_solution, test_v2_blocks, wrong=[always_six, halved_
 #
 # So what came in on channels 0–19 sees only 3×3 kernels and leaves on channels 0–19, and the next block starts where this one ended. Only the gate looks across: it computes its factors from the means of all channels. Gate aside, three blocks in a row are a 3×3 network beside a 5×5 network.
 #
-# Is that so? Chapter 1's wires tell: the Jacobian from each input channel to each output channel. First one block, then three, then three with their gates. The images are constant in each channel, the numbers float64.
+# Is that so? Chapter 1's wires tell: the Jacobian from each input channel to each output channel. First one block, then three, then three with their gates. Only channels count here, so the images are constant in each: one number a channel goes in, one mean comes out, in float64.
 
 # %%
 import copy
@@ -785,35 +840,58 @@ table(
       int(w[:20, 20:].sum())] for name, w in wired.items()],
 )  # fmt: skip
 
+
 # %% [markdown]
 # All 20 · 20 wires inside a half, and not one between the halves: exact zeros, in float64. With the gates, every channel reaches every channel.
+
+# %% tags=["drawing"]
+def draw_lanes(lanes: plt.Axes) -> None:
+    """Blocks 4 to 6 as two lanes with gates between them."""
+    for column in range(3):
+        for row, k in ((1, 3), (0, 5)):
+            box = plt.Rectangle((column + 0.2, row + 0.2), 0.6, 0.6, color=kernel_color(k))
+            lanes.add_patch(box)
+            lanes.text(column + 0.5, row + 0.5, f"{k}×{k}", ha="center", va="center", weight="bold")
+            lanes.annotate("", (column + 0.18, row + 0.5), (column - 0.18, row + 0.5),
+                           arrowprops={"arrowstyle": "->"})  # fmt: skip
+        lanes.plot([column + 0.5] * 2, [0.82, 1.18], color="#555555", linestyle=":")
+        lanes.text(column + 0.55, 1, "gate", va="center", fontsize=9, color="#555555")
+        lanes.text(column + 0.5, 2, f"block {4 + column}", ha="center")
+    for row, channels in ((1, "channels\n0–19"), (0, "channels\n20–39")):
+        lanes.text(-0.25, row + 0.5, channels, ha="right", va="center", fontsize=9)
+    lanes.set(xlim=(-1.1, 3), ylim=(0, 2.2))
+    lanes.axis("off")
+
 
 # %% tags=["drawing"]
 import numpy as np
 from matplotlib.colors import to_rgb
 
-figure, axes = plt.subplots(1, 3, figsize=(8.4, 3.2))
-for axis, (name, w) in zip(axes, wired.items(), strict=True):
-    picture = np.ones((40, 40, 3))
+figure, axes = plt.subplots(1, 3, figsize=(8.4, 3), width_ratios=[1.35, 1, 1])
+draw_lanes(axes[0])
+for axis, name in zip(axes[1:], ("three blocks", "three blocks, with gates"), strict=True):
+    w, picture = wired[name], np.ones((40, 40, 3))
     colours = {(0, 0): kernel_color(3), (1, 1): kernel_color(5)}
     for half in ((0, 0), (0, 1), (1, 0), (1, 1)):
         rows, columns = (slice(20 * h, 20 * h + 20) for h in half)
         picture[rows, columns][w[rows, columns].numpy()] = to_rgb(colours.get(half, "#bbbbbb"))
+        said = "gate" if half not in colours else ("3×3", "5×5")[half[0]]
+        if w[rows, columns].any():
+            axis.text(
+                20 * half[1] + 10, 20 * half[0] + 10, said, ha="center", va="center", weight="bold"
+            )
     axis.imshow(picture, extent=(0, 40, 40, 0))
-    axis.text(10, 10, "3×3", ha="center", va="center", weight="bold", fontsize=12)
-    axis.text(30, 30, "5×5", ha="center", va="center", weight="bold", fontsize=12)
-    if w[20:, :20].any():
-        axis.text(10, 30, "gate", ha="center", va="center")
-        axis.text(30, 10, "gate", ha="center", va="center")
     axis.set(xticks=[0, 20, 40], yticks=[0, 20, 40], xlabel="input channel")
-    axis.set_title(name, fontsize=10)
-axes[0].set_ylabel("output channel")
+    axis.set_title(name.replace(", with", ",\nwith"), fontsize=10)
+axes[1].set_ylabel("output channel")
 show(
     figure,
     "halves_that_never_meet.png",
-    "Three 40×40 grids of wires from input channels to output channels. For one block and for "
-    "three blocks without gates, only two squares on the diagonal are filled: channels 0 to 19, "
-    "marked 3×3, and channels 20 to 39, marked 5×5. With gates, the other two squares fill, too.",
+    "Left: blocks 4 to 6 as two lanes, 3×3 kernels for channels 0 to 19, 5×5 for channels 20 to "
+    "39, joined by nothing but gates. Middle and right: grids of wires from input channels to "
+    "output channels. Without gates, only two squares on the diagonal are filled, 3×3 and 5×5. "
+    "With gates, the other two fill, too.",
+    caption="Without gates nothing crosses from the 3×3 half to the 5×5 half.",
 )
 
 
@@ -966,7 +1044,9 @@ from mixconv.teaching import photograph
 # %% [markdown]
 # ## Exercises
 #
-# **7.4** ★★★ *30 minutes, six lines.* Design under a budget. All depthwise layers of a network have 3×3 kernels; `layers` lists their channels and the side of their output. You may spend `budget` multiply-adds on 9×9 kernels, channel by channel. How many channels of each layer get one, so that they are as many as possible in all? Of layers with equal images fill the last one first. (The paper's MixNet-S has 256M "FLOPS": with a plain 3×3 network below that, what is left buys a lot, if spent in the right place.)
+# Three stand above, each where what it needs has been told. One more:
+#
+# **7.4** ★★★ *30 minutes, six lines.* Design under a budget. All depthwise layers of a network have 3×3 kernels; `layers` lists their channels and the side of their output. You may spend `budget` multiply-adds on 9×9 kernels, channel by channel. How many channels of each layer get one, so that they are as many as possible in all? Of layers with equal images fill the last one first.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -1033,9 +1113,10 @@ attempt(large_channels_solution, test_large_channels, wrong=[front_to_back, whol
 # %% [markdown]
 # ## Takeaways
 # - A MixNet is a list of strings, a stem and a head. The defaults build the official network.
-# - The search takes 3×3 early and mixes late, mostly widest where the image halves.
+# - The search takes 3×3 early and mixes late. In S, three of the four blocks that halve the image have a wider mix than their neighbours; in M, two of four.
+# - Multiply-adds are spread along the depth and weights pile up at its end. At 7×7 pixels even kernels up to 11×11 are a small part of either.
 # - The paper's figure leaves things out. The code is what the published numbers came from.
-# - Where expansion and projection have two groups and the mix has two or four sizes, small and large kernels are networks side by side that only gates connect.
+# - Where expansion and projection have two groups and the mix has two or four sizes, small and large kernels are networks side by side. Gates connect them, where there are gates, and nothing else does.
 #
 # **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), section 4; [`mixnet_builder.py`](https://github.com/tensorflow/tpu/blob/master/models/official/mnasnet/mixnet/mixnet_builder.py). The searches it follows: [MnasNet](https://arxiv.org/abs/1807.11626), [FBNet](https://arxiv.org/abs/1812.03443), [ProxylessNAS](https://arxiv.org/abs/1812.00332).
 #

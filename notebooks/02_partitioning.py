@@ -65,7 +65,7 @@ splits = {"equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
 
-from mixconv.teaching import kernel_color, show, use_style
+from mixconv.teaching import kernel_color, live, show, use_style
 
 use_style()
 figure, axis = plt.subplots(figsize=(7.2, 2.3))
@@ -88,10 +88,13 @@ show(
     "partition_bars.png",
     "Three bars of 32 channels split over kernels 3×3, 5×5, 7×7 and 9×9. Equal: 8 each. "
     "Exponential: 16, 8, 4, 4. Logarithmic: 6, 7, 9, 10.",
+    live=live("Mix", kernel_sizes=sizes, channels=32),
 )
 
 
 # %% [markdown]
+# In JupyterLab, run that cell and the bars answer back: choose the kernels, pull the channels, and read what each split costs.
+#
 # > 📄 **Paper.** Section 3.2 has *equal* and *exponential* (group $i$ gets about $2^{-i}$ of the channels). It finds neither better everywhere.
 #
 # > ⚙️ **Official code.** Splits equally, and gives the remainder to group 0. MixNets use nothing else.

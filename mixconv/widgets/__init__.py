@@ -12,7 +12,7 @@ import traitlets
 
 from mixconv._checks import as_tuple
 
-__all__ = ["Convolution"]
+__all__ = ["Convolution", "Mix"]
 
 _HERE = Path(__file__).parent
 _SHARED = 'from "./parts.mjs";'
@@ -54,6 +54,19 @@ class SomeOf(OneOf):
             )
         check = super().validate
         return tuple(check(obj, one) for one in values)
+
+
+class AnyOf(OneOf):
+    """A trait that holds some of the allowed values, at least one, in their order."""
+
+    def validate(self, obj: Any, value: Any) -> Any:
+        """Raise TypeError or ValueError, naming trait, value and choices, for any other."""
+        check = super().validate
+        values = [check(obj, one) for one in as_tuple(self.name or "values", value)]
+        if not values or values != [one for one in self.choices if one in values]:
+            order = "at least one, each once and in this order"
+            raise ValueError(f"{self.name} must be of {self.choices}, {order}, got {value!r}")
+        return tuple(values)
 
 
 class _Live(anywidget.AnyWidget):
@@ -106,3 +119,20 @@ class Convolution(_Live):
     channel = OneOf(0, 1)
     row = OneOf(*range(8))
     column = OneOf(*range(8))
+
+
+class Mix(_Live):
+    """A mix of kernel sizes, split three ways: channels, weights, multiply-adds (chapter 2).
+
+    Attributes:
+        kernel_sizes: one for each group.
+        channels: to split.
+        side: rows and columns of the output, for the multiply-adds.
+        layers: of this mix, one after the other, for what an output sees.
+    """
+
+    _esm = _module("mix")
+    kernel_sizes = AnyOf(3, 5, 7, 9, 11, 13, first=(3, 5, 7, 9))
+    channels = OneOf(*range(1, 385), first=32)
+    side = OneOf(7, 14, 28, 56, 112, first=14)
+    layers = OneOf(1, 2, 3, 4, 5)

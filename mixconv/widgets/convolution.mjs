@@ -1,6 +1,6 @@
 // One output of a convolution: which pixels it reads, which weights, what sum. The functions above
 // `render` are plain arithmetic; tests/widgets compares them with the package.
-import { choice, element, kernelColor, put, STYLE } from "./parts.mjs";
+import { choice, element, figure, kernelColor, put, STYLE } from "./parts.mjs";
 
 const CHANNELS = [0, 1];
 
@@ -131,15 +131,13 @@ function render({ model, el }) {
   const status = element("p", { role: "status", "aria-live": "polite" });
   const costs = element("p");
   const go = (step) => () => put(model, neighbour(settings(), place(), step));
-  el.append(
-    element("style", {}, GRID_STYLE),
-    element("div", { class: "mixconv", role: "group", "aria-label": "A convolution, one output at a time" },
-      element("div", { class: "row" }, ...controls.map((c) => c.node)),
-      inputs, outputs,
-      element("div", { class: "row" },
-        element("button", { type: "button", onclick: go(-1) }, "← previous output"),
-        element("button", { type: "button", onclick: go(1) }, "next output →")),
-      status, costs));
+  el.append(figure("A convolution, one output at a time", GRID_STYLE,
+    element("div", { class: "row" }, ...controls.map((c) => c.node)),
+    inputs, outputs,
+    element("div", { class: "row" },
+      element("button", { type: "button", onclick: go(-1) }, "← previous output"),
+      element("button", { type: "button", onclick: go(1) }, "next output →")),
+    status, costs));
 
   function grid(caption, rows, label) {
     const table = element("table", { role: "img", "aria-label": label },
@@ -183,7 +181,6 @@ function render({ model, el }) {
     const step = { ArrowUp: [-1, 0], ArrowDown: [1, 0], ArrowLeft: [0, -1], ArrowRight: [0, 1] }[event.key];
     if (!step) return;
     event.preventDefault();
-    event.stopPropagation();
     const [channel, ...at] = event.target.dataset.at.split(",").map(Number);
     const last = outputSize(settings(), wires(settings(), channel).k) - 1;
     const [row, column] = at.map((i, axis) => Math.min(last, Math.max(0, i + step[axis])));

@@ -9,6 +9,11 @@ export function kernelColor(size) {
   return KERNEL_COLORS[size] ?? "#777777";
 }
 
+/** Ink on that colour: white where black would be hard to read. */
+export function kernelInk(size) {
+  return size === 3 ? "white" : "black";
+}
+
 /** An element with attributes (`onclick` and the like are listeners) and children. */
 export function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -18,6 +23,15 @@ export function element(tag, attributes = {}, ...children) {
   }
   made.append(...children);
   return made;
+}
+
+/** A whole figure. Plain keys stay in it: Lab would move its cursor, or delete a cell. */
+export function figure(label, style, ...children) {
+  const keep = (event) => {
+    if (!event.ctrlKey && !event.metaKey && !event.shiftKey) event.stopPropagation();
+  };
+  return element("div", { class: "mixconv", role: "group", "aria-label": label, onkeydown: keep },
+    element("style", {}, style), ...children);
 }
 
 /** A labelled `select` that shows `get()` and calls `set(value)`; `refresh` looks again. */

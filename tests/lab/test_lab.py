@@ -185,9 +185,32 @@ def test_the_convolution_answers_back(page, lab):
     figure.get_by_label("stride").select_option("2")
     assert figure.get_by_role("gridcell").count() == 2 * 3 * 3
     assert figure.screenshot() != before
-    figure.get_by_label("layer").select_option("convolution")
+    figure.get_by_label("layer").press("ArrowUp")  # Lab would move its own cursor
+    figure.get_by_label("layer").press("ArrowUp")
     assert figure.get_by_label("kernel, channel 1").is_disabled()
     figure.get_by_role("button", name="next output").click()
     told.to_have_text(re.compile("^Output channel 0, row 0, column 1: "))
+    assert errors == []
+    run(page, "kernelmenu:shutdown")
+
+
+def test_the_mix_answers_back(page, lab):
+    name = "A mix of kernels, split three ways"
+    figure, told, errors = moving(page, lab, "02_partitioning", name)
+    told.to_have_text(re.compile(r"^Weights: equal 1,312, .* sees 9×9 pixels at most\.$"))
+    before = figure.screenshot()
+    figure.get_by_label("13", exact=True).check()
+    figure.get_by_label("layers").select_option("2")
+    told.to_have_text(re.compile(r", 13×13 only 5,408\. 2 layers see 25×25 pixels at most\.$"))
+    assert figure.screenshot() != before
+    figure.get_by_label("channels").fill("7")
+    told.to_have_text(re.compile("exponential leaves a group empty"))
+    figure.get_by_label("channels").press("ArrowRight")
+    sliced = figure.get_by_role("row", name="equal").get_by_role("img")
+    sync_api.expect(sliced).to_have_attribute("aria-label", re.compile("^4 of 3 by 3, 1 of 5 by 5"))
+    for k in (3, 5, 7, 9):
+        figure.get_by_label(str(k), exact=True).uncheck()
+    figure.get_by_label("13", exact=True).click()
+    assert figure.get_by_label("13", exact=True).is_checked()  # the last one stays
     assert errors == []
     run(page, "kernelmenu:shutdown")

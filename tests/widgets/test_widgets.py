@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from mixconv import MixConv2d
-from mixconv.formulation import mixconv_multiply_adds, mixconv_parameters
+from mixconv._readable import CONTRAST, _contrast
+from mixconv.formulation import mixconv_multiply_adds, mixconv_parameters, receptive_field
 from mixconv.layer import make_conv2d, same_padding
+from mixconv.partition import partition_channels
 from mixconv.teaching import KERNEL_COLORS, live
-from mixconv.widgets import Convolution
+from mixconv.widgets import Convolution, Mix
 
 HERE = Path(__file__).parent
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not on the path")
@@ -122,6 +124,57 @@ def test_the_convolution_pads_and_counts_as_the_package_does():
     assert cost["multiplyAdds"] == mixconv_multiply_adds((1, 1), (3, 5), 5, 5)
 
 
+def split(channels, sizes, method):
+    try:
+        return list(partition_channels(channels, sizes, method))
+    except ValueError:
+        return None
+
+
+@needs_node
+def test_the_mix_is_split_as_the_package_splits_it():
+    sizes = [s for n in range(1, 7) for s in itertools.combinations(KERNEL_COLORS, n)]
+    methods = ("equal", "exponential", "logarithmic")
+    cases = list(itertools.product((*range(1, 20), 32, 37, 120, 240, 384), sizes, methods))
+    found = answers([["mix", "partition", list(case)] for case in cases])
+    assert found == [split(*case) for case in cases]
+    assert found.count(None) > 100
+    splits = [(p, case[1]) for p, case in zip(found, cases, strict=True) if p]
+    costs = answers([["mix", "cost", [*one, 14]] for one in splits])
+    assert [cost["weights"] for cost in costs] == [mixconv_parameters(*one) for one in splits]
+    assert [c["multiplyAdds"] for c in costs] == [
+        mixconv_multiply_adds(*one, 14, 14) for one in splits
+    ]
+    stacks = [(k, n) for k in sizes for n in (1, 2, 5)]
+    fields = answers([["mix", "field", list(stack)] for stack in stacks])
+    assert fields == [receptive_field([max(k)] * n) for k, n in stacks]
+
+
+@needs_node
+def test_ink_can_be_read_on_every_colour():
+    inks = answers([["parts", "kernelInk", [k]] for k in KERNEL_COLORS])
+    for color, ink in zip(KERNEL_COLORS.values(), inks, strict=True):
+        on_white = _contrast(color)
+        assert (on_white if ink == "white" else 21 / on_white) >= CONTRAST, color
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"kernel_sizes": ()}, ValueError, "^kernel_sizes must be of .*, at least one, "),
+        ({"kernel_sizes": (5, 3)}, ValueError, r"in this order, got \(5, 3\)$"),
+        ({"kernel_sizes": (3, 3)}, ValueError, "each once"),
+        ({"kernel_sizes": (3, 4)}, ValueError, "got 4$"),
+        ({"kernel_sizes": "357"}, TypeError, "kernel_sizes must be a sequence"),
+        ({"channels": 0}, ValueError, "channels must be one of "),
+        ({"channels": 32.0}, TypeError, "channels must be one of "),
+    ],
+)
+def test_a_wrong_mix_is_refused_by_name(settings, error, message):
+    with pytest.raises(error, match=message):
+        Mix(**settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -165,7 +218,7 @@ def test_settings_are_told_to_the_browser_and_come_back():
 
 
 def test_the_browser_gets_one_module_that_imports_nothing():
-    for module in (Convolution()._esm,):
+    for module in (Convolution()._esm, Mix()._esm):
         assert "import" not in module
         assert "http" not in module
         assert module.count("export default") == 1

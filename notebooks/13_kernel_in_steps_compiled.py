@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 13 · A kernel, compiled
 #
-# The kernel is text in a package. How does it become a function that Python calls, on a machine that nobody has seen, without ever running what it should not? The picture shows the way from a request to a library, or to the reason why there is none.
+# The kernel is text in a package. How does it become a function that Python calls, on a machine that nobody has seen, without running a file that another user has put there? The picture shows the way from a request to a library, or to the reason why there is none.
 #
 # **You will be able to**
 # - call C++ from Python with a compiler, `ctypes` and nothing else;
@@ -20,10 +20,10 @@ QUESTIONS = [
     "a compiler, and\nspace to work?",
     "compiled within\nfive minutes?",
 ]
-ENDS = {3.15: "open it", 5.45: "None, and\nthe reason", 7.75: "store it, open it"}
+ENDS = {3.15: "open it", 5.45: "None, and\nthe reason", 7.75: "store it if you\ncan, and open it"}
 ARROWS = [  # from, to, the word and its place
     ((1.7, 1.85), (2.3, 1.85), "yes", (1.85, 1.95)),
-    ((4, 1.85), (4.6, 1.85), "no", (4.17, 1.95)),
+    ((4, 1.85), (4.6, 1.85), "no, so\ndelete", (4.03, 1.95)),
     ((6.3, 1.85), (6.9, 1.85), "yes", (6.45, 1.95)),
     ((0.85, 2.5), (5.45, 2.5), "no", (3.05, 3.22)),
     ((3.15, 1.2), (3.15, 0.3), "yes", (3.2, 0.75)),
@@ -59,10 +59,12 @@ show(
     "The way from a request to a library. One that is in the cache, belongs to this user and is "
     "whole is opened. Otherwise it is compiled, stored and opened, if there is a compiler, space "
     "and an end within five minutes. If not, the answer is None and the reason.",
+    caption="Every way ends in a library that is whole and this user's own, or in None with a "
+    "reason; none ends in an error.",
 )
 
 # %% [markdown]
-# ## Ten lines, and why they are not enough
+# ## Twenty lines, and why they are not enough
 #
 # The C++ files lie in the package as text, beside the Python files. At first use the system's compiler makes a library of them, and `ctypes` opens it. Without any care:
 
@@ -85,15 +87,17 @@ def compile_and_open(source: str) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
 
 
-found = shutil.which("c++") and compile_and_open(ANSWER).answer()
-assert found in (None, 42)
+found = compile_and_open(ANSWER).answer() if shutil.which("c++") else "no compiler here"
+assert found in (42, "no compiler here")
+found
 
 # %% [markdown]
-# That works here. But the wait for the compiler should come once, not in every process, so the library has to be kept, and a program that runs files from a folder must be careful with them. There may be no compiler, no space, no home; or a file that somebody else has put there.
+# C++ has answered. But the wait for the compiler should come once, not in every process, so the library has to be kept, and a program that runs files from a folder must be careful with them. There may be no compiler, no space, no home; or a file that somebody else has put there.
 #
-# The rule: whatever goes wrong, `load_library` answers `None`, one line of the log says why, and a form of the operation without a compiler does the work. The cells below are folded. They are manners, and no loops are in them; read the paragraphs between them first.
+# The rule: whatever goes wrong, `load_library` answers `None`, one line of the log says why, and a form of the operation without a compiler does the work. Most cells below are folded, and each fold says what is in it. They are manners, and no loops are in them; read the paragraphs between them first.
 
 # %% tags=["plumbing"]
+# fold: What all of it needs: flags, limits
 #| export fast/native.py
 """The package's C++ as libraries, compiled at first use (ours; chapter 13).
 
@@ -139,6 +143,7 @@ _STALE = 3600.0  # seconds after which such a folder was left by a process that 
 # **The name says what is inside.** A library's file name has two parts. The first is a digest of all that it was made from: source, flags, `$CXX`, and the processor, since `-march=native` makes code for this one alone. A changed source has a new name; machines that share a home do not share a library. The compiler's version is not part of it, so that a library made in a build image is found in a slim image without a compiler. (A newer compiler is therefore not noticed. Delete the folder to make the libraries anew.)
 
 # %% tags=["plumbing"]
+# fold: A digest of all that a library is made from
 #| export fast/native.py
 def _join(names: Sequence[str]) -> str:
     """C++ files of the package, one after another, as one translation unit."""
@@ -169,6 +174,7 @@ def _key(source: str) -> str:
 # The second part is a digest of the library itself. A disk that was full, a copy that was cut, a block of zeros: opening such a file would end the process, this one and every later one. Its content no longer fits its name, so it is thrown away and made anew.
 
 # %% tags=["plumbing"]
+# fold: A name from the content, and how a stored library is found
 #| export fast/native.py
 def _full_name(key: str, content: bytes) -> str:
     return f"{key}-{hashlib.sha256(content).hexdigest()[:16]}.so"
@@ -189,7 +195,7 @@ def _find_stored(folder: Path, key: str) -> Path | None:
 # %% [markdown]
 # **Nobody else's code.** A library that another user could have put there must not run. So the folder and the file must belong to this user, and nobody else may be allowed to write to them. A relative `XDG_CACHE_HOME` is ignored, as its standard demands: it would mean another folder in every working directory. Without a home there is no cache.
 
-# %% tags=["plumbing"]
+# %%
 #| export fast/native.py
 def _check_owner(path: Path) -> None:
     """Raise PermissionError if another user could have put this file or folder there."""
@@ -203,6 +209,7 @@ def _check_owner(path: Path) -> None:
 
 
 # %% tags=["plumbing"]
+# fold: Where the cache is
 #| export fast/native.py
 def _cache_folder() -> Path:
     """`mixconv` in the user's cache folder, made if it is not there; it need not be writable."""
@@ -221,6 +228,7 @@ def _cache_folder() -> Path:
 # **No litter.** Compiling happens in a new temporary folder that only this user can enter, and that goes away at the end. If the process is killed before, the next build sweeps.
 
 # %% tags=["plumbing"]
+# fold: A folder that goes away by itself
 #| export fast/native.py
 def _sweep(parent: Path) -> None:
     """Remove what builds that were killed have left; never another user's."""
@@ -246,6 +254,7 @@ def _new_folder(parent: Path) -> Iterator[Path]:
 # **No endless wait.** The compiler runs as a process group of its own, with a limit on its time. When that is over, the whole group ends, and with it the programs that the compiler had called.
 
 # %% tags=["plumbing"]
+# fold: The line that says what is wrong
 #| export fast/native.py
 def _complaint(messages: Path, compiler: str, status: int) -> str:
     """The line of a compiler's messages that says what is wrong."""
@@ -255,6 +264,7 @@ def _complaint(messages: Path, compiler: str, status: int) -> str:
 
 
 # %% tags=["plumbing"]
+# fold: A compiler with a limit on its time
 #| export fast/native.py
 def _run(command: Sequence[str], folder: Path, seconds: float) -> str:
     """Run a compiler; returns the line that says why it failed, or nothing."""
@@ -276,6 +286,7 @@ def _run(command: Sequence[str], folder: Path, seconds: float) -> str:
 
 
 # %% tags=["plumbing"]
+# fold: Which compilers are tried
 #| export fast/native.py
 def _compilers() -> list[list[str]]:
     """Compiler commands to try: `$CXX` alone where it is set, else the usual names."""
@@ -294,6 +305,7 @@ def _compilers() -> list[list[str]]:
 
 
 # %% tags=["plumbing"]
+# fold: The first compiler and flags that can
 #| export fast/native.py
 def _compile(compilers: Sequence[Sequence[str]], source: str, folder: Path) -> Path:
     """Make a library in a folder, by the first compiler and flags that can."""
@@ -315,7 +327,7 @@ def _compile(compilers: Sequence[Sequence[str]], source: str, folder: Path) -> P
 # %% [markdown]
 # **In one step.** A finished library is copied beside its place and then renamed. Another process sees all of it or nothing. Two processes that compile at the same time both end with a good one. And where the cache cannot take it (a full disk, a home that is read-only), the library is opened where it was made.
 
-# %% tags=["plumbing"]
+# %%
 #| export fast/native.py
 def _store(library: Path, folder: Path, key: str) -> Path:
     """Put a library into the cache, in one step."""
@@ -326,6 +338,9 @@ def _store(library: Path, folder: Path, key: str) -> Path:
         return copy.replace(target)
 
 
+# %% tags=["plumbing"]
+# fold: Opened, and complete
+#| export fast/native.py
 def _open(path: Path, source: str) -> ctypes.CDLL:
     """Open a library that must hold every function that its source says it does."""
     library = ctypes.CDLL(str(path))
@@ -336,6 +351,7 @@ def _open(path: Path, source: str) -> ctypes.CDLL:
 
 
 # %% tags=["plumbing"]
+# fold: Compile, store, open
 #| export fast/native.py
 def _build(names: Sequence[str], source: str, cache: Path | None, note: str) -> ctypes.CDLL:
     """Compile a library, store it if that can be done, and open it."""
@@ -350,6 +366,7 @@ def _build(names: Sequence[str], source: str, cache: Path | None, note: str) -> 
 
 
 # %% tags=["plumbing"]
+# fold: Find it, or build it, or say why not
 #| export fast/native.py
 def _find_or_build(names: Sequence[str]) -> ctypes.CDLL:
     """The library of these C++ files; OSError with the reason where there is none."""
@@ -366,15 +383,16 @@ def _find_or_build(names: Sequence[str]) -> ctypes.CDLL:
     try:
         return _build(names, source, cache, note)
     except OSError as error:
-        raise trouble or error from None
+        raise OSError("; ".join(str(e) for e in (trouble, error) if e)) from None
 
 
 # %% [markdown]
-# **Threads and forks.** The kernel of the next chapter runs on several threads by OpenMP, which keeps its threads from one call to the next. A process that forks copies only the thread that forked. GNU's OpenMP does not notice: in the child, the next parallel loop waits without end for threads that are not there. It does not matter who started them. Where our library and PyTorch use the same copy of OpenMP (`ldd` tells; some builds of PyTorch bring one of their own), it is enough that PyTorch had used two threads before the fork.
+# **Threads and forks.** The kernel of the next chapter runs on several threads by *OpenMP*: the part of a C++ compiler that runs the turns of a loop on several threads (how it looks in the code, is in that chapter). GCC and Clang each have their own. OpenMP keeps its threads from one call to the next. A process that forks copies only the thread that forked. GNU's OpenMP does not notice: in the child, the next parallel loop waits without end for threads that are not there. It does not matter who started them. Where our library and PyTorch use the same copy of OpenMP (`ldd` tells; some builds of PyTorch bring one of their own), the child hangs even if only PyTorch had used two threads before the fork.
 #
 # OpenMP has a call that ends its idle threads, `omp_pause_resource_all`. Called just before a fork, it leaves nothing to wait for. Parent and child both start new threads when they need them. One thread only is used where this could not be done: in a child that imports this package after the fork, or with an OpenMP too old to know the call. (Clang's OpenMP looks after forks by itself.)
 
 # %% tags=["plumbing"]
+# fold: Was this process forked? And how idle threads are ended
 #| export fast/native.py
 def _forked_before_import() -> bool:
     """Whether this process is a fork that has started no program of its own since; on Linux."""
@@ -396,6 +414,7 @@ def _end_idle_threads(libraries: Sequence[ctypes.CDLL]) -> bool:
 
 
 # %% tags=["plumbing"]
+# fold: What is open, and what happens at a fork
 #| export fast/native.py
 class _Libraries:
     """What this process has opened, and whether its OpenMP threads are its own."""
@@ -419,6 +438,7 @@ class _Libraries:
 
 
 # %% tags=["plumbing"]
+# fold: Each library is opened once
 #| export fast/native.py
 class _Libraries(_Libraries):
     def get(self, names: tuple[str, ...]) -> tuple[ctypes.CDLL | None, str]:
@@ -441,6 +461,7 @@ class _Libraries(_Libraries):
 _libraries = _Libraries()
 
 # %% tags=["plumbing"]
+# fold: Asked for at every fork
 #| export fast/native.py
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -495,16 +516,30 @@ with mock.patch.dict(os.environ, CXX='"'):
     log.setLevel(logging.ERROR)  # the line of the log would stand here
     print(load_library("simd.cpp"), "since", why_no_library("simd.cpp"))
 
+
 # %% [markdown]
 # `tests/package/test_native.py` plays the rest: disks that are full or read-only, other users, links, cut files, a compiler that hangs, an interrupt, two processes at once, forks.
 #
 # ## Exercises
 #
+# A file is written in pieces, and between them somebody looks at it:
+
+# %%
+def three_pieces(path: Path, fail: bool) -> Iterator[bytes]:
+    """What is to be written; in between, somebody else looks at the file."""
+    for _ in range(3):
+        yield b"new "
+        assert path.read_text() == "old", "another process saw a part of the new file"
+    if fail:
+        raise OSError("the disk is full")
+
+
+# %% [markdown]
 # **13.4** ★★ *15 minutes, five lines.* Write the pieces of a file to `path` so that whoever opens it sees the old file or all of the new one, even if the pieces end in the middle with an error. Nothing else may stay in the folder.
 #
 # <details><summary>Hint: the idea</summary>
 #
-# A rename is one step, if both names are on the same disk. So write it all to another name first; and what if that fails?
+# Whoever has opened a file goes on reading that file, even if its name is given to another. And a rename is one step, if both names are on the same disk. So write it all to another name first; and what if that fails?
 #
 # </details>
 #
@@ -523,18 +558,14 @@ def write_in_one_step(path: Path, pieces: Iterator[bytes]) -> None:
 
 
 def test_one_step(answer) -> None:
-    def pieces(path: Path, fail: bool) -> Iterator[bytes]:
-        for _ in range(3):
-            yield b"new "
-            assert path.read_text() == "old", "another process saw a part of the new file"
-        if fail:
-            raise OSError("the disk is full")
-
     for fail, expected in ((True, "old"), (False, "new new new ")):
         with tempfile.TemporaryDirectory() as folder:
             (path := Path(folder, "file")).write_text("old")
-            with contextlib.suppress(OSError):
-                answer(path, pieces(path, fail))
+            with path.open() as reader:  # another process, that has opened the old file
+                with contextlib.suppress(OSError):
+                    answer(path, three_pieces(path, fail))
+                read = reader.read()
+            assert read == "old", f"who had opened the old file reads {read!r}"
             found = {entry.name: entry.read_text() for entry in Path(folder).iterdir()}
             when = "an error" if fail else "success"
             assert found == {"file": expected}, f"after {when} the folder holds {found}"
@@ -558,6 +589,11 @@ def in_its_place(path: Path, pieces: Iterator[bytes]) -> None:
         file.writelines(pieces)
 
 
+def gathered_first(path: Path, pieces: Iterator[bytes]) -> None:
+    """gather all pieces, and then write them in one call: into the file itself"""
+    path.write_bytes(b"".join(pieces))
+
+
 def without_a_broom(path: Path, pieces: Iterator[bytes]) -> None:
     """write beside it, and sweep only where all goes well"""
     beside = path.with_suffix(".new")
@@ -566,14 +602,18 @@ def without_a_broom(path: Path, pieces: Iterator[bytes]) -> None:
     beside.replace(path)
 
 
-attempt(write_in_one_step_solution, test_one_step, wrong=[in_its_place, without_a_broom])
+attempt(
+    write_in_one_step_solution,
+    test_one_step,
+    wrong=[in_its_place, gathered_first, without_a_broom],
+)
 
 # %% [markdown]
 # ## Takeaways
 # - A compiler and `ctypes` are enough to call C++ from Python.
 # - A library found on disk is code: nobody else may have written it, and it must be whole.
 # - A name that holds a digest of what a file is made from, and one of what is in it, answers most questions before they come up.
-# - What is optional may fail in any way but one: with an exception.
+# - What is optional must never raise: it answers None, with a reason.
 # - End the threads before a fork; the child cannot.
 #
 # Previous: [13 · A kernel in steps](13_kernel_in_steps.ipynb) · Next: [14 · The whole kernel](14_whole_kernel.ipynb)

@@ -238,7 +238,7 @@ def _find_or_build(names: Sequence[str]) -> ctypes.CDLL:
     try:
         return _build(names, source, cache, note)
     except OSError as error:
-        raise trouble or error from None
+        raise OSError("; ".join(str(e) for e in (trouble, error) if e)) from None
 
 
 def _forked_before_import() -> bool:

@@ -248,7 +248,8 @@ def test_a_cache_from_which_nothing_can_be_opened(process: Process) -> None:
         assert process.load().answer() == 42
     process.without_compiler()
     assert process.load() is None
-    assert "not permitted" in process.why()  # not the compiler: what has gone wrong first
+    assert "not permitted" in process.why()  # what has gone wrong first,
+    assert "no C++ compiler" in process.why()  # and what then
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EACCES])

@@ -217,8 +217,8 @@ def choose_trained(options: argparse.Namespace) -> tuple[str, ConvNet]:
         ImportError: saying what to install, where there are no weights at all.
     """
     if options.weights:
-        model = _MIXNETS[options.model](options.weights)
-        return f"{options.model} with {options.weights}", model.eval()
+        name = options.model or "mixnet_s"
+        return f"{name} with {options.weights}", _MIXNETS[name](options.weights).eval()
     told = "no --weights for a MixNet are given: EfficientNet-Lite0 answers (chapter 9)"
     return told, efficientnet_lite0(find_weights()).eval()
 
@@ -227,9 +227,11 @@ def predict(arguments: Sequence[str]) -> None:
     """`mixconv predict PHOTO`: print the five highest classes by name."""
     parser = argparse.ArgumentParser(prog="mixconv predict", description=predict.__doc__)
     parser.add_argument("photo", metavar="PHOTO", help="a picture")
-    parser.add_argument("--model", choices=[*_MIXNETS], default="mixnet_s", help="with --weights")
+    parser.add_argument("--model", choices=[*_MIXNETS], help="whose weights they are (mixnet_s)")
     parser.add_argument("--weights", metavar="PATH_OR_NAME", help="trained weights of a MixNet")
     options = parser.parse_args(arguments)
+    if options.model and not options.weights:
+        parser.error(f"--model {options.model} needs --weights: it is untrained without")
     told, model = choose_trained(options)
     with torch.no_grad():
         top = model(read_image(options.photo, 224, 224))[0].softmax(0).topk(5)

@@ -183,6 +183,13 @@ def test_predict_with_a_mixnet_of_ones_own(capsys, tmp_path):
     assert all(re.search(r"class [0-6]$", line) for line in five)
 
 
+def test_predict_refuses_a_mixnet_without_weights(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "x.jpg", "--model", "mixnet_m"])
+    assert ended.value.code == 2
+    assert "--model mixnet_m needs --weights" in capsys.readouterr().err
+
+
 def test_predict_says_what_is_missing(capsys, monkeypatch, tmp_path):
     assert main(["predict", str(tmp_path / "gone.jpg")]) == 1
     assert "gone.jpg" in capsys.readouterr().err

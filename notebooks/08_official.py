@@ -17,7 +17,7 @@
 # %% [markdown]
 # The repository holds no trained weights, and the comparison needs none: any weights will do, as long as both sides have the same. So they are made up, from a recipe: variable $i$ is drawn by NumPy from seed $1000 + i$, scaled by what it is for. Anyone can make them again; a digest says that they are the same.
 #
-# > ⚙️ **Official code.** The numbers were computed once, by the unmodified files of `mixnet/` in TensorFlow 2.15.1 on a CPU, in inference mode, for S and M. (Which commit was not noted down. `variables.json` holds the names and shapes of all variables that it created.)
+# > ⚙️ **Official code.** The numbers were computed once, by the unmodified files of `mixnet/` in TensorFlow 2.15.1 on a CPU, in inference mode, for S and M. Which commit was not noted down, and for S and M it does not matter: from the folder's [first version](https://github.com/tensorflow/tpu/commit/d8e5492) of July 2019 to its [last change](https://github.com/tensorflow/tpu/commit/8969fbf) of October 2020 only names, imports, a helper for shapes and what L is have changed.
 
 # %%
 import json

@@ -545,7 +545,72 @@ with torch.no_grad():
 
 # %% [markdown]
 # What does that prove? Less than it seems. A round trip accepts any table that undoes itself: swap two names in `_WIDE`, and the way out and the way in are wrong in the same way. So `tests/peers/test_timm.py` loads `to_timm` into timm's *own* networks and compares scores, gradients and running statistics, for all three sizes and both families, and the other way round; `tests/peers/test_geffnet.py` does it with gen-efficientnet.
+
+# %% [markdown]
+# **8.4** ★★ *10 minutes, three lines.* Fool the round trip. `names` has timm's name for each tensor of ours, `shapes` the shape of each. Return another table of the same names: a wrong one that a round trip accepts, and timm's loading, too, since every shape fits.
 #
+# <details><summary>Hint: the idea</summary>
+#
+# A round trip accepts every table that loses nothing. Loading looks at shapes. Which two tensors can change places?
+#
+# </details>
+#
+# <details><summary>Hint: the first line</summary>
+#
+# `for one, other in itertools.combinations(names, 2):`
+#
+# </details>
+
+# %%
+import itertools
+
+from mixconv.teaching import attempt, expect
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def fooling(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
+    raise NotImplementedError
+
+
+def test_fooling(answer) -> None:
+    shapes = {"one.weight": (8, 4), "norm.weight": (8,), "two.weight": (4, 8), "norm.bias": (8,)}
+    names = {name: f"timm.{name}" for name in shapes}
+    found = answer(names, shapes)
+    assert isinstance(found, dict), f"a table, got {found!r}"
+    assert found.keys() == names.keys(), f"a name for each of {list(names)}"
+    assert found != names, "that is the right table"
+    out = {found[name]: name for name in shapes}  # what lies under each of timm's names
+    assert out.keys() == set(names.values()), f"names lost or invented: {found}"
+    misfits = [name for name in shapes if shapes[out[names[name]]] != shapes[name]]
+    assert not misfits, f"loading sees another shape for {', '.join(misfits)}"
+
+
+attempt(fooling, test_fooling)
+
+
+# %% tags=["solution"]
+def fooling_solution(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
+    for one, other in itertools.combinations(names, 2):
+        if shapes[one] == shapes[other]:
+            return names | {one: names[other], other: names[one]}
+    return names
+
+
+def next_name(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
+    """move every name by one: shapes differ, and loading says so"""
+    moved = [*list(names.values())[1:], next(iter(names.values()))]
+    return dict(zip(names, moved, strict=True))
+
+
+def one_name_twice(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
+    """give two tensors one name: the second overwrites the first, and the round trip sees it"""
+    return names | {"norm.bias": names["norm.weight"]}
+
+
+attempt(fooling_solution, test_fooling, wrong=[next_name, one_name_twice])
+
+# %% [markdown]
 # ## The zoo
 #
 # Now the four functions that most people call. They stand above all the rest: a network from chapter 7, weights from this page.
@@ -717,13 +782,14 @@ with tempfile.TemporaryDirectory() as folder:
         for warning in said:
             print(wrap(str(warning.message), 90, initial_indent="  ", subsequent_indent="  "))
 
+
 # %% [markdown]
 # The second file is where it goes wrong without a warning: these weights belong to a network with 'SAME' padding, and their name says otherwise. Names can lie. A note in the file is better, and `MixNet.state_dict` writes it.
 
 # %% [markdown]
-# ## Exercise
+# ## One more exercise
 #
-# **8.4** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them. (That is `settings_of` without folders and files.)
+# **8.5** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them. (That is `settings_of` without folders and files.)
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -732,9 +798,6 @@ with tempfile.TemporaryDirectory() as folder:
 # </details>
 
 # %%
-from mixconv.teaching import attempt, expect
-
-
 def padding_of(name: str) -> str | None:
     raise NotImplementedError
 
@@ -742,7 +805,7 @@ def padding_of(name: str) -> str | None:
 def test_padding_of(answer) -> None:
     names = {"tf_mixnet_s": "same", "timm/tf_mixnet_l.in1k": "same", "mixnet_m": "symmetric",
              "timm/mixnet_xl.ra_in1k": "symmetric", "last.pth": None, "my_mixnet_s": None,
-             "timm/efficientnet_b0": None}  # fmt: skip
+             "timm/tf_efficientnet_b0": None}  # fmt: skip
     for name, padding in names.items():
         expect(answer, name, gives=padding, why="what its family was trained with")
 
@@ -768,7 +831,13 @@ def whole_name(name: str) -> str | None:
     return next((padding for start, padding in families.items() if name.startswith(start)), None)
 
 
-attempt(padding_of_solution, test_padding_of, wrong=[anywhere, whole_name])
+def by_tf(name: str) -> str | None:
+    """take `tf_` alone for the sign: timm has other networks whose names begin with it"""
+    own = name.rpartition("/")[2]
+    return "same" if own.startswith("tf_") else "symmetric" if own.startswith("mixnet_") else None
+
+
+attempt(padding_of_solution, test_padding_of, wrong=[anywhere, whole_name, by_tf])
 
 # %% [markdown]
 # ## Takeaways

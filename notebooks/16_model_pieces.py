@@ -597,7 +597,7 @@ for change in (lambda block: None, add_hook, add_part):
 # %% [markdown]
 # ## What goes in the place of a layer
 #
-# A mixed layer, or a plain one with kernels from 5×5 up, becomes one operation, if a form would compute it (chapter 12). Otherwise a mixed layer becomes one convolution, if one can do it. The activation goes inside. For an ordinary convolution "inside" is `FusedConv`: it works in place, and nobody has the tensor in between.
+# A mixed layer, or a plain one with kernels from 5×5 up, becomes one operation, if a form would compute it (chapter 12). Otherwise a mixed layer becomes one convolution, if one can do it. The activation goes inside. For an ordinary convolution "inside" is `FusedConv`: it works in place, unless a hook may have the tensor in between.
 #
 # Plain 3×3 layers stay convolutions. With channels last, as a fused model has them, our kernel is faster than PyTorch's for some of them and slower for others. (In chapter 11's picture the gap is wide since those layers have channels first.)
 
@@ -610,23 +610,41 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mixconv.fast.forms import Call, Forms
+from mixconv.surgery import has_hooks
 
-
-class FusedConv(nn.Sequential):
-    """A layer, its norm folded in, and the activation behind it, in place."""
-
-
-_IN_PLACE: dict[str, Callable[[], nn.Module]] = {
-    "relu": functools.partial(nn.ReLU, inplace=True),
-    "relu6": functools.partial(nn.ReLU6, inplace=True),
-    "silu": functools.partial(nn.SiLU, inplace=True),
-    "sigmoid": nn.Sigmoid,
+_ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
+_IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.ReLU: torch.relu_,
+    nn.ReLU6: functools.partial(F.relu6, inplace=True),
+    nn.SiLU: functools.partial(F.silu, inplace=True),
+    nn.Sigmoid: torch.sigmoid_,
 }
 
 
+# %%
+#| export fast/rewrite.py
+class FusedConv(nn.Sequential):
+    """A layer, its norm folded in, and the activation behind it; in place if nobody looks."""
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
+        """Convolve, then activate."""
+        layer, activation = self
+        watched = _has_any_global_hook() or has_hooks(layer) or has_hooks(activation)
+        activate = activation if watched else _IN_PLACE.get(type(activation), activation)
+        y: Tensor = activate(layer(input))
+        return y
+
+    def __prepare_scriptable__(self) -> nn.Sequential:
+        return nn.Sequential(*self)  # what torch.jit.script can read
+
+
+# %%
+#| export fast/rewrite.py
 def why_no_form(forms: Forms, spec: Any, channels: int, like: Tensor) -> str:
     """Why no form would compute an operation; empty if one does. May need the compiler."""
     size, threads = (1, channels, 28, 28), torch.get_num_threads()
@@ -696,7 +714,7 @@ def _fuse_unit(unit: Unit, backend: str) -> nn.Module:
     layer = (_merge(convs) if mixed else None) or unit.layer
     if unit.activation == "none":
         return layer
-    return FusedConv(layer, _IN_PLACE[unit.activation]()).eval()
+    return FusedConv(layer, _ACTIVATIONS[unit.activation]()).eval()
 
 
 # %% [markdown]

@@ -95,12 +95,6 @@ _HINT = (
 )
 
 
-_VIEWS = (
-    "a map is viewed, which channels_last does not allow: "
-    "memory_format=torch.preserve_format keeps maps as they were"
-)
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
@@ -143,6 +137,33 @@ class FusionReport:
 
 
 # %% [markdown]
+# Many write MixConv themselves: a list of depthwise convolutions, a split, a `cat`. The report cannot know that it is one, but where it looks like one, it says what to tell.
+
+# %% tags=["plumbing"]
+#| export fast/report.py
+from torch import nn
+
+_VIEWS = (
+    "a map is viewed, which channels_last does not allow: "
+    "memory_format=torch.preserve_format keeps maps as they were"
+)
+_PLAIN_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def find_rule(module: nn.Module) -> str:
+    """What to tell of a layer that may be a MixConv of somebody's own; else empty."""
+    parts = [part for part in module.modules() if not part._modules]
+    convs = [part for part in parts if isinstance(part, nn.Conv2d)]
+    depthwise = all(conv.groups == conv.in_channels for conv in convs)
+    sizes = {conv.kernel_size for conv in convs}
+    if type(module) in _PLAIN_LISTS or len(convs) < len(parts) or len(sizes) < 2 or not depthwise:
+        return ""
+    name = next((name for name, child in module.named_children() if child._modules), "children()")
+    kind = type(module).__name__
+    return f". If it is a MixConv: describe_layer.register({kind}, lambda mix: list(mix.{name}))"
+
+
+# %% [markdown]
 # ## Piece by piece, and back
 #
 # `_Rewriter` holds the copy, and remembers each module that it takes out. Since the new ones are new and the old ones were not changed, putting back is putting back.
@@ -153,7 +174,7 @@ class FusionReport:
 
 from torch import nn
 
-from mixconv.fast.report import Piece
+from mixconv.fast.report import Piece, find_rule
 
 
 class _Rewriter:
@@ -164,6 +185,7 @@ class _Rewriter:
         self.pieces: dict[str, Piece] = {}
         self.notes: list[str] = []
         self.taken: list[tuple[nn.Module, str, nn.Module]] = []
+        self.rules = {name: find_rule(part) for name, part in self.root.named_modules()}
 
     def note(self, text: str) -> None:
         """Say something once."""
@@ -446,9 +468,10 @@ class _Rewriter(_Rewriter):
         for name, module in self.root.named_modules():
             kind, reason = type(module), "no layer that feeds it alone comes before it"
             layer = isinstance(module, nn.Conv2d | MixConv2d)
-            unknown = layer and kind not in describe_layer.registry
+            rule = self.rules.get(name, "")
+            unknown = (layer or rule) and kind not in describe_layer.registry
             if unknown or not is_one_of(module, NORMS):
-                reason = f"{kind.__name__} is not a class that is known"
+                reason = f"{kind.__name__} is not a class that is known{rule}"
             if unknown or isinstance(module, _BatchNorm):
                 self.pieces.setdefault(name, Piece(name, kind.__name__, "", reason))
         pieces = sorted(self.pieces.values(), key=lambda piece: places.get(piece.name, 0))

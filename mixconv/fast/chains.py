@@ -21,11 +21,14 @@ __all__ = ["CannotTraceError", "Chains"]
 
 
 class _Tracer(torch.fx.Tracer):
-    """Looks into blocks, not into layers; meanwhile other threads call their modules as ever."""
+    """Looks into blocks, not into layers.
 
-    def __init__(self, hooked: set[str]) -> None:
+    Other threads call their modules as ever, and so does a model what is no part of it.
+    """
+
+    def __init__(self, hooked: set[str], parts: set[nn.Module]) -> None:
         super().__init__()
-        self.hooked, self.thread = hooked, threading.get_ident()
+        self.hooked, self.parts, self.thread = hooked, parts, threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if is_one_of(m, NORMS) or _is_layer(m) or not m._modules:
@@ -33,7 +36,7 @@ class _Tracer(torch.fx.Tracer):
         return module_qualified_name in self.hooked or super().is_leaf_module(m, "")
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.thread or m not in self.parts:  # one activation for all
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
@@ -54,7 +57,7 @@ def _trace(model: nn.Module, hooked: set[str]) -> torch.fx.Graph:
     try:
         if "forward" in vars(model):
             raise ValueError("it has a forward of its own")
-        return _Tracer(hooked).trace(model)
+        return _Tracer(hooked, set(model.modules())).trace(model)
     except Exception as error:  # anything may go wrong in a stranger's forward
         raise CannotTraceError(str(error)) from error
 

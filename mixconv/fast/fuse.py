@@ -25,7 +25,7 @@ from mixconv.fast.describe import (
 from mixconv.fast.folding import refuse_training
 from mixconv.fast.fused_block import BLOCK_FORMS
 from mixconv.fast.fused_layer import FusedModule
-from mixconv.fast.report import FusionReport, Piece
+from mixconv.fast.report import FusionReport, Piece, find_rule
 from mixconv.fast.rewrite import fuse_block, fuse_chain, why_no_form
 from mixconv.fast.trial import CannotTryError, difference, make_image, piece_difference, twin
 from mixconv.layer import MixConv2d
@@ -41,6 +41,7 @@ class _Rewriter:
         self.pieces: dict[str, Piece] = {}
         self.notes: list[str] = []
         self.taken: list[tuple[nn.Module, str, nn.Module]] = []
+        self.rules = {name: find_rule(part) for name, part in self.root.named_modules()}
 
     def note(self, text: str) -> None:
         """Say something once."""
@@ -196,9 +197,10 @@ class _Rewriter:
         for name, module in self.root.named_modules():
             kind, reason = type(module), "no layer that feeds it alone comes before it"
             layer = isinstance(module, nn.Conv2d | MixConv2d)
-            unknown = layer and kind not in describe_layer.registry
+            rule = self.rules.get(name, "")
+            unknown = (layer or rule) and kind not in describe_layer.registry
             if unknown or not is_one_of(module, NORMS):
-                reason = f"{kind.__name__} is not a class that is known"
+                reason = f"{kind.__name__} is not a class that is known{rule}"
             if unknown or isinstance(module, _BatchNorm):
                 self.pieces.setdefault(name, Piece(name, kind.__name__, "", reason))
         pieces = sorted(self.pieces.values(), key=lambda piece: places.get(piece.name, 0))

@@ -6,7 +6,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-__all__ = ["FusionReport", "Piece"]
+from torch import nn
+
+__all__ = ["FusionReport", "Piece", "find_rule"]
 
 
 class Piece(NamedTuple):
@@ -28,12 +30,6 @@ class Piece(NamedTuple):
 _HINT = (
     "nothing was fused. Layers and blocks of your own are known once describe_layer and "
     "describe_block have a rule for them (mixconv.fast.describe)"
-)
-
-
-_VIEWS = (
-    "a map is viewed, which channels_last does not allow: "
-    "memory_format=torch.preserve_format keeps maps as they were"
 )
 
 
@@ -74,3 +70,24 @@ class FusionReport:
             end = f"-> {after}" if after else f"left: {reason}"
             lines.append(f"{name or '(the model)'}: {before} {end}")
         return "\n".join(lines)
+
+
+_VIEWS = (
+    "a map is viewed, which channels_last does not allow: "
+    "memory_format=torch.preserve_format keeps maps as they were"
+)
+
+_PLAIN_LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def find_rule(module: nn.Module) -> str:
+    """What to tell of a layer that may be a MixConv of somebody's own; else empty."""
+    parts = [part for part in module.modules() if not part._modules]
+    convs = [part for part in parts if isinstance(part, nn.Conv2d)]
+    depthwise = all(conv.groups == conv.in_channels for conv in convs)
+    sizes = {conv.kernel_size for conv in convs}
+    if type(module) in _PLAIN_LISTS or len(convs) < len(parts) or len(sizes) < 2 or not depthwise:
+        return ""
+    name = next((name for name, child in module.named_children() if child._modules), "children()")
+    kind = type(module).__name__
+    return f". If it is a MixConv: describe_layer.register({kind}, lambda mix: list(mix.{name}))"

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from mixconv.fast.describe import NORMS, Unit, is_one_of, read_block, read_unit
 from mixconv.fast.folding import FoldedNorm, merge_pointwise
@@ -17,21 +19,34 @@ from mixconv.fast.fused_layer import FusedMixConv2d, describe_mix
 from mixconv.fast.operation import FORMS
 from mixconv.fast.spec import ACTIVATIONS, pack_weights
 from mixconv.layer import Conv2dSame, make_conv2d, merge_depthwise
-from mixconv.surgery import find_padding
+from mixconv.surgery import find_padding, has_hooks
 
 __all__ = ["FusedConv", "fuse_block", "fuse_chain", "why_no_form"]
 
 
-class FusedConv(nn.Sequential):
-    """A layer, its norm folded in, and the activation behind it, in place."""
+_ACTIVATIONS = {"relu": nn.ReLU, "relu6": nn.ReLU6, "silu": nn.SiLU, "sigmoid": nn.Sigmoid}
 
-
-_IN_PLACE: dict[str, Callable[[], nn.Module]] = {
-    "relu": functools.partial(nn.ReLU, inplace=True),
-    "relu6": functools.partial(nn.ReLU6, inplace=True),
-    "silu": functools.partial(nn.SiLU, inplace=True),
-    "sigmoid": nn.Sigmoid,
+_IN_PLACE: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
+    nn.ReLU: torch.relu_,
+    nn.ReLU6: functools.partial(F.relu6, inplace=True),
+    nn.SiLU: functools.partial(F.silu, inplace=True),
+    nn.Sigmoid: torch.sigmoid_,
 }
+
+
+class FusedConv(nn.Sequential):
+    """A layer, its norm folded in, and the activation behind it; in place if nobody looks."""
+
+    def forward(self, input: Tensor) -> Tensor:  # nn.Sequential's name for it
+        """Convolve, then activate."""
+        layer, activation = self
+        watched = _has_any_global_hook() or has_hooks(layer) or has_hooks(activation)
+        activate = activation if watched else _IN_PLACE.get(type(activation), activation)
+        y: Tensor = activate(layer(input))
+        return y
+
+    def __prepare_scriptable__(self) -> nn.Sequential:
+        return nn.Sequential(*self)  # what torch.jit.script can read
 
 
 def why_no_form(forms: Forms, spec: Any, channels: int, like: Tensor) -> str:
@@ -82,7 +97,7 @@ def _fuse_unit(unit: Unit, backend: str) -> nn.Module:
     layer = (_merge(convs) if mixed else None) or unit.layer
     if unit.activation == "none":
         return layer
-    return FusedConv(layer, _IN_PLACE[unit.activation]()).eval()
+    return FusedConv(layer, _ACTIVATIONS[unit.activation]()).eval()
 
 
 def fuse_chain(chain: list[nn.Module], backend: str) -> list[nn.Module]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mixconv import MixConv2d, MixConvBlock, fuse_for_inference, mixnet_s, mobilenet_v2
+from mixconv.fast.describe import describe_layer
 from mixconv.fast.fuse import BACKENDS
+from mixconv.fast.report import find_rule
 from tests.package.common import noise, randomize
 
 
@@ -87,7 +89,7 @@ class Viewing(nn.Module):
 def test_a_model_that_views_its_maps_is_fused_whole_if_asked() -> None:
     model, x = made(Viewing()), noise(1, 3, 20, 20)
     fused = fuse_for_inference(model, backend="kernel", memory_format=torch.preserve_format)
-    assert "1 blocks and 2 layers fused, 0 left" in str(fused.fusion_report)
+    assert "1 block and 2 layers fused, 0 left" in str(fused.fusion_report)
     left = fuse_for_inference(model, backend="kernel")
     assert "memory_format=torch.preserve_format" in str(left.fusion_report)
     with torch.no_grad():
@@ -184,3 +186,105 @@ def test_a_trace_of_the_kernel_says_who_can_run_it() -> None:
         else:
             traced = torch.jit.trace(fused, (x,))
         near(traced(x), model(x))
+
+
+# What others write
+
+
+class Split(nn.Module):
+    """MixConv as many ports have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = [4, 6]
+        self.branches = nn.ModuleList(
+            nn.Conv2d(count, count, k, padding=k // 2, groups=count)
+            for count, k in zip(self.sizes, (3, 7), strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = torch.split(x, self.sizes, 1)
+        return torch.cat([branch(parts[i]) for i, branch in enumerate(self.branches)], 1)
+
+
+def test_the_report_says_what_to_tell_of_somebodys_own_mixconv() -> None:
+    model, x = made(nn.Sequential(Split(), nn.BatchNorm2d(10), nn.ReLU())), noise(2, 10, 9, 9)
+    rule = "describe_layer.register(Split, lambda mix: list(mix.branches))"
+    line = f"0: Split left: Split is not a class that is known. If it is a MixConv: {rule}"
+    assert line in str(fuse_for_inference(model, backend="kernel").fusion_report).splitlines()
+    exec(rule, {"describe_layer": describe_layer, "Split": Split})
+    fused: Any = fuse_for_inference(model, backend="kernel")
+    assert "1 layer fused, 0 left" in str(fused.fusion_report)
+    with torch.no_grad():
+        near(fused(x), model(x))
+    chain = nn.Sequential(*[nn.Conv2d(8, 8, k, 1, k // 2, groups=8) for k in (3, 7)])
+    for other in (chain, nn.ModuleList(chain), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU()):
+        assert find_rule(other) == ""
+
+
+SHARED = nn.SiLU()
+
+
+class ByClass(nn.Module):
+    """A convolution, a norm, and one activation for all: YOLO's `Conv`."""
+
+    act = SHARED
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.bn(self.conv(x)))
+        return y
+
+
+class ByName(ByClass):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = SHARED(self.bn(self.conv(x)))
+        return y
+
+
+@pytest.mark.parametrize("backend", ["kernel", "merged"])
+@pytest.mark.parametrize("kind", [ByClass, ByName])
+def test_an_activation_outside_the_model_keeps_no_norm(kind: type[nn.Module], backend: str) -> None:
+    model, x = made(nn.Sequential(kind(), kind())), noise(1, 6, 9, 9)
+    fused: Any = fuse_for_inference(model, backend=backend)
+    assert "2 layers fused, 0 left" in str(fused.fusion_report)
+    with torch.no_grad():
+        near(fused(x), model(x))
+
+
+# Hooks
+
+
+@pytest.mark.parametrize("act", [nn.ReLU, nn.ReLU6, nn.SiLU])
+@torch.no_grad()
+def test_hooks_inside_a_fused_layer_keep_what_they_saw(act: type[nn.Module]) -> None:
+    model, x = made(nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), act())), noise(1, 6, 9, 9)
+    fused: Any = fuse_for_inference(model)
+    conv, activation = fused[0]
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def keep(module: nn.Module, given: Any, *made: Tensor) -> None:
+        seen.extend((tensor, tensor.clone()) for tensor in (*given, *made))
+
+    places: list[tuple[Callable[..., Any], int]] = [
+        (conv.register_forward_hook, 2), (activation.register_forward_hook, 2),
+        (activation.register_forward_pre_hook, 1),
+        (nn.modules.module.register_module_forward_hook, 2),
+    ]  # fmt: skip
+    for register, count in places:
+        seen.clear()
+        handle = register(keep)
+        near(fused(x), model(x))
+        handle.remove()
+        assert len(seen) >= count
+        assert all(torch.equal(now, then) for now, then in seen)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_a_merged_copy_of_ordinary_layers_is_scripted() -> None:
+    model = made(nn.Sequential(nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU()))
+    scripted = torch.jit.script(fuse_for_inference(model, backend="merged"))
+    near(scripted(noise(1, 6, 9, 9)), model(noise(1, 6, 9, 9)))

@@ -632,7 +632,7 @@ table(
 
 
 # %% [markdown]
-# (Parameters of convolutions; batch normalisation adds two for each channel. The last column is the depthwise kernels' share of the multiply-adds.) The same along the depth, kernel size by kernel size:
+# (Parameters of convolutions; batch normalisation adds two for each channel. The last column is the depthwise kernels' share of the multiply-adds.) The same along the depth, kernel size by kernel size; grey lines mark where the image halves:
 
 # %% tags=["drawing"]
 def costs_by_part(network: nn.Module) -> list[dict[int, list[int]]]:

@@ -10,7 +10,7 @@
 #
 # **Know first:** [chapter 7](07_mixnet.ipynb), and of the page before this one the picture.
 #
-# **Time:** 15 minutes to read. Runs in under 60 seconds on two cores. It is the second of two pages, after [The official code](08_official.ipynb).
+# **Time:** 15 minutes to read. Runs in under 60 seconds on two cores. It is the second of two pages, after [The official code](08_official.ipynb); exercises and figures are numbered through both.
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt

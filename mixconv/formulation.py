@@ -117,7 +117,7 @@ def receptive_field(
         dilations: one for each layer; all 1 if left out.
 
     Raises:
-        ValueError: if the lists have different lengths.
+        ValueError: if the lists have different lengths, or a stride or dilation is below 1.
     """
     strides = strides or [1] * len(kernel_sizes)
     if min([1, *strides, *(dilations or [])]) < 1:
@@ -214,6 +214,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def _costs_of(name: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> list[LayerCost]:
+    """Of one layer, or of the layers whose work it does."""
+    if hasattr(layer, "layer_costs"):
+        return list(layer.layer_costs(name, *inputs, output))
+    return [layer_cost(name, layer, output)]
+
+
 def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     """Run a model once and report the cost of each convolution and linear layer, in order.
 
@@ -228,10 +235,7 @@ def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     costs: list[LayerCost] = []
 
     def note(name: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if hasattr(layer, "layer_costs"):
-            costs.extend(layer.layer_costs(name, *inputs, output))
-        else:
-            costs.append(layer_cost(name, layer, output))
+        costs.extend(_costs_of(name, layer, inputs, output))
 
     hooks = [
         layer.register_forward_hook(partial(note, name))

@@ -63,7 +63,7 @@ class Conv2dSame(nn.Conv2d):
         for axis in (1, 0):  # F.pad begins with the last axis
             k, step, spread = self.kernel_size[axis], self.stride[axis], self.dilation[axis]
             before, _ = same_padding(input.shape[axis - 2], k, step, spread)
-            # Zeros after the last window change nothing, and keep exported sizes simple.
+            # The rest behind: what lies after the last window is never read.
             zeros += [before, spread * (k - 1) - before]
         x = F.pad(input, zeros)
         return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
@@ -107,35 +107,6 @@ def make_conv2d(
         in_channels, out_channels, kernel_size, stride, zeros,
         dilation=dilation, groups=groups, bias=bias, device=device, dtype=dtype,
     )  # fmt: skip
-
-
-def make_pointwise(
-    in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
-) -> nn.Conv2d:
-    """A 1×1 convolution, on all channels or on equal groups of them.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        groups: how many groups; must divide both.
-        bias: whether to add a bias; off, since a batch norm mostly follows.
-
-    Shape:
-        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
-
-    Raises:
-        TypeError: for a number that is not an integer.
-        ValueError: if a number is below 1 or `groups` does not divide the channels.
-
-    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
-    """
-    check_positive("in_channels", in_channels)
-    check_positive("out_channels", out_channels)
-    check_positive("groups", groups)
-    if in_channels % groups or out_channels % groups:
-        numbers = f"{groups} groups for {in_channels} and {out_channels} channels"
-        raise ValueError(f"groups must divide in_channels and out_channels, got {numbers}")
-    return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
 
 
 class MixConv2d(nn.Module):
@@ -212,6 +183,9 @@ class MixConv2d(nn.Module):
             raise ValueError(f"dilated needs kernel_sizes of 3 or more, got {self.kernel_sizes}")
         return [(3, ((k - 1) // 2, (k - 1) // 2)) for k in self.kernel_sizes]
 
+    def _convolutions(self) -> list[nn.Conv2d]:
+        return cast("list[nn.Conv2d]", list(self.convs))
+
     def forward(self, x: Tensor) -> Tensor:
         """Convolve each group with its own kernel size.
 
@@ -219,10 +193,10 @@ class MixConv2d(nn.Module):
             TypeError: if `x` is not a tensor.
             ValueError: if it is not an image or batch with the layer's channels.
         """
-        # Tracers pass stand-ins for tensors; those cannot be compared, but split.
+        # torch.fx passes proxies: they can be split, but have no shape to compare.
         if not hasattr(x, "split") or isinstance(x, str):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        sizes = [conv.in_channels for conv in self._convolutions()]  # as they are: pruned, perhaps
+        sizes = [conv.in_channels for conv in self._convolutions()]  # narrower ones, once pruned
         count = sum(sizes)
         if isinstance(x, Tensor) and (x.dim() not in (3, 4) or x.shape[-3] != count):
             wanted = f"(N, {count}, H, W) or ({count}, H, W)"
@@ -235,9 +209,6 @@ class MixConv2d(nn.Module):
         """Draw new weights, as each `nn.Conv2d` does."""
         for conv in self._convolutions():
             conv.reset_parameters()
-
-    def _convolutions(self) -> list[nn.Conv2d]:
-        return cast("list[nn.Conv2d]", list(self.convs))
 
     def __repr__(self) -> str:
         parts = [
@@ -348,3 +319,32 @@ def _check_centres(convs: Sequence[nn.Conv2d]) -> None:
         if any(d * (k - 1) < s - 1 for k, d, s in axes):
             why = "(k - 1) * dilation must be at least stride - 1 for padding 'same'"
             raise ValueError(f"cannot merge {c}: {why}")
+
+
+def make_pointwise(
+    in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
+) -> nn.Conv2d:
+    """A 1×1 convolution, on all channels or on equal groups of them.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        groups: how many groups; must divide both.
+        bias: whether to add a bias; off, since a batch norm mostly follows.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
+
+    Raises:
+        TypeError: for a number that is not an integer.
+        ValueError: if a number is below 1 or `groups` does not divide the channels.
+
+    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
+    """
+    check_positive("in_channels", in_channels)
+    check_positive("out_channels", out_channels)
+    check_positive("groups", groups)
+    if in_channels % groups or out_channels % groups:
+        numbers = f"{groups} groups for {in_channels} and {out_channels} channels"
+        raise ValueError(f"groups must divide in_channels and out_channels, got {numbers}")
+    return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)

@@ -3,11 +3,11 @@
 #
 # Do larger kernels always make a network better?
 #
-# ![ImageNet accuracy against multiply-adds for MobileNetV1 and V2. With one kernel size in all layers, accuracy peaks at 7×7 or 9×9 and then falls; with mixed sizes it stays above, at lower cost.](../figures/figure_4_redrawn.png)
+# ![ImageNet accuracy against multiply-adds for MobileNetV1 and V2. With one kernel size in all layers, accuracy peaks at 7×7 or 9×9 and then falls; at the same cost, mixed sizes stay above.](../figures/figure_4_redrawn.png)
 #
 # Take a MobileNet, and make the kernels of its depthwise layers larger: 3×3, 5×5, 7×7 and on. At first accuracy rises. Then, along the dotted line, it falls, while the cost goes on growing. (The accuracies are cited from the paper, Figure 4; the costs are computed in [chapter 5](05_mobilenets.ipynb).)
 #
-# MixConv is the solid line. It gives *some* channels a 3×3 kernel, others a 5×5, others more: all sizes side by side in one layer. The fine pattern and the wide view are both at hand, and most channels stay cheap. Tan and Le proposed it in [*MixConv: Mixed Depthwise Convolutional Kernels*](https://arxiv.org/abs/1907.09595) (BMVC 2019), let a search choose the mixes, and called the networks it found MixNets.
+# MixConv is the solid line. It gives *some* channels a 3×3 kernel, others a 5×5, others more: all sizes side by side in one layer. The fine pattern and the wide view are both at hand, and a part of the channels stays cheap. Tan and Le proposed it in [*MixConv: Mixed Depthwise Convolutional Kernels*](https://arxiv.org/abs/1907.09595) (BMVC 2019), let a search choose the mixes, and called the networks it found MixNets.
 #
 # ![Sixteen channels are split into four groups; each passes through a depthwise convolution with its own kernel size, 3×3 to 9×9, and the results are concatenated.](../figures/mixconv_overview.png)
 #
@@ -25,7 +25,7 @@
 # %% [markdown]
 # ## The idea, in numbers
 #
-# A depthwise layer has one k×k kernel for each channel. Sixteen channels with 9×9 kernels have 16 · 81 weights. Give four of them 3×3, four 5×5, four 7×7 and four 9×9, and it is less than half, though the layer still looks as far:
+# A depthwise layer has one k×k kernel for each channel. Sixteen channels with 9×9 kernels have 16 · 81 weights. Give four of them 3×3, four 5×5, four 7×7 and four 9×9, and it is about half, though the layer still looks as far:
 
 # %%
 one_size = 16 * 9**2
@@ -55,14 +55,19 @@ assert (one_size, mixed) == (1296, 656)
 # | 11 | [Why it is slow](11_why_slow.ipynb) | folding and merging: what is gained without a compiler |
 # | 12 | [The operation](12_operation.ipynb) | its meaning, before any kernel |
 # | 13 | [A kernel in steps](13_kernel_in_steps.ipynb) | loops, lanes, registers |
+# | | [A kernel, compiled](13_kernel_in_steps_compiled.ipynb) | the way from C++ text to a loaded library |
 # | 14 | [The whole kernel](14_whole_kernel.ipynb) | rings, strips, bands, threads |
-# | 15 | [Bytes of a block](15_block_bytes.ipynb) | a network's block in one pass |
-# | 16 | [A model, in pieces](16_model_pieces.ipynb) | a whole model, rewritten and checked |
+# | | [The kernel, called](14_whole_kernel_called.ipynb) | plans and memory, from Python |
+# | 15 | [Bytes of a block](15_block_bytes.ipynb) | what a block moves, counted before it is made faster |
+# | | [A block in one pass](15_block_in_one_pass.ipynb) | a network's block, computed at once |
+# | 16 | [A model, in pieces](16_model_pieces.ipynb) | what can be rewritten in a model |
+# | | [A model, read](16_model_read.ipynb) | how the pieces are found, and each rewrite tried |
+# | | [A model, rewritten](16_model_rewritten.ipynb) | a whole model, rewritten and checked |
 # | 17 | [On a GPU](17_gpu.ipynb) | the same operation, in tiles |
 # | **III** | **Use it** | |
 # | 18 | [Using it](18_using_it.ipynb) | command line, features, fine-tuning, export |
 #
-# You can stop after chapter 3 and know the layer; after chapter 8 you know the paper. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded.
+# You can stop after chapter 3 and know the layer; after chapter 7 you know the paper, after chapter 8 its numbers. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded.
 #
 # | you want to | do this |
 # |---|---|
@@ -119,11 +124,11 @@ assert (one_size, mixed) == (1296, 656)
 #
 # | word | meaning | chapter |
 # |---|---|---|
+# | band | neighbouring rows of the output that are computed in one go | [14](14_whole_kernel.ipynb) |
 # | block | a few layers that a network repeats: widen, convolve, narrow | [4](04_blocks.ipynb) |
 # | block string | one line such as `r2_k3.5_s22_e6_i16_o24` that defines a run of blocks | [7](07_mixnet.ipynb) |
-# | band | neighbouring rows of the output that are computed in one go | [14](14_whole_kernel.ipynb) |
 # | depthwise convolution | each output channel is computed from one input channel | [1](01_formulation.ipynb) |
-# | dilation | the taps of a kernel stand apart, with pixels between that it skips | [2](02_partitioning.ipynb) |
+# | dilation | the taps of a kernel stand apart, with pixels between that it skips | [3](03_layer.ipynb) |
 # | dispatch | PyTorch's choice of the function that runs for a tensor: by device, gradient, wrapper | [12](12_operation.ipynb) |
 # | drop path | while training, a residual branch is now and then left out | [4](04_blocks.ipynb) |
 # | effective receptive field | how strongly an output reacts to each pixel that it can see | [6](06_receptive_fields.ipynb) |
@@ -146,7 +151,7 @@ assert (one_size, mixed) == (1296, 656)
 # | pointwise convolution, 1×1 | each output is a weighted sum of all channels at one pixel | [1](01_formulation.ipynb) |
 # | projection | the 1×1 layer that narrows a block at its end | [4](04_blocks.ipynb) |
 # | receptive field | the window of the input that one output sees | [1](01_formulation.ipynb) |
-# | ring | the last few rows of the input, kept where the kernel is at work | [14](14_whole_kernel.ipynb) |
+# | ring | a small buffer that holds the k input rows which the present output row needs; the newest row takes the place of the oldest | [14](14_whole_kernel.ipynb) |
 # | roofline | the speed that arithmetic and memory allow at most | [11](11_why_slow.ipynb) |
 # | 'SAME' padding | TensorFlow's rule: at stride 2 one side may get a zero more | [3](03_layer.ipynb) |
 # | squeeze-and-excitation | each channel is scaled by a number computed from all channels' means | [4](04_blocks.ipynb) |
@@ -188,7 +193,7 @@ check_rewrite(lambda t: t * t, lambda t: t**2, x, what="product and power")
 
 
 # %% [markdown]
-# Two functions with equal values and different slopes do not pass. In the second one here, every output moves with the *sum* of the inputs, but only backward, where a test of values cannot see it:
+# Two functions with equal values and different slopes do not pass. In the second one here, `t.sum() - t.sum().detach()` is zero as a value, but in the backward pass it adds the gradient of the sum, where a test of values cannot see it:
 
 # %%
 def haunted(t: torch.Tensor) -> torch.Tensor:
@@ -203,11 +208,11 @@ for name, function in {"cut": lambda t: t.detach() + 0 * t, "haunted": haunted}.
         print(str(error).splitlines()[0])
 
 # %% [markdown]
-# Such a check is one random input, not a proof. Where the book says "proof", there is algebra.
+# Such a check tries one input, and is no proof. Where the book says "proof", there is algebra.
 #
 # ## Exercises
 #
-# An exercise is a stub to fill in and a test to pass. Stars say how hard it is: ★ a minute or two, ★★ ten, ★★★ an evening. Hints are folded; open one at a time. The solution is folded, too, and with it some *wrong answers*: each time the book is tested, the solution must pass and each wrong answer must be caught.
+# An exercise is a stub to fill in and a test to pass. Stars say how hard it is: ★ up to five minutes, ★★ up to fifteen, ★★★ more. Hints are folded; open one at a time. The solution is folded, too, and with it some *wrong answers*: each time the book is tested, the solution must pass and each wrong answer must be caught.
 #
 # **0.1** ★ *2 minutes, one line.* A depthwise layer has one k×k kernel for each channel. How many weights is that? Replace the `raise` with your answer and run the cell.
 #
@@ -415,7 +420,7 @@ def the_others(function: Function, rewrites: dict[str, Function], x: Tensor) -> 
 attempt(wrong_rewrites_solution, test_wrong_rewrites, wrong=[values_only, the_others])
 
 # %% [markdown]
-# That is why every rewrite in this book is compared in its gradient, too.
+# That is why every rewrite that can be trained is compared in its gradient, too.
 #
 # ## Tables, figures, colours
 #
@@ -430,7 +435,6 @@ table(["kernel", "weights per channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7
 # `show` draws a figure. A colour means the same kernel size in every figure of the book; readers with any common colour blindness can tell them apart (the palette is by Okabe and Ito).
 
 # %% tags=["drawing"]
-# The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import KERNEL_COLORS, show, use_style
@@ -448,7 +452,9 @@ show(
     figure,
     "kernel_colors.png",
     "Six squares to scale, one for each kernel size from 3×3 to 13×13, each in its own colour: "
-    "9, 25, 49, 81, 121 and 169 weights. The white dot is the output position.",
+    "9, 25, 49, 81, 121 and 169 weights. A white square in the middle is the output's own pixel.",
+    caption="One colour for each kernel size, everywhere in the book; the white square is the "
+    "pixel whose output is computed.",
 )
 
 # %% [markdown]
@@ -457,7 +463,6 @@ show(
 # Some pictures need a picture. matplotlib ships one that is in the public domain: Grace Hopper, US Navy.
 
 # %% tags=["drawing"]
-# The code that draws this
 from mixconv.teaching import photograph
 
 figure, axis = plt.subplots(figsize=(2.6, 2.6))
@@ -752,7 +757,7 @@ class Table:
 
 
 # %% [markdown]
-# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class.
+# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class. So a class can be told in parts, with words between, and no cell is long.
 
 # %% tags=["tool"]
 #| export teaching.py

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 1 · Formulation
 #
-# Which input channels does an output channel read, and through how large a window? Two questions, and their answers tell all convolutions of this book apart. The picture below answers both, for four layers.
+# Which input channels does an output channel read, and through how large a window? Two questions, and their answers tell all convolutions of this book apart. The picture below answers both, for four layers: an ordinary convolution, a depthwise one, MixConv, and a layer of another project (YOLOv5) that has its name.
 #
 # **You will be able to**
 # - write MixConv as loops, and as a few tensor operations, from the equations of section 3.1;
@@ -45,6 +45,8 @@ show(
     "all cells. Depthwise: the diagonal, all 3×3. MixConv: the diagonal, half of it 3×3 and half "
     "5×5. YOLOv5's layer of the same name: two cells for each output, four outputs with 3×3 "
     "kernels and four with 5×5, so that every kernel size reads all channels.",
+    caption="A row is an output channel, a column an input channel. Depthwise layers and MixConv "
+    "read their own channel only; in the layer that YOLOv5 calls MixConv2d each output reads two.",
 )
 
 # %% [markdown]
@@ -59,7 +61,9 @@ show(
 # **MixConv** is a depthwise convolution in which the kernel size depends on the channel.
 # The channels are split into groups. Each group has a kernel size of its own.
 #
-# How does a channel "know" that it needs the large kernel? It does not: which channels get which size is fixed before training, by position. The pointwise layer *before* learns to route to those channels what profits from a wide window, and the one after puts the parts together again.
+# How does a channel "know" that it needs the large kernel? It does not: which channels get which size is fixed before training, by position.
+#
+# > ✏️ **Ours.** The pointwise layer *before* can learn to route to those channels what profits from a wide window, and the one after puts the parts together again. [Chapter 9](09_trained_network.ipynb) looks into a trained network.
 #
 # > 📄 **Paper.** Section 3.1. The next three formulas are the paper's: a depthwise convolution with channel multiplier $m$, the same for group $t$ of a MixConv, and the concatenation.
 #
@@ -104,12 +108,12 @@ for axis, (channel, k, row, column) in zip(axes, windows, strict=True):
     for i in range(5):
         for j in range(5):
             axis.text(j, i, f"{x[channel, i, j]:.0f}", ha="center", va="center", fontsize=8)
-    axis.set(xlim=(-2.6, 4.6), ylim=(4.6, -2.6), xticks=[], yticks=[], aspect="equal")
-    axis.set_title(f"channel {channel}, {k}×{k}\nat ({row}, {column})", fontsize=9)
+    axis.set(xlim=(-2.6, 4.6), ylim=(5.7, -2.6), xticks=[], yticks=[], aspect="equal")
+    axis.set_title(f"channel {channel}, {k}×{k}\nat ({row}, {column})", fontsize=9, x=0.64)
     axis.add_patch(plt.Rectangle((-0.5, -0.5), 5, 5, fill=False, color="black", linewidth=0.8))
     inside = x[channel, max(0, row - k // 2) : row + k // 2 + 1, max(0, column - k // 2) :]
     total = inside[:, : column + k // 2 + 1 - max(0, column - k // 2)].sum()
-    axis.set_xlabel(f"sum {total:.0f}", weight="bold")
+    axis.text(2, 5.3, f"sum {total:.0f}", weight="bold", ha="center", va="center")
     axis.spines[:].set_visible(False)
 show(
     figure,
@@ -286,7 +290,7 @@ check_rewrite(
 )
 
 # %% [markdown]
-# PyTorch has depthwise convolution too: `conv2d` with as many groups as channels. Beware of the word. PyTorch's `groups` of channels share a kernel *size*. MixConv's groups differ in it, so it takes one call of `conv2d` for each group. (Or one call with zeros around the smaller kernels: exercise 1.2.)
+# PyTorch has depthwise convolution too: `conv2d` with as many groups as channels. Beware of the word. In PyTorch, `groups=c` cuts a layer into c pieces of one channel each, all of one kernel size. MixConv's g groups are runs of channels, each with a size of its own, so it takes one call of `conv2d` for each group. (Or one call with zeros around the smaller kernels: exercise 1.2.)
 
 # %%
 check_rewrite(
@@ -447,10 +451,11 @@ show(
     "Sixteen channels on the left are split into four groups of four. Each group passes through a "
     "depthwise convolution with its own kernel size, 3×3, 5×5, 7×7 or 9×9, and the results are "
     "concatenated to sixteen channels on the right.",
+    caption="MixConv is split, one depthwise convolution for each group, and concatenate.",
 )
 
 # %% [markdown]
-# With one group it is plain depthwise convolution. With as many groups as there are kernel sizes to try, one layer sees fine detail and wide context at once.
+# With one group it is plain depthwise convolution. With two groups or more, one layer sees fine detail and wide context at once.
 
 # %% [markdown]
 # ## What MixConv is not
@@ -579,7 +584,7 @@ attempt(find_mix_solution, test_find_mix, wrong=[unasked, area, by_size])
 # ## Receptive field
 #
 # How many input pixels can one output see, along one axis? One layer with kernel size $k$ sees $k$: one pixel and $k - 1$ steps to the next.
-# Each further layer adds $k - 1$ steps of its own. With *dilation* $d$ the taps of a kernel are $d$ pixels of that layer's input apart. And one such pixel is worth as many image pixels as all earlier strides multiplied.
+# Each further layer $l$ adds $k_l - 1$ steps of its own. A step is $d_l$ pixels of that layer's input (its *dilation*), and one of those pixels is as many image pixels as all earlier strides multiplied.
 #
 # By hand, for a 5×5 of stride 2, a 3×3 of dilation 2, and a 3×3: 1 + 4·1·1 + 2·2·2 + 2·1·2 = 17. As a formula:
 #
@@ -602,7 +607,7 @@ def receptive_field(
         dilations: one for each layer; all 1 if left out.
 
     Raises:
-        ValueError: if the lists have different lengths.
+        ValueError: if the lists have different lengths, or a stride or dilation is below 1.
     """
     strides = strides or [1] * len(kernel_sizes)
     if min([1, *strides, *(dilations or [])]) < 1:
@@ -623,7 +628,7 @@ def receptive_field(
 )
 
 # %% [markdown]
-# Three 3×3 layers see as far as one 7×7. In a MixConv layer, each group sees as far as its own kernel. In a network, a 1×1 convolution between two MixConvs mixes the groups, so the farthest that anything sees is the sum over the *largest* kernels.
+# Three 3×3 layers see as far as one 7×7. In a MixConv layer, each group sees as far as its own kernel. In a network, a 1×1 convolution between two MixConvs mixes the groups, so the farthest that anything sees follows from the formula with each layer's *largest* kernel.
 #
 # The stack from above, measured: send a gradient back from one output and count how wide it arrives.
 
@@ -721,21 +726,26 @@ table(
 )
 
 # %% tags=["drawing"]
-figure, axis = plt.subplots(figsize=(6, 2.6))
+figure, axis = plt.subplots(figsize=(6.4, 2.6))
 for position, k in enumerate(share):
     axis.bar(position, channels**2, color="#cccccc")
     axis.bar(position, k * k * channels, bottom=channels**2, color=kernel_color(k))
     axis.text(position, (channels + k * k) * channels + 1500, f"{share[k]:.0%}", ha="center")
 axis.set_xticks(range(6), [f"{k}×{k}" for k in share])
-axis.text(0, channels**2 / 2, "pointwise", ha="center", va="center", color="#555555")
+axis.text(5.55, channels**2 / 2, "pointwise", va="center", color="#555555")
+axis.text(5.55, channels**2 + 20_000, "depthwise", va="center")
+axis.yaxis.set_major_formatter("{x:,.0f}")
 axis.set(
-    ylabel="multiply-adds per pixel", title="Share of the depthwise layer in the pair, 240 channels"
-)
+    ylabel="multiply-adds per pixel",
+    title="Share of the depthwise layer in the pair, 240 channels",
+    xlim=(-0.6, 6.9), ylim=(0, 108_000),
+)  # fmt: skip
 show(
     figure,
     "depthwise_share.png",
     "Stacked bars of the multiply-adds per pixel for kernels 3×3 to 13×13 at 240 channels. The "
     "grey pointwise part is the same; the coloured depthwise part grows from 4% to 41%.",
+    caption="At 240 channels a 3×3 depthwise layer is 4% of the pair's work, a 13×13 one 41%.",
 )
 
 # %% [markdown]
@@ -799,7 +809,8 @@ def layer_cost(name: str, layer: nn.Conv2d | nn.Linear, output: Tensor) -> Layer
     return LayerCost(name, kind, tuple(output.shape), count_parameters(layer), multiply_adds)
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: A model in evaluation mode for a while, and a module that counts itself
 #| export formulation.py
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -819,7 +830,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-# %% tags=["plumbing"]
+def _costs_of(name: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> list[LayerCost]:
+    """Of one layer, or of the layers whose work it does."""
+    if hasattr(layer, "layer_costs"):
+        return list(layer.layer_costs(name, *inputs, output))
+    return [layer_cost(name, layer, output)]
+
+
+# %%
 #| export formulation.py
 def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     """Run a model once and report the cost of each convolution and linear layer, in order.
@@ -835,10 +853,7 @@ def count_costs(model: nn.Module, *inputs: Tensor) -> list[LayerCost]:
     costs: list[LayerCost] = []
 
     def note(name: str, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        if hasattr(layer, "layer_costs"):
-            costs.extend(layer.layer_costs(name, *inputs, output))
-        else:
-            costs.append(layer_cost(name, layer, output))
+        costs.extend(_costs_of(name, layer, inputs, output))
 
     hooks = [
         layer.register_forward_hook(partial(note, name))

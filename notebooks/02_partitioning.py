@@ -17,7 +17,9 @@
 #
 # > 📄 **Paper.** Section 3.2: kernel sizes start at 3 and grow by 2, so that group $i$ has size $2i + 1$. Two groups never share a size: they could be one group. Four groups are a safe choice for MobileNets. The MixNets that the search found use 1 to 5.
 #
-# > ✏️ **Ours.** Two groups may share a size: nothing breaks, and nothing is gained.
+# > 📄 **Paper.** Section 3.2 also tries *dilated* kernels: in place of k×k, 3×3 taps spread over the same window, in layers of stride 1. [Chapter 3](03_layer.ipynb) has them.
+#
+# > ✏️ **Ours.** Two groups may share a size here: they compute what one group of both would. So a list of sizes that comes from elsewhere need not be tidied first.
 
 # %%
 #| export partition.py
@@ -88,6 +90,8 @@ show(
     "partition_bars.png",
     "Three bars of 32 channels split over kernels 3×3, 5×5, 7×7 and 9×9. Equal: 8 each. "
     "Exponential: 16, 8, 4, 4. Logarithmic: 6, 7, 9, 10.",
+    caption="Equal gives all sizes as many channels, exponential most to the small kernels, "
+    "logarithmic most to the large.",
     live=live("Mix", kernel_sizes=sizes, channels=32),
 )
 
@@ -99,12 +103,12 @@ show(
 #
 # > ⚙️ **Official code.** Splits equally, and gives the remainder to group 0. MixNets use nothing else.
 #
-# > ✏️ **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential.
+# > ✏️ **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential. It is for who believes that wide views matter most. In proportion to their weights, 9×9 kernels would get 81 / 9 = 9 times as many channels as 3×3; the logarithm is a gentle slope, and gives them twice as many, since log 9 is 2 · log 3.
 
 # %% [markdown]
 # ## The three rules
 #
-# A rule returns shares rounded down. What is left over goes to group 0, normally the smallest kernel, where a channel costs least.
+# Each rule returns whole shares that sum to at most `channels`. What is left over goes to group 0, normally the smallest kernel, where a channel costs least.
 
 # %%
 #| export partition.py
@@ -131,9 +135,10 @@ _METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logari
 # %% [markdown]
 # The last two are still short of 32: 30 and 31. The function that callers use checks its arguments, applies a rule, and hands out the remainder. An empty group would be a layer without output, so it is an error.
 #
-# The checks are manners, and the whole package shares them, so they have a private module. Open the fold once: a bad argument is named, with its value and what would be right. A kernel must be odd to have a centre.
+# The checks are manners, and the whole package shares them, so they have a private module. Open a fold once: a bad argument is named, with its value and what would be right. A kernel must be odd to have a centre.
 
 # %% tags=["plumbing"]
+# fold: Checks of numbers, rates and flags
 #| export _checks.py
 """Checks of arguments that the whole package shares (chapter 2)."""
 
@@ -178,6 +183,7 @@ def check_multiplier(name: str, value: float) -> None:
 
 
 # %% tags=["plumbing"]
+# fold: Checks of sequences and pairs
 #| export _checks.py
 def as_tuple(name: str, values: Any) -> tuple[Any, ...]:
     """The values as a tuple; TypeError, naming the argument, if they are no sequence."""
@@ -206,6 +212,7 @@ def as_stride(value: int | Sequence[int]) -> int:
 
 
 # %% tags=["plumbing"]
+# fold: Check of kernel sizes: odd, and at least one
 #| export _checks.py
 def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
     """Kernel sizes as a tuple, one per group; a single integer means one group.
@@ -372,6 +379,8 @@ def reversed_exponential(channels: int, groups: int) -> tuple[int, ...]:
 def test_reversed(answer) -> None:
     expect(answer, 32, 4, gives=(4, 4, 8, 16), why="16, 8, 4, 4 from the other end")
     expect(answer, 64, 3, gives=(16, 16, 32), why="32, 16, 16 from the other end")
+    why = "16, 8, 4 and 4, and the channel that is left over stays with the largest share"
+    expect(answer, 33, 4, gives=(4, 4, 8, 17), why=why)
 
 
 attempt(reversed_exponential, test_reversed)
@@ -392,7 +401,13 @@ def doubled(channels: int, groups: int) -> tuple[int, ...]:
     return tuple(channels // 2 ** (groups - i) for i in range(groups))
 
 
-attempt(reversed_exponential_solution, test_reversed, wrong=[sizes_turned, doubled])
+def rest_lost(channels: int, groups: int) -> tuple[int, ...]:
+    """round every share down, and forget what is left over"""
+    shares = [channels // 2**i for i in range(1, groups)]
+    return tuple([*shares, shares[-1]][::-1])
+
+
+attempt(reversed_exponential_solution, test_reversed, wrong=[sizes_turned, doubled, rest_lost])
 
 # %% [markdown]
 # ## What each choice costs
@@ -412,7 +427,7 @@ table(
 )  # fmt: skip
 
 # %% [markdown]
-# With more groups, and so with larger kernels, the three methods cost less and less alike. Here is the mean number of weights for each channel, $\sum_t c_t k_t^2 / c$, for 384 channels:
+# With more groups, and so with larger kernels, the costs of the three methods drift apart. Here is the mean number of weights for each channel, $\sum_t c_t k_t^2 / c$, for 384 channels:
 
 # %%
 cost = {
@@ -443,6 +458,8 @@ show(
     "Weights per channel against the number of groups, one to six. A single largest kernel "
     f"rises to {largest[-1]}, logarithmic to {cost['logarithmic'][-1]:.0f}, equal to "
     f"{cost['equal'][-1]:.0f}. Exponential levels off, at {cost['exponential'][-1]:.0f}.",
+    caption="As groups are added, equal and logarithmic cost more and more; exponential levels "
+    "off. (With two groups exponential is equal.)",
 )
 
 
@@ -520,6 +537,7 @@ def test_equal_weights(answer) -> None:
     why = "165.8, 59.7 and 30.5: two channels are left, for the first two"
     expect(answer, 256, (3, 5, 7), gives=(166, 60, 30), why=why)
     expect(answer, 10, (3, 3, 3), gives=(4, 3, 3), why="of equal fractions the first")
+    expect(answer, 45, (3, 9), gives=(41, 4), why="40.5 and 4.5, exactly: again the first")
 
 
 attempt(equal_weights, test_equal_weights)
@@ -543,6 +561,17 @@ def by_float(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
     return (split[0] + channels - sum(split), *split[1:])
 
 
+def equal_in_floats(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """compare fractions in floats: of two that are equal, one comes out larger"""
+    total = sum(1 / k**2 for k in kernel_sizes)
+    shares = [channels / k**2 / total for k in kernel_sizes]
+    split = [math.floor(share) for share in shares]
+    lost = sorted(range(len(shares)), key=lambda t: split[t] - shares[t])
+    for t in lost[: channels - sum(split)]:
+        split[t] += 1
+    return tuple(split)
+
+
 def to_group_0(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
     """give all that is left over to group 0"""
     total = sum(Fraction(1, k * k) for k in kernel_sizes)
@@ -555,7 +584,8 @@ def by_size(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
     return equal_weights_solution(channels, tuple(kernel_sizes[::-1]))
 
 
-attempt(equal_weights_solution, test_equal_weights, wrong=[by_float, to_group_0, by_size])
+attempt(equal_weights_solution, test_equal_weights,
+        wrong=[by_float, equal_in_floats, to_group_0, by_size])  # fmt: skip
 
 
 # %% [markdown]
@@ -609,6 +639,7 @@ attempt(most_large_solution, test_most_large, wrong=[full_price, nobody_left])
 
 # %% [markdown]
 # ## Takeaways
+# - Start with equal, and with 3, 5, 7, 9. Take exponential where large kernels must stay cheap. Logarithmic is for experiments.
 # - Kernel sizes: 3, 5, 7, …; one per group.
 # - Equal is what the official MixNets use. The remainder goes to group 0.
 # - Exponential levels off at 33 weights a channel as groups are added. Logarithmic favours large kernels and costs most.

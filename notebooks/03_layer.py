@@ -13,7 +13,7 @@
 # **Time:** 25 minutes to read. Runs in under 20 seconds on two cores.
 
 # %% [markdown]
-# ## In ten lines
+# ## In a dozen lines
 #
 # Chapter 1's MixConv as a PyTorch module: split, one depthwise `nn.Conv2d` for each group, concatenate.
 
@@ -76,11 +76,11 @@ check_rewrite(
     by(tiny),
     torch.randn(1, 3, 4, 5).double(),
     *weights_of(tiny),
-    what="loops and ten lines",
+    what="loops and a dozen lines",
 )
 
 # %% [markdown]
-# That is the whole idea. A layer for real use must also answer: what happens at stride 2, with dilation, with a bias, on another device, with a bad argument? The rest of the chapter answers, padding first.
+# That is the whole idea. A layer for real use must also answer: what happens at stride 2, with dilation, in another type, with a bad argument? The rest of the chapter answers, padding first.
 #
 # ## Padding, by hand
 #
@@ -89,9 +89,9 @@ check_rewrite(
 #
 # **Symmetric** (PyTorch's habit): one zero on each side. Windows are centred on pixels 0, 2 and 4.
 #
-# **'SAME'** (TensorFlow): there must be ⌈6 / 2⌉ = 3 outputs, so the windows span (3 − 1) · 2 + 3 = 7 pixels. That is one more than there are. One zero is needed, and TensorFlow puts the odd one at the *end*. Windows are centred on pixels 1, 3 and 5.
+# **'SAME'** (TensorFlow): there must be ⌈6 / 2⌉ = 3 outputs, so the windows span (3 − 1) · 2 + 3 = 7 pixels. That is one more than there are. One zero is needed, and TensorFlow puts the odd one at the *end*. Windows are centred on pixels 1, 3 and 5. (PyTorch's own `padding="same"` is no way out: it refuses every stride but 1, where alone the two habits agree.)
 #
-# Both give three outputs, and they look at different pixels. Weights belong to the padding they were trained with.
+# Both give three outputs, and they look at different pixels. Weights belong to the padding they were trained with: [chapter 8](08_official.ipynb) shows what the wrong one does to MixNet's scores.
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -123,6 +123,8 @@ show(
     "a white dot in the middle of each. On six pixels, symmetric padding "
     "centres them on pixels 0, 2, 4 and TensorFlow's 'SAME' on 1, 3, 5. On seven pixels both "
     "centre on 0, 2, 4, 6.",
+    caption="On an even number of pixels 'SAME' looks one pixel further on; on an odd number the "
+    "two agree.",
 )
 
 # %% [markdown]
@@ -174,7 +176,7 @@ def same_padding(
 # %% [markdown]
 # The first two are in the figure: one zero after six pixels, one on each side of seven.
 #
-# `Conv2dSame` is `nn.Conv2d` with that rule. The zeros depend on the input size, so they are added in `forward`.
+# `Conv2dSame` is `nn.Conv2d` with that rule. The zeros depend on the input size, so they are added in `forward`. How many go in front decides where the windows are centred. Behind, it adds more than the rule asks for where that makes (k − 1) · d in all: zeros that no window reads change nothing, and a total that does not depend on the size exports more simply.
 
 # %%
 #| export layer.py
@@ -198,7 +200,7 @@ class Conv2dSame(nn.Conv2d):
         for axis in (1, 0):  # F.pad begins with the last axis
             k, step, spread = self.kernel_size[axis], self.stride[axis], self.dilation[axis]
             before, _ = same_padding(input.shape[axis - 2], k, step, spread)
-            # Zeros after the last window change nothing, and keep exported sizes simple.
+            # The rest behind: what lies after the last window is never read.
             zeros += [before, spread * (k - 1) - before]
         x = F.pad(input, zeros)
         return F.conv2d(x, self.weight, self.bias, self.stride, (0, 0), self.dilation, self.groups)
@@ -268,44 +270,6 @@ def make_conv2d(
 # %%
 make_conv2d(8, 8, 5, padding="same"), make_conv2d(8, 8, 5, stride=2, padding="same")
 
-
-# %% [markdown]
-# The *pointwise* 1×1 convolution that stands beside every depthwise layer needs no padding, and chapter 4 will ask for it in groups. The package makes a 1×1 in this one way:
-
-# %%
-#| export layer.py
-def make_pointwise(
-    in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
-) -> nn.Conv2d:
-    """A 1×1 convolution, on all channels or on equal groups of them.
-
-    Args:
-        in_channels: channels of the input.
-        out_channels: channels of the output.
-        groups: how many groups; must divide both.
-        bias: whether to add a bias; off, since a batch norm mostly follows.
-
-    Shape:
-        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
-
-    Raises:
-        TypeError: for a number that is not an integer.
-        ValueError: if a number is below 1 or `groups` does not divide the channels.
-
-    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
-    """
-    check_positive("in_channels", in_channels)
-    check_positive("out_channels", out_channels)
-    check_positive("groups", groups)
-    if in_channels % groups or out_channels % groups:
-        numbers = f"{groups} groups for {in_channels} and {out_channels} channels"
-        raise ValueError(f"groups must divide in_channels and out_channels, got {numbers}")
-    return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
-
-
-# %%
-make_pointwise(6, 8, groups=2)
-
 # %% [markdown]
 # **3.1** ★ *5 minutes, one line.* Kernel 9, stride 2. How many zeros does TensorFlow put before and after an axis of 28 pixels? And of 27? Work it out by hand.
 #
@@ -358,6 +322,8 @@ attempt(zeros_by_hand_solution, test_zeros, wrong=[odd_one_first, as_pytorch])
 # ## The layer
 #
 # `MixConv2d` is `TinyMixConv` with every option. Two defaults differ from `nn.Conv2d`: there is no bias, since a batch normalisation mostly follows, and the padding keeps the image size.
+# (As in chapter 0, `class MixConv2d(MixConv2d)` adds methods; in the package it is one class.)
+#
 # The constructor checks its arguments, splits the channels as in chapter 2, and makes one depthwise convolution for each group.
 #
 # > 📄 **Paper.** Section 3.2: a large kernel may be replaced by a dilated 3×3 kernel.
@@ -439,7 +405,7 @@ class MixConv2d(nn.Module):
 
 
 # %% [markdown]
-# Which kernel does each group really get? Its size, and the step between its taps:
+# Which kernel does each group really get? Its size, and the step between its taps. (`_convolutions` only tells the type checker what `convs` holds.)
 
 # %%
 #| export layer.py
@@ -453,6 +419,9 @@ class MixConv2d(MixConv2d):
         if 1 in self.kernel_sizes:
             raise ValueError(f"dilated needs kernel_sizes of 3 or more, got {self.kernel_sizes}")
         return [(3, ((k - 1) // 2, (k - 1) // 2)) for k in self.kernel_sizes]
+
+    def _convolutions(self) -> list[nn.Conv2d]:
+        return cast("list[nn.Conv2d]", list(self.convs))
 
 
 # %% [markdown]
@@ -468,10 +437,10 @@ class MixConv2d(MixConv2d):
             TypeError: if `x` is not a tensor.
             ValueError: if it is not an image or batch with the layer's channels.
         """
-        # Tracers pass stand-ins for tensors; those cannot be compared, but split.
+        # torch.fx passes proxies: they can be split, but have no shape to compare.
         if not hasattr(x, "split") or isinstance(x, str):
             raise TypeError(f"x must be a tensor, got {type(x).__name__}")
-        sizes = [conv.in_channels for conv in self._convolutions()]  # as they are: pruned, perhaps
+        sizes = [conv.in_channels for conv in self._convolutions()]  # narrower ones, once pruned
         count = sum(sizes)
         if isinstance(x, Tensor) and (x.dim() not in (3, 4) or x.shape[-3] != count):
             wanted = f"(N, {count}, H, W) or ({count}, H, W)"
@@ -492,9 +461,6 @@ class MixConv2d(MixConv2d):
         for conv in self._convolutions():
             conv.reset_parameters()
 
-    def _convolutions(self) -> list[nn.Conv2d]:
-        return cast("list[nn.Conv2d]", list(self.convs))
-
     def __repr__(self) -> str:
         parts = [
             f"{self.in_channels}, {self.out_channels}, kernel_sizes={self.kernel_sizes}",
@@ -513,6 +479,15 @@ class MixConv2d(MixConv2d):
 layer = MixConv2d(32, (3, 5, 7, 9), partition="exponential", stride=2, padding="same")
 print(layer)
 print(tuple(layer(torch.zeros(2, 32, 15, 20)).shape))
+
+# %% [markdown]
+# A bad argument is named, with its value and what would be right:
+
+# %%
+try:
+    MixConv2d(30, (3, 5, 7, 9), partition=(8, 8, 8, 8))
+except ValueError as error:
+    print(error)
 
 # %% [markdown]
 # ## The layer is the loops
@@ -564,6 +539,8 @@ show(
     "dilated_taps.png",
     "Kernels of size 3, 5, 7 and 9. Above, full kernels with 9, 25, 49 and 81 weights. Below, "
     "dilated 3×3 kernels whose nine weights are spread over the same windows.",
+    caption="Dilated, every kernel has nine weights and keeps its window; what lies between the "
+    "taps is skipped.",
 )
 
 # %%
@@ -710,6 +687,7 @@ def merge_depthwise(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
 # What it cannot prove to be one convolution, it refuses: a class of somebody's own may compute anything.
 
 # %% tags=["plumbing"]
+# fold: Is each of them a depthwise convolution with its usual padding?
 #| export layer.py
 def _check_depthwise(convs: Sequence[nn.Conv2d]) -> None:
     """Raise ValueError unless there are layers, all depthwise and padded as `MixConv2d` pads."""
@@ -727,6 +705,7 @@ def _check_depthwise(convs: Sequence[nn.Conv2d]) -> None:
 
 
 # %% tags=["plumbing"]
+# fold: Can one convolution do the work of all?
 #| export layer.py
 def _check_mergeable(convs: Sequence[nn.Conv2d]) -> None:
     """Raise ValueError, saying why, unless one depthwise convolution can do the work of all."""
@@ -800,7 +779,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# **3.3** ★★★ *20 minutes, six lines.* Unmerge. You get the weights `(C, 1, K, K)` of a merged layer. Read its mix off the zeros: return `(channels, kernel size)` for each run of neighbouring channels of one size. A trained kernel may hold a zero of its own, anywhere but on all of its border.
+# **3.3** ★★★ *20 minutes, six lines.* Unmerge. You get the weights `(C, 1, K, K)` of a merged layer. Read its mix off the zeros: return `(channels, kernel size)` for each run of neighbouring channels of one size. Zeros may stand anywhere in a trained kernel, as long as its outermost ring is not all zero.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -872,6 +851,46 @@ print("channels_last kept:", layer.to(**last)(x.to(**last)).is_contiguous(**last
 with torch.autocast("cpu", dtype=torch.bfloat16):
     print(layer(x).dtype)
 
+
+# %% [markdown]
+# ## Beside it: 1×1
+#
+# The *pointwise* 1×1 convolution that stands beside every depthwise layer needs no padding, and chapter 4 will ask for it in groups. The package makes a 1×1 in this one way:
+
+# %%
+#| export layer.py
+def make_pointwise(
+    in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
+) -> nn.Conv2d:
+    """A 1×1 convolution, on all channels or on equal groups of them.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        groups: how many groups; must divide both.
+        bias: whether to add a bias; off, since a batch norm mostly follows.
+
+    Shape:
+        Input `(N, C_in, H, W)`, output `(N, C_out, H, W)`; weight `(C_out, C_in / groups, 1, 1)`.
+
+    Raises:
+        TypeError: for a number that is not an integer.
+        ValueError: if a number is below 1 or `groups` does not divide the channels.
+
+    Source: `GroupedConv2D` in the official `custom_layers.py`. Chapter 3.
+    """
+    check_positive("in_channels", in_channels)
+    check_positive("out_channels", out_channels)
+    check_positive("groups", groups)
+    if in_channels % groups or out_channels % groups:
+        numbers = f"{groups} groups for {in_channels} and {out_channels} channels"
+        raise ValueError(f"groups must divide in_channels and out_channels, got {numbers}")
+    return nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias)
+
+
+# %%
+make_pointwise(6, 8, groups=2)
+
 # %% [markdown]
 # ## What each group sees
 #
@@ -919,6 +938,8 @@ show(
     "The photograph at 96×96 pixels with nested 3×3 to 9×9 windows to scale, and the four groups' "
     "responses, framed in the colours of their kernels. The 3×3 group answers to thin edges such "
     "as the rim of the glasses; the 9×9 group to larger shapes such as the stars of the flag.",
+    caption="Small kernels answer to thin edges, such as the rim of the glasses; large ones to "
+    "larger shapes, such as the stars of the flag.",
 )
 
 

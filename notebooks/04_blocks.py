@@ -39,15 +39,17 @@ def draw_block(axis, layers: list[tuple[str, float, list[int]]]) -> None:
 
 # %% tags=["drawing"]
 use_style()
-blocks = {
-    "MobileNetV1": [("input 64", 0.4, [0]), ("depthwise 64", 0.4, [3]), ("1×1 → 128", 0.8, [0])],
-    "MobileNetV2": [("input 24", 0.25, [0]), ("1×1 → 144", 1.1, [0]), ("depthwise 144", 1.1, [3]),
-                    ("1×1 → 24", 0.25, [0])],
-    "MixNet-M": [("input 80", 0.4, [0]), ("1×1 → 480", 1.5, [0, 0]),
-                 ("MixConv 480", 1.5, [9, 7, 5, 3]), ("gate 480", 1.5, [0]),
-                 ("1×1 → 80", 0.4, [0, 0])],
+blocks = {  # layers: words, channels, the kernel sizes of its stripes
+    "MobileNetV1": [("input 64", 64, [0]), ("depthwise 64", 64, [3]), ("1×1 → 128", 128, [0])],
+    "MobileNetV2": [("input 24", 24, [0]), ("1×1 → 144", 144, [0]), ("depthwise 144", 144, [3]),
+                    ("1×1 → 24", 24, [0])],
+    "MixNet-M": [("input 80", 80, [0]), ("1×1 → 480,\n2 groups", 480, [0, 0]),
+                 ("MixConv 480", 480, [9, 7, 5, 3]), ("gate 480", 480, [0]),
+                 ("1×1 → 80,\n2 groups", 80, [0, 0])],
 }  # fmt: skip
-figure, axes = plt.subplots(3, 1, figsize=(8.2, 5.6), height_ratios=[1, 1.4, 1.7])
+blocks = {name: [(words, channels**0.5 / 15, stripes) for words, channels, stripes in layers]
+          for name, layers in blocks.items()}  # fmt: skip
+figure, axes = plt.subplots(3, 1, figsize=(8.2, 5.8), height_ratios=[1.45, 1.5, 2.3])
 for axis, (name, layers) in zip(axes, blocks.items(), strict=True):
     draw_block(axis, layers)
     axis.text(-0.3, 0, name, ha="right", va="center", weight="bold")
@@ -55,7 +57,8 @@ for axis, (name, layers) in zip(axes, blocks.items(), strict=True):
         end, top = 2 * len(layers) - 1.4, layers[1][1] / 2 + 0.12
         axis.plot([0.6, 0.6, end, end], [layers[0][1] / 2, top, top, 0.25], color="#555555")
         axis.text(end + 0.15, top - 0.05, "added", va="top", color="#555555")
-    axis.set(xlim=(-2.2, 10), ylim=(-layers[1][1] / 2 - 0.4, layers[1][1] / 2 + 0.3))
+    tall = max(height for _, height, _ in layers)
+    axis.set(xlim=(-2.2, 10), ylim=(-tall / 2 - 0.5, tall / 2 + 0.3))
     axis.axis("off")
 show(
     figure,
@@ -64,6 +67,8 @@ show(
     "layer, then a wider 1×1. MobileNetV2: 24 channels widen to 144, a 3×3 depthwise layer, back "
     "to 24, and the input is added. MixNet-M: 80 widen to 480 in two groups, MixConv with four "
     "kernel sizes, a gate, back to 80 in two groups, and the input is added.",
+    caption="MobileNetV2 and MixNet are wide inside and narrow at their ends, where the input is "
+    "added; MobileNetV1 is not. (A bar's height is the root of its channels.)",
 )
 
 # %% [markdown]
@@ -73,7 +78,7 @@ show(
 #
 # **Narrow between.** What passes from block to block, and what the residual adds to, is the narrow end. Fewer numbers to store, and 1×1 convolutions from 24 to 144 and back cost a third of one from 144 to 144: 2 · 24 · 144 = 6,912 multiply-adds at each pixel, against 144 · 144 = 20,736.
 #
-# **Linear at the narrow end.** ReLU throws away what is negative. In a wide space the loss can be made good from other channels; in a narrow one it is gone. MobileNetV2's authors show it with an experiment that takes a few lines: lift points of the plane into n dimensions, apply ReLU, and ask the best linear map to bring them back.
+# **Linear at the narrow end.** ReLU throws away what is negative. In a wide space the loss can be made good from other channels; in a narrow one it is gone. MobileNetV2's authors show it with an experiment that takes a few lines: lift points of the plane into n dimensions at random, apply ReLU, and ask the best linear map to bring them back. How much of the points' squared lengths is missing?
 
 # %%
 import torch
@@ -86,13 +91,13 @@ for n in (2, 3, 4, 8, 16):
         lifted = (points @ torch.randn(2, n).double()).relu()
         back = lifted @ torch.linalg.lstsq(lifted, points, driver="gelsd").solution
         lost.append((back - points).square().sum() / points.square().sum())
-    print(f"{n:2} dimensions: {sum(lost) / 20:.0%} lost")
+    print(f"{n:2} dimensions: {sum(lost) / 20:.0%} of the squared lengths lost, mean of 20 lifts")
 
 # %% [markdown]
-# So the projection is not followed by an activation. As an equation, with $E$ and $P$ for the two 1×1 convolutions, $\sigma$ for normalisation and activation, $g(\cdot)$ for the gate and a dot for multiplication of each channel:
+# So the projection is not followed by an activation. As an equation, with $E$ and $P$ for the two 1×1 convolutions, $\sigma$ for normalisation and activation, $N$ for normalisation alone, $g(\cdot)$ for the gate and a dot for multiplication of each channel:
 #
 # $$
-# h = \sigma\left(\mathrm{MixConv}\left(\sigma\left(E\,x\right)\right)\right) \qquad y = x + P\left(g(h) \cdot h\right)
+# h = \sigma\left(\mathrm{MixConv}\left(\sigma\left(E\,x\right)\right)\right) \qquad y = x + N\left(P\left(g(h) \cdot h\right)\right)
 # $$
 #
 # The rest of the chapter builds its parts from left to right.
@@ -310,7 +315,7 @@ cost_table(DepthwiseSeparableBlock(64, 128, (3, 5, 7), stride=2), 1, 64, 56, 56)
 #
 # > 📄 **Paper.** Figure 8 and its text do not draw squeeze-and-excitation.
 #
-# > ⚙️ **Official code.** Most MixNet blocks have it. The width of the small layer is the squeeze ratio times the block's *input* channels, not of the wide ones that it gates. Its activation is the block's.
+# > ⚙️ **Official code.** Most MixNet blocks have it. The width of the small layer is the squeeze ratio times the block's *input* channels, not of the wide ones that it gates; so a larger expansion does not widen it. Its activation is the block's.
 
 # %%
 #| export blocks.py
@@ -399,12 +404,14 @@ show(
     "grouped_pointwise.png",
     "Weight matrices of a 1×1 convolution from six to eight channels. With one group all "
     "cells are filled; with two groups two 3×4 blocks on the diagonal, 24 cells.",
+    caption="With two groups half of the weights are gone, and nothing passes between the halves.",
 )
 
 # %% [markdown]
-# So chapter 3's `make_pointwise(6, 8, groups=2)` is all there is to it. (Until 0.2 it was a class of its own; the old name still works.)
+# So chapter 3's `make_pointwise(6, 8, groups=2)` is all there is to it.
 
-# %%
+# %% tags=["plumbing"]
+# fold: Its name until version 0.2
 #| export blocks.py
 GroupedPointwise = make_pointwise  # its name until 0.2
 
@@ -469,7 +476,7 @@ def read_by_rows(x: torch.Tensor, groups: int) -> torch.Tensor:
 attempt(shuffle_solution, test_shuffle, wrong=[backwards, read_by_rows])
 
 # %% [markdown]
-# MixNet does not shuffle: its blocks with one group, and its squeeze-and-excitation gates, do the mixing.
+# MixNet does not shuffle. What its halves see of each other goes through the layers that have one group; between those only the gates, one number for each channel, cross over. [Chapter 7](07_mixnet.ipynb) shows which halves never meet.
 
 # %% [markdown]
 # ## The inverted residual, with MixConv
@@ -481,7 +488,8 @@ attempt(shuffle_solution, test_shuffle, wrong=[backwards, read_by_rows])
 #
 # > ✏️ **Ours.** The official MixNet code has no stochastic depth. timm's has, and engineers expect the switch.
 
-# %%
+# %% tags=["plumbing"]
+# fold: Stochastic depth
 #| export blocks.py
 from mixconv._checks import check_positive, check_rate
 
@@ -769,7 +777,7 @@ def gate_width(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int
 
 
 def test_gate_width(answer) -> None:
-    for c, e, ratio in ((40, 6, 0.5), (40, 6, 0.25), (24, 3, 0.3), (2, 6, 0.25)):
+    for c, e, ratio in ((40, 6, 0.5), (40, 6, 0.25), (24, 3, 0.3), (2, 6, 0.25), (24, 3, 0.33)):
         block = MixConvBlock(c, 8, expand_ratio=e, squeeze_ratio=ratio)
         width = block.squeeze_excite.squeeze.out_channels
         expect(answer, c, e, ratio, gives=width, why="as the block builds it")
@@ -793,7 +801,13 @@ def to_nothing(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int
     return int(in_channels * squeeze_ratio)
 
 
-attempt(gate_width_solution, test_gate_width, wrong=[of_the_wide_part, to_nothing])
+def to_the_nearest(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int:
+    """round to the nearest: 7.92 channels become 8"""
+    return max(1, round(in_channels * squeeze_ratio))
+
+
+attempt(gate_width_solution, test_gate_width,
+        wrong=[of_the_wide_part, to_nothing, to_the_nearest])  # fmt: skip
 
 
 # %% [markdown]
@@ -844,7 +858,7 @@ attempt(widest_solution, test_widest, wrong=[depthwise_is_free, narrow_depthwise
 
 # %% [markdown]
 # ## Takeaways
-# - `DepthwiseSeparableBlock`: look around, then across. `MixConvBlock`: widen, look around, gate, narrow, add.
+# - `DepthwiseSeparableBlock`: look around, then across. `MixConvBlock`: widen, look around, gate, narrow, and add the input where it can be added (stride 1, as many channels out as in).
 # - The gate's width follows the block's input channels.
 # - `a1.1` is one convolution with `groups=2`.
 # - In a wide block the pointwise layers cost most; that is what leaves room for large depthwise kernels.

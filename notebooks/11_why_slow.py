@@ -26,36 +26,47 @@ bench = json.loads(Path("../figures/bench.json").read_text())
 machine = bench["machine"]
 peak, copying = (machine[f"{what}_per_second"] for what in ("multiply_adds", "copy_bytes"))
 layers = [layer for layer in bench["layers"] if "fused" in layer["seconds"]]
+at_batch_8 = [layer for layer in layers if layer["batch"] == 8]
+alike = [round(row["multiply_adds"] / row["bytes"], 1) for row in at_batch_8]
+
+# %% tags=["drawing"]
 figure, axis = plt.subplots(figsize=(7.2, 4.2))
 axis.plot([0.3, peak / copying, 40], [0.3 * copying / 1e9, peak / 1e9, peak / 1e9], "k")
-for row in (row for row in layers if row["batch"] == 8):
+for number, row in enumerate(at_batch_8):
     x, color = row["multiply_adds"] / row["bytes"], kernel_color(max(row["kernel_sizes"]))
+    one = alike[number]  # layers that are alike stand side by side
+    x *= 1.03 ** (alike[:number].count(one) - (alike.count(one) - 1) / 2)
     before, after = (row["multiply_adds"] / row["seconds"][f] / 1e9 for f in ("timm", "fused"))
     axis.plot([x, x], [before, after], color=color, alpha=0.35, linewidth=1)
     axis.plot(x, before, "o", color="white", markeredgecolor=color, markersize=5)
     axis.plot(x, after, "o", color=color, markersize=5)
 for k in (3, 5, 7, 9, 11):
-    axis.plot([], [], "o", color=kernel_color(k), label=f"up to {k}×{k}")
+    label = f"up to {k}×{k}" if k > 3 else "3×3, one group"
+    axis.plot([], [], "o", color=kernel_color(k), label=label)
 for fill, label in (("white", "split (timm)"), ("black", "one operation")):
     axis.plot([], [], "o", color=fill, markeredgecolor="black", label=label)
 axis.legend(loc="lower right", fontsize=8)
 axis.loglog()
 axis.set(xlabel="multiply-adds per byte", ylabel="billion multiply-adds per second")
 axis.set_xticks([0.5, 1, 2, 5, 10, 20], [0.5, 1, 2, 5, 10, 20])
-axis.set_yticks([2, 5, 10, 20, 50, 100, 200], [2, 5, 10, 20, 50, 100, 200])
+axis.set_yticks([5, 10, 20, 50, 100, 200], [5, 10, 20, 50, 100, 200])
+axis.set_ylim(5, 400)
 axis.annotate("peak", (25, peak * 1.1 / 1e9), fontsize=9)
-axis.annotate("bandwidth", (0.5, copying * 0.62 / 1e9), rotation=32, fontsize=9)
+words = "roof: bandwidth\nof large arrays"
+axis.annotate(words, (0.33, copying * 0.5 / 1e9), rotation=37, rotation_mode="anchor", fontsize=9)
 show(
     figure,
     "roofline.png",
     "Speed against multiply-adds per byte for MixNet's depthwise layers at batch 8, under the "
     "machine's roof. A line joins the two dots of each layer: hollow for split, convolve, "
-    "concatenate, full for one operation.",
+    "concatenate, far below the roof; full for one operation, near it or above.",
+    caption="The usual way leaves every layer far below the roof; one operation brings nearly all "
+    "of them to it.",
 )
 
 
 # %% [markdown]
-# Hollow: split, convolve, concatenate, as chapter 3's layer and timm do it. Full: the one operation that this part of the book builds. How far they are apart on this machine:
+# Hollow: split, convolve, concatenate, as chapter 3's layer and timm do it. Full: the one operation that this part of the book builds. (Layers of the same intensity are drawn side by side.) A third way is worth a look: the same split, but in *channels-last* memory order, of which more below. How near do they come to the roof, in the middle of the layers?
 
 # %%
 def of_the_roof(row, form):
@@ -64,13 +75,20 @@ def of_the_roof(row, form):
     return row["multiply_adds"] / row["seconds"][form] / roof
 
 
-at_batch_8 = [row for row in layers if row["batch"] == 8]
-for name, form in (("split (timm)", "timm"), ("one operation", "fused")):
-    parts = [100 * of_the_roof(row, form) for row in at_batch_8]
-    print(f"{name}: {np.median(parts):.0f}% of the roof in the middle of {len(parts)} layers")
+kinds = {
+    "mixed layers": [row for row in at_batch_8 if len(row["channels"]) > 1],
+    "layers with one group": [row for row in at_batch_8 if len(row["channels"]) == 1],
+}
+THREE = {"split (timm)": "timm", "channels last": "timm_channels_last", "one operation": "fused"}
+for kind, chosen in kinds.items():
+    parts = {n: np.median([of_the_roof(r, form) for r in chosen]) for n, form in THREE.items()}
+    said = ", ".join(f"{name} {100 * part:.0f}%" for name, part in parts.items())
+    print(f"{len(chosen)} {kind}: {said}")
 print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['system']}")
 
 # %% [markdown]
+# Two things can be read off. A layer with *one* group has nothing to split and nothing to concatenate, and is slow as well. For it the memory order is all: in channels last it is at the roof. A mixed layer hardly gains from the order alone. It has a trouble of its own.
+#
 # More than 100% is possible: the roof is drawn for data that comes from memory, and a small layer's data may still be in the *cache*, the small fast memory inside the processor. (Chapter 14 draws a stricter roof.)
 #
 # Every time in this part of the book comes from one file, `figures/bench.json`. `make bench` writes it. No cell measures anything, so a slow day cannot change the book.
@@ -103,7 +121,7 @@ print(f"this machine: {peak / copying:.0f}")
 
 
 # %% [markdown]
-# **11.1** ★ *5 minutes, two lines.* What does a layer move, in bytes, this time with its weights? Input, weights and output once each, float32. Work the second case out on paper before you run anything: it is the layer above.
+# **11.1** ★ *5 minutes, three lines.* What does a layer move, in bytes, this time with its weights? Input, weights and output once each, float32. Work the second case out on paper before you run anything: it is the layer above.
 #
 # <details><summary>Hint: the equation</summary>
 #
@@ -162,7 +180,7 @@ attempt(bytes_moved_solution, test_bytes_moved, wrong=[weights_each_time, withou
 # \mathrm{speed} \le \min\left(\mathrm{peak},\ \mathrm{bandwidth} \times \mathrm{intensity}\right)
 # $$
 #
-# That is a slope and a flat part: the roof in the picture. The rule is known as the *roofline model* (Williams, Waterman and Patterson, 2009). The bandwidth is that of a copy between two large arrays.
+# That is a slope and a flat part: the roof in the picture. The rule is known as the *roofline model* (Williams, Waterman and Patterson, 2009). The bandwidth is that of a copy between two large arrays. The peak is that of multiply-adds whose numbers stay in registers, on all threads.
 #
 # **11.2** ★★ *5 minutes, one line.* How many multiply-adds for each byte has a depthwise layer with a k×k kernel at *stride 2*? Count float32 numbers read and written, for a large image, without weights. Is stride 2 good or bad for a layer that waits for memory?
 #
@@ -211,9 +229,9 @@ attempt(intensity_at_stride_2_solution, test_intensity, wrong=[as_at_stride_1, b
 #
 # Follow the bytes of one layer with g groups.
 #
-# - **Copies.** The convolutions read C channels and write C channels. Then the concatenation reads those and writes them again. Twice the traffic, for nothing.
-# - **Calls.** g convolutions and one concatenation, each with a start of its own. In a small layer the starts take longer than the work (see batch 1 in the bars further down).
-# - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A processor computes with *vectors* of up to 16 neighbouring numbers at a time (chapter 13). Such a vector does not fit a row of 14 or 7 pixels, and one shifted by a pixel begins in the middle of what memory hands out at a time. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps.
+# - **Copies.** The convolutions read C channels and write C channels. Then the concatenation reads those and writes them again. Twice the traffic, for nothing. (Layers with one group are spared that.)
+# - **Calls.** g convolutions and one concatenation, each with a start of its own. In a small layer the starts may take longer than the work.
+# - **Layout.** In memory order (N, C, H, W) neighbours are pixels of one channel. A processor computes with *vectors* of up to 16 neighbouring numbers at a time (chapter 13). Such a vector does not fit a row of 14 or 7 pixels, and one shifted by a pixel begins in the middle of what memory hands out at a time. With channels last, (N, H, W, C), neighbours are *channels* of one pixel: a depthwise convolution does the same to all of them. But then split gives views with gaps, and the gain is lost again.
 # - **Cache.** Between two calls, what was in the cache may be gone.
 #
 # The first two can be counted without a clock. PyTorch shows a *mode* every operation that runs; this one adds up what each reads and writes:
@@ -250,6 +268,8 @@ assert traffic.bytes == 2 * layer_bytes
 print(f"split: {traffic.calls} calls, {traffic.bytes / layer_bytes:.0f} times the bytes needed")
 
 # %% [markdown]
+# So the copies explain a factor of two at most. The rest is calls, layout and cache.
+#
 # ## Merging, as algebra
 #
 # Call $w$ a kernel and $E w$ the same kernel with zeros around it. Adding zeros adds nothing:
@@ -271,7 +291,18 @@ print(f"merged: {traffic.calls} call, {traffic.bytes / layer_bytes:.0f} times th
 print(f"multiply-adds: {81 * 4 / (9 + 25 + 49 + 81):.1f} times those of the split form")
 
 # %% [markdown]
-# What that is worth is on file. Time of a form over the time to copy as many bytes as the layer must move (geometric means over MixNet's layers with two or more groups; 1 would be perfect for a layer that waits for memory):
+# What that is worth is on file. Take as the unit the time to copy as many bytes as the layer must move. (Geometric means over MixNet's layers with two or more groups; 1 would be perfect for a layer that waits for memory.)
+#
+# This unit is stricter than the first picture's roof. The copy has the layer's own size, so it may stay in the cache:
+
+# %%
+for batch in sorted({row["batch"] for row in layers}):
+    copies = [row["bytes"] / row["seconds"]["copy"] for row in layers if row["batch"] == batch]
+    print(f"batch {batch}: a layer's bytes are copied at {np.median(copies) / 1e9:.0f} GB/s")
+print(f"large arrays: {copying / 1e9:.0f} GB/s")
+
+# %% [markdown]
+# At batch 8 that is four times the slope of the roof above. So a full dot on that roof is four copies here:
 
 # %% tags=["drawing"]
 from statistics import geometric_mean
@@ -300,7 +331,11 @@ for index, batch in enumerate(batches):
     axis.bar_label(bars, [f"{value:.0f}" for value in values], padding=2, fontsize=8)
 axis.set_yticks(np.arange(len(WAYS)), list(WAYS))
 axis.invert_yaxis()
-axis.set(xscale="log", xlim=(1, None), xlabel="time, in copies of the same bytes")
+axis.set(
+    xscale="log",
+    xlim=(1, None),
+    xlabel="time, in copies of the layer's own bytes, mostly in the cache",
+)
 axis.set_xticks([1, 2, 5, 10, 20, 50], [1, 2, 5, 10, 20, 50])
 axis.minorticks_off()
 axis.legend(fontsize=8)
@@ -309,6 +344,7 @@ show(
     "times_in_copies.png",
     "Bars: the time of a mixed layer in copies of the bytes that it must move, for split, split "
     "with channels last, merged, and one operation, at three batch sizes.",
+    caption="Memory order alone does little, merging more, one operation most.",
 )
 
 # %% [markdown]
@@ -395,6 +431,7 @@ check_rewrite(
 # Where the norm was stands an identity. A folded model cannot be trained: the norm's statistics are gone. It says so:
 
 # %% tags=["plumbing"]
+# fold: What says that a fused model cannot be trained
 #| export fast/folding.py
 def refuse_training(mode: bool) -> None:
     """Raise if a module that was fused for inference is put in training mode.
@@ -475,7 +512,8 @@ attempt(fold_before, test_fold)
 def fold_before_solution(
     weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # With padding, the zeros come after the shift: at the border it must not be added.
+    # Why not for 3×3 with padding: the zeros come after the norm. A tap outside the image meets 0
+    # and not the shift, but a folded bias would add the shift for it, too.
     return weight * scale.view(1, -1, 1, 1), bias + weight[:, :, 0, 0] @ shift
 
 
@@ -545,28 +583,30 @@ changed.forward = lambda x: x
 [has_hooks(module) for module in (plain, hooked, changed)]
 
 # %% [markdown]
-# What folding and merging bring to whole networks, without any compiler (chapter 16 applies them for you; times from the file, in milliseconds):
+# What folding and merging bring to whole networks, without any compiler (chapter 16 applies them for you; times from the file, in milliseconds, the shortest of several rounds):
 
 # %%
 rows = [row for row in bench["networks"] if "timm, eager" in row["seconds"]]
 table(
-    ["network", "images", "timm", "folded and merged", "times as fast"],
+    ["network", "images", "ours, split", "timm", "folded and merged", "times as fast as timm"],
     [
         [
             row["network"],
             row["batch"],
             *(f"{1e3 * t:.1f}" for t in times),
-            f"{times[0] / times[1]:.1f}",
+            f"{times[1] / times[2]:.1f}",
         ]
         for row in rows
-        for times in [[row["seconds"][name] for name in ("timm, eager", "fused, merged")]]
+        for times in [[row["seconds"][n] for n in ("split", "timm, eager", "fused, merged")]]
     ],
 )
 
 # %% [markdown]
+# Ours and timm's compute nearly the same operations. Where their times are far apart, as for MixNet-L with 16 images, that is the machine and not the network: read the last column as "two to three times".
+#
 # ## The layer as one task
 #
-# Merging cannot do everything. It multiplies by zeros, and at stride 2 with 'SAME' padding it cannot hold a 1×1 kernel at all (chapter 3). So the rest of this part writes the layer as one piece of work. What is its task? This section says it, and the next chapters do it.
+# Merging cannot do everything. It multiplies by zeros. And at stride 2 with 'SAME' padding no one kernel holds a 1×1 for every size of image (chapter 3; chapter 12 says why). So the rest of this part writes the layer as one piece of work. What is its task? This section says it, and the next chapters do it.
 #
 # To say it takes six things, and no weights:
 
@@ -640,7 +680,7 @@ for pad in pads(same, height=6, width=7):
     print(pad)
 
 # %% [markdown]
-# Six rows at stride 2: three outputs. The 1×1 kernel looks at rows 0, 2, 4 and needs no zero. The 3×3 kernel needs one, and it goes below. The third kernel is dilated, and spans five.
+# Six rows at stride 2: three outputs. The 1×1 kernel looks at rows 0, 2, 4 and needs no zero. The 3×3 kernel needs one, and it goes below. The third kernel is dilated, and spans five. Seven columns make four outputs, and the 3×3 kernel needs one zero on each side.
 #
 # **Weights.** A kernel wants to read its weights in the order in which it uses them. On channels-last images the innermost loop runs over channels. So the weights lie as (row, column, channel), group after group, in one flat tensor.
 #
@@ -750,6 +790,7 @@ for dtype in (torch.float32, torch.float64):
 # **Sense.** Numbers and addresses will go to C++, which believes everything. So what makes no sense is refused before that, in words. The answer is remembered: a layer asks the same thing in every forward.
 
 # %% tags=["plumbing"]
+# fold: What is refused, in words
 #| export fast/spec.py
 import functools
 
@@ -779,7 +820,8 @@ def check_spec(spec: MixSpec) -> tuple[int, int]:
 
 
 # %%
-for change in ({"kernel_sizes": (3, 4)}, {"channels": (1,)}, {"stride": 0}, {"padding": "valid"}):
+CHANGES = {"kernel_sizes": (1, 3, 4, 7)}, {"channels": (1,)}, {"stride": 0}, {"padding": "valid"}
+for change in CHANGES:
     try:
         check_spec(spec._replace(**change))
     except ValueError as error:
@@ -855,7 +897,7 @@ attempt(place_solution, test_place, wrong=[channel_first, alone])
 # %% [markdown]
 # ## Takeaways
 # - Depthwise layers have few multiply-adds *and* few multiply-adds per byte. Time goes where the bytes go.
-# - Split, convolve, concatenate moves everything twice, in many small calls.
+# - Split, convolve, concatenate moves everything twice, in many small calls, and keeps a mixed layer from the memory order that suits it.
 # - Merging and folding are algebra: same outputs, fewer passes over memory, no compiler.
 # - What is left is one task: `MixSpec` says it, `split_form` is its meaning.
 #

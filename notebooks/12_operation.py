@@ -20,8 +20,6 @@ import matplotlib.pyplot as plt
 from mixconv.teaching import show, use_style
 
 logging.getLogger("mixconv").setLevel(logging.ERROR)  # a later chapter may compile something
-use_style()
-figure, axis = plt.subplots(figsize=(7.6, 3.3))
 GREY = "#e4e4e4"
 BOXES = [
     (0, 2.0, 1.9, "mixed_depthwise2d\n(x, weight, bias, …)", GREY),
@@ -30,18 +28,25 @@ BOXES = [
     (9.4, 3.2, 1.9, "a fast form", "#CCE3F0"),
     (9.4, 0.8, 1.9, "split_form:\nalways can", "#D5EFE6"),
 ]
-for x, y, width, text, color in BOXES:
-    axis.add_patch(plt.Rectangle((x, y - 0.55), width, 1.1, facecolor=color, edgecolor="#555555"))
-    axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=8)
 ARROWS = [
     ((1.9, 2.2), (2.9, 3.0), "somebody\nwatches", (2.25, 2.95)),
     ((5.5, 3.0), (6.5, 2.3), "", (0, 0)),
     ((1.9, 1.8), (6.5, 1.8), "nobody watches: straight on", (4.2, 1.62)),
     ((8.4, 2.3), (9.4, 3.0), "it takes the call", (8.55, 2.95)),
     ((8.4, 1.7), (9.4, 1.0), "all decline", (8.65, 1.12)),
+    ((0.95, 1.4), (9.4, 0.45), "forward mode, torch.func.grad: step by step", (4.2, 0.62)),
 ]
+
+# %% tags=["drawing"]
+use_style()
+figure, axis = plt.subplots(figsize=(7.6, 3.3))
+for x, y, width, text, color in BOXES:
+    axis.add_patch(plt.Rectangle((x, y - 0.55), width, 1.1, facecolor=color, edgecolor="#555555"))
+    axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=8)
 for start, end, label, at in ARROWS:
-    axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#333333"})
+    bend = "angle,angleA=-90,angleB=180" if end[1] < 0.5 else "arc3"
+    arrow = {"arrowstyle": "->", "color": "#333333", "connectionstyle": bend}
+    axis.annotate("", end, start, arrowprops=arrow)
     axis.text(*at, label, ha="center", va="center", fontsize=8)
 axis.set(xlim=(-0.1, 11.4), ylim=(0.1, 3.9))
 axis.axis("off")
@@ -50,7 +55,9 @@ show(
     "way_of_a_call.png",
     "Boxes and arrows. A call goes through PyTorch's dispatcher if somebody watches, else straight "
     "on; then the first form that has no reason to decline computes, and if all decline the split "
-    "form does.",
+    "form does. Forward mode and torch.func.grad lead to the split form's steps at once.",
+    caption="A call goes straight to the first form that does not decline, unless somebody "
+    "watches; the split form is behind every way.",
 )
 
 # %% [markdown]
@@ -62,7 +69,7 @@ show(
 #
 # ## Forms, and why they decline
 #
-# The kernel of chapter 14 will want 32-bit floats on a CPU, and a compiler. The kernel of chapter 17 will want a GPU. Each is a **form** of the operation: `declines` lists its reasons, and if there are none, `prepare` plans the work once and returns the function that runs. (A `Protocol` is a list of what a class must have; a form need not inherit from it.)
+# The kernel of chapter 14 will want 32-bit floats on a CPU, and a compiler. The kernel of chapter 17 will want a GPU. Each is a **form** of the operation: `declines` lists its reasons, and if there are none, `prepare` plans the work once (it chooses a compiled loop, say, and cuts the image for the threads) and returns the function that runs. (A `Protocol` is a list of what a class must have; a form need not inherit from it.)
 #
 # A form decides by everything about a call except the numbers in it. So its decision can be remembered:
 
@@ -167,7 +174,7 @@ class Forms:
 
 
 # %% [markdown]
-# What goes into it for this operation: the split form as the fallback, its output in channels-last memory order as every form's must be, and a check of the sizes.
+# What goes into it for this operation: the split form as the fallback, its output in channels-last memory order as every form's must be, and a check of the sizes. (`must_dispatch` and `needs_steps` are imported here and written further down.)
 
 # %%
 #| export fast/operation.py
@@ -207,7 +214,7 @@ def check_call(call: Call) -> None:
 FORMS = Forms("mixed_depthwise2d", _prepare_split, check_call)
 
 # %% [markdown]
-# `FORMS` is empty in this chapter; chapters 14 and 17 add to it, on import. To see it at work, here is a form in ten lines. Where all groups have the same kernel, one convolution will do, without split and concatenation:
+# As far as this chapter goes, `FORMS` is empty. But importing the package imports chapters 14 and 17, whose forms add themselves: on your machine they may compute what is called below. To see how forms are chosen, here is one in ten lines, for a shop of its own. Where all groups have the same kernel, one convolution will do, without split and concatenation:
 
 # %%
 from mixconv.fast.spec import pack_weights, unpack_weights
@@ -317,6 +324,7 @@ attempt(declines_solution, test_declines, wrong=[first_only, as_they_come])
 # A call is described by its tensors. That is also where tensors that do not belong together are refused. (Where their *sizes* do not fit, `check_call` says so.)
 
 # %% tags=["plumbing"]
+# fold: A call from its tensors
 #| export fast/operation.py
 def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec) -> Call:
     """The call that these tensors make.
@@ -345,7 +353,9 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
 # - a gradient is wanted, or a function transform (`vmap`, `torch.func.grad`) is at work;
 # - a compiler or exporter traces, or a mode or the profiler records;
 # - autocast rules over dtypes;
-# - a tensor is not what it looks like. A wrapper (a quantised or distributed tensor, say) has no memory of its own: its address is 0. A view may be *still to be negated*: PyTorch keeps `−x` of a complex number's part as the old numbers and a mark. And some programs give a weight's memory back between two forwards.
+# - a tensor is not what it looks like. A wrapper (a quantised or distributed tensor, say) has no memory of its own: its address is 0. A view may be *still to be negated*: `z.conj().imag` shares its memory with `z.imag`, and that its sign is turned is only a mark on the tensor. And some programs give a weight's memory back between two forwards.
+#
+# Most of these questions have no public name in PyTorch: `torch._C._…` may change. They were tried with the versions that the README names. Should one go, the first call ends in an AttributeError, and not in a wrong result.
 
 # %%
 #| export fast/forms.py
@@ -414,6 +424,25 @@ for name, context in {
         print(f"{name}:", *(must_dispatch(tensor) for tensor in (ordinary, weight, negated)))
 
 # %% [markdown]
+# Five more calls, and why each goes the way it goes:
+
+# %%
+SITUATIONS = {
+    "a weight that wants a gradient": lambda: must_dispatch(weight),
+    "the same, under no_grad": lambda: torch.no_grad()(must_dispatch)(weight),
+    "every second number of a tensor": lambda: must_dispatch(torch.ones(6)[::2]),
+    "the imaginary part of a conjugate": lambda: must_dispatch(negated),
+    "a tensor on the meta device": lambda: must_dispatch(ordinary.to("meta")),
+}
+WHY = (
+    "autograd must see the call",
+    "no gradient is wanted there, whatever the weight asks for",
+    "gaps are no obstacle: a copy has none",
+    "its sign is only a mark, which C++ does not see",
+    "it has no numbers",
+)
+
+# %% [markdown]
 # **12.2** ★ *5 minutes, one line.* Which of these calls must go through the dispatcher? Decide for each before you run the test.
 #
 # <details><summary>Hint: the idea</summary>
@@ -425,22 +454,14 @@ for name, context in {
 # %%
 from mixconv.teaching import expect
 
-SITUATIONS = {
-    "a weight that wants a gradient": lambda: must_dispatch(weight),
-    "the same, under no_grad": lambda: torch.no_grad()(must_dispatch)(weight),
-    "every second number of a tensor": lambda: must_dispatch(torch.ones(6)[::2]),
-    "the imaginary part of a conjugate": lambda: must_dispatch(negated),
-    "a tensor on the meta device": lambda: must_dispatch(ordinary.to("meta")),
-}
-
 
 def is_dispatched(situation: str) -> bool:
     raise NotImplementedError
 
 
 def test_dispatched(answer) -> None:
-    for situation, ask in SITUATIONS.items():
-        expect(answer, situation, gives=ask(), why="must_dispatch says so")
+    for (situation, ask), why in zip(SITUATIONS.items(), WHY, strict=True):
+        expect(answer, situation, gives=ask(), why=why)
 
 
 attempt(is_dispatched, test_dispatched)
@@ -467,7 +488,7 @@ attempt(is_dispatched_solution, test_dispatched, wrong=[by_the_flag, by_the_gaps
 # %% [markdown]
 # Two kinds of derivative are not offered to registered operations by PyTorch: forward mode, and `torch.func`'s `grad` and its kin. For them the steps of `split_form` are taken, whose formulas PyTorch knows.
 
-# %% tags=["plumbing"]
+# %%
 #| export fast/forms.py
 def needs_steps() -> bool:
     """Whether a derivative is taken that PyTorch does not offer to registered operations.
@@ -483,12 +504,10 @@ def needs_steps() -> bool:
 
 
 # %% [markdown]
-# So there are three ways. What fused modules call is this:
-
-# %% [markdown]
 # Programs that read exported models do not know the operation. Who exports for them learns it from us, and not from their messages:
 
 # %% tags=["plumbing"]
+# fold: What exporters are told
 #| export fast/operation.py
 import warnings
 
@@ -510,6 +529,9 @@ def meet_exporters() -> None:
             'not know: for them, fuse with backend="merged"', stacklevel=4,
         )  # fmt: skip
 
+
+# %% [markdown]
+# So there are three ways, the three arrows that leave the first box of the picture. What fused modules call is this:
 
 # %%
 #| export fast/operation.py
@@ -564,7 +586,7 @@ def mixed_depthwise2d(
     Raises:
         ValueError: for sizes, dtypes or names that do not fit together.
 
-    Source: ours; the paper (section 3) says that MixConv "could be implemented as a single op".
+    Source: ours; the paper (section 3.1) says that MixConv "could be implemented as a single op".
     Chapter 12.
     """
     steps = (1,) * len(kernel_sizes) if dilations is None else tuple(dilations)
@@ -659,7 +681,7 @@ y.device, tuple(y.shape), y.is_contiguous(memory_format=torch.channels_last)
 # %% [markdown]
 # **Gradient, by hand first.** Let a 1×1 kernel of weight 10 meet the input 3 with bias −12. The sum is 18. With ReLU the output is 18, and a change of the sum passes. So the gradient is 10 for the input, 3 for the weight, 1 for the bias. With bias −40 the sum is −10, ReLU cuts it off, and all three gradients are 0.
 #
-# The sums themselves are not kept from the forward. They are computed again, by the operation without its activation: a second of work against a tensor of memory. PyTorch has the derivatives of its activations; they are used, so that NaN and infinity behave alike.
+# The sums themselves are not kept from the forward. They are computed again, by the operation without its activation. That costs one more forward, and saves a tensor of memory. PyTorch has the derivatives of its activations; they are used, so that NaN and infinity behave alike.
 
 # %%
 #| export fast/rules.py
@@ -755,39 +777,8 @@ for dtype in (torch.float64, torch.float32):
 # %% [markdown]
 # **`vmap`.** A function of one example, mapped over many. For this operation that is again one operation: put the copies side by side *as groups*. Three copies of an operation with groups (4, 3) are one operation with groups (4, 3, 4, 3, 4, 3), and its packed weights are the three packed tensors one after another. That holds whether the images differ, the weights, or both.
 
-# %%
-#| export fast/rules.py
-def _vmap(
-    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
-    *entries: Any,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Many operations at once are one with more groups: copies lie side by side as channels."""
-    spec, n = _as_spec(entries), info.batch_size
-    tensors: list[Tensor | None] = []
-    for tensor, axis, at in ((x, in_dims[0], 1), (weight, in_dims[1], 0), (bias, in_dims[2], 0)):
-        if tensor is not None:
-            whole = tensor.expand(n, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
-            tensors.append(whole.movedim(0, at).flatten(at, at + 1))
-        else:
-            tensors.append(None)
-    groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
-    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *as_arguments(spec._replace(**groups)))
-    return y.unflatten(1, (n, -1)), 1
-
-
-if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
-    _operation.register_vmap(_vmap)
-
-# %%
-x, weight, bias = tensors
-images, weights = torch.randn(3, *x.shape), torch.randn(3, *weight.shape)
-mapped = torch.vmap(lambda x, w: run_operation(x, w, bias, spec))(images, weights)
-wanted = [split_form(x, w, bias, spec) for x, w in zip(images, weights, strict=True)]
-check(mapped, torch.stack(wanted), "vmap over images and weights")
-
-
 # %% [markdown]
-# **12.3** ★★ *10 minutes, two lines.* `torch.vmap` maps an operation over n sets of weights. Describe the one operation that computes it, as above, without looking at `_vmap`.
+# **12.3** ★★ *10 minutes, two lines.* `torch.vmap` maps an operation over n sets of weights. Describe the one operation that computes it. (The rule that uses it comes next.)
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -840,6 +831,40 @@ attempt(mapped_spec_solution, test_mapped, wrong=[each_group, wider])
 
 
 # %% [markdown]
+# And the rule. What is not mapped is the same for all copies:
+
+# %%
+#| export fast/rules.py
+def _vmap(
+    info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
+    *entries: Any,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Many operations at once are one with more groups: copies lie side by side as channels."""
+    spec, n = _as_spec(entries), info.batch_size
+    tensors: list[Tensor | None] = []
+    for tensor, axis, at in ((x, in_dims[0], 1), (weight, in_dims[1], 0), (bias, in_dims[2], 0)):
+        if tensor is not None:
+            whole = tensor.expand(n, *tensor.shape) if axis is None else tensor.movedim(axis, 0)
+            tensors.append(whole.movedim(0, at).flatten(at, at + 1))
+        else:
+            tensors.append(None)
+    groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
+    y = torch.ops.mixconv.mixed_depthwise2d(*tensors, *as_arguments(spec._replace(**groups)))
+    return y.unflatten(1, (n, -1)), 1
+
+
+if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
+    _operation.register_vmap(_vmap)
+
+# %%
+x, weight, bias = tensors
+images, weights = torch.randn(3, *x.shape), torch.randn(3, *weight.shape)
+mapped = torch.vmap(lambda x, w: run_operation(x, w, bias, spec))(images, weights)
+wanted = [split_form(x, w, bias, spec) for x, w in zip(images, weights, strict=True)]
+check(mapped, torch.stack(wanted), "vmap over images and weights")
+
+
+# %% [markdown]
 # **Autocast.** Under `torch.autocast` the layer before hands over bfloat16, and the weights are float32. Without a rule, that is an error: the tensors differ. The rule: on a CPU all becomes float32, since that is what the kernel computes; on a GPU, the type that autocast was asked for. Double precision stays, as everywhere in PyTorch.
 
 # %%
@@ -882,7 +907,8 @@ torch.library.opcheck(operation.default, (*inputs, *as_arguments(spec)))
 #
 # `describe_mix` reads the convolutions of a mixed layer and says what operation they are, or `None`: a kernel that is not square, padding that the operation does not know, a class that may compute something else. Then they stay as they are.
 
-# %%
+# %% tags=["plumbing"]
+# fold: A layer, read as an operation
 #| export fast/fused_layer.py
 """A mixed layer, its bias and the activation behind it as one operation (chapter 12)."""
 
@@ -918,7 +944,7 @@ def describe_mix(convs: Sequence[nn.Conv2d], activation: str = "none") -> MixSpe
 
 
 # %% [markdown]
-# One case is worth a look. At stride 2 with 'SAME' padding, a 1×1 kernel looks at pixels 0, 2, 4 of six and a 3×3 kernel is centred on 1, 3, 5 (chapter 3's figure). *One* convolution has one padding, so the merged layer cannot do it. The operation pads each group by itself, so it can:
+# One case is worth a look. At stride 2 with 'SAME' padding, a 1×1 kernel looks at pixels 0, 2, 4 of six and a 3×3 kernel is centred on 1, 3, 5 (chapter 3's figure). Where would the 1×1 weight stand in the one large kernel? That depends on the image: for six pixels at the upper left tap of the 3×3 kernel, for seven at its centre. So no one kernel does, and merging declines. The operation pads each group by itself, so it can:
 
 # %%
 from mixconv.layer import MixConv2d, merge_depthwise
@@ -936,6 +962,7 @@ describe_mix(list(layer.convs))
 # This layer, and chapter 15's block, stand in a model where something else was. What they share is how they behave there: one image or many, no training, and where the numbers of the output lie.
 
 # %% tags=["plumbing"]
+# fold: What fused modules share
 #| export fast/fused_layer.py
 from mixconv._checks import refuse_script
 
@@ -1026,6 +1053,7 @@ class FusedMixConv2d(FusedModule):
 
 
 # %% tags=["plumbing"]
+# fold: What it costs
 #| export fast/fused_layer.py
 class FusedMixConv2d(FusedMixConv2d):
     def layer_costs(self, name: str, x: Tensor, output: Tensor) -> list[LayerCost]:

@@ -127,7 +127,7 @@ def mixed_depthwise2d(
     Raises:
         ValueError: for sizes, dtypes or names that do not fit together.
 
-    Source: ours; the paper (section 3) says that MixConv "could be implemented as a single op".
+    Source: ours; the paper (section 3.1) says that MixConv "could be implemented as a single op".
     Chapter 12.
     """
     steps = (1,) * len(kernel_sizes) if dilations is None else tuple(dilations)

@@ -524,7 +524,7 @@ from pathlib import Path
 
 from mixconv.formulation import LayerCost, count_costs
 
-paper = json.loads(Path("../tests/data/paper.json").read_text())
+paper = json.loads(Path("../tests/data/paper.json").read_bytes())
 figure_4 = paper["figure_4"]
 
 

@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from mixconv.teaching import kernel_color, show, use_style
 
 use_style()
-bench = json.loads(Path("../figures/bench.json").read_text())
+bench = json.loads(Path("../figures/bench.json").read_bytes())
 layers, machine = bench["steps"], bench["machine"]
 STEPS = [name for name in layers[0]["seconds"] if name[0] in "0123"]
 

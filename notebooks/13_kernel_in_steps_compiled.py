@@ -82,7 +82,7 @@ ANSWER = 'extern "C" int answer() { return 42; }'
 def compile_and_open(source: str) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         text, library = Path(folder, "source.cpp"), Path(folder, "library.so")
-        text.write_text(source)
+        text.write_text(source, "utf-8")
         subprocess.run(["c++", "-O3", "-fPIC", "-shared", text, "-o", library], check=True)
         return ctypes.CDLL(str(library))
 
@@ -148,7 +148,7 @@ _STALE = 3600.0  # seconds after which such a folder was left by a process that 
 def _join(names: Sequence[str]) -> str:
     """C++ files of the package, one after another, as one translation unit."""
     folder = files("mixconv.fast")
-    parts = [f'#line 1 "{name}"\n{folder.joinpath(name).read_text()}' for name in names]
+    parts = [f'#line 1 "{name}"\n{folder.joinpath(name).read_text("utf-8")}' for name in names]
     return "\n".join(parts)
 
 
@@ -314,7 +314,7 @@ def _compile(compilers: Sequence[Sequence[str]], source: str, folder: Path) -> P
         folder / "library.so",
         time.monotonic() + _TIME_LIMIT,
     )
-    text.write_text(source)
+    text.write_text(source, "utf-8")
     for compiler in compilers:
         for flags in _FLAGS:
             command = [*compiler, *_COMMON_FLAGS, *flags, str(text), "-o", str(library)]
@@ -397,7 +397,7 @@ def _find_or_build(names: Sequence[str]) -> ctypes.CDLL:
 def _forked_before_import() -> bool:
     """Whether this process is a fork that has started no program of its own since; on Linux."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()
     except OSError:  # elsewhere OpenMP is LLVM's
         return False
     return bool(int(fields[6]) & 0x40)  # PF_FORKNOEXEC

@@ -776,7 +776,7 @@ import json
 from pathlib import Path
 
 assert ring_size(MixSpec((48,), (7,), 2, (1,), "symmetric", "none"), 112) == 868 + APART
-bench = json.loads(Path("../figures/bench.json").read_text())
+bench = json.loads(Path("../figures/bench.json").read_bytes())
 found = {}
 for row in (row for row in bench["layers"] if row["batch"] == 1):  # the MixNets' layers
     kernels, count = row["kernel_sizes"], len(row["channels"])

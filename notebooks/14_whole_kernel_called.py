@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 from mixconv.teaching import kernel_color, show, use_style
 
 use_style()
-bench = json.loads(Path("../figures/bench.json").read_text())
+bench = json.loads(Path("../figures/bench.json").read_bytes())
 rows = bench["layers"]
 batches = sorted({row["batch"] for row in rows})
 sizes = sorted({row["size"] for row in rows}, reverse=True)

@@ -597,7 +597,7 @@ from pathlib import Path
 
 from mixconv import MixConv2d, mixnet_s
 
-bench = json.loads(Path("../figures/bench.json").read_text())
+bench = json.loads(Path("../figures/bench.json").read_bytes())
 found = {
     (r["size"], tuple(r["channels"]), tuple(r["kernel_sizes"])): r["seconds"]["fused"]
     for r in bench["layers"] if r["batch"] == 1

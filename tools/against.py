@@ -31,7 +31,7 @@ def import_before(checkout: Path, folder: Path) -> Any:
     copy = folder / BEFORE
     shutil.copytree(checkout / "mixconv", copy)
     for path in copy.rglob("*.py"):
-        path.write_text(re.sub(r"\bmixconv\b", BEFORE, path.read_text()))
+        path.write_text(re.sub(r"\bmixconv\b", BEFORE, path.read_text("utf-8")), "utf-8")
     sys.path.insert(0, str(folder))
     return importlib.import_module(BEFORE)
 

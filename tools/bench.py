@@ -32,6 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from mixconv import MixConv2d, mixnet_l, mixnet_m, mixnet_s, mobilenet_v2
+from mixconv.efficientnet_lite import efficientnet_lite0, find_weights
 from mixconv.fast import fuse
 from mixconv.fast.forms import Call
 from mixconv.fast.fuse import fuse_for_inference
@@ -127,7 +128,7 @@ def compiler() -> str:
 
 def peak_multiply_adds(threads: int) -> float:
     """Multiply-adds a second, all threads together, with nothing to load."""
-    source = (ROOT / "tools" / "roofline.cpp").read_text()
+    source = (ROOT / "tools" / "roofline.cpp").read_text("utf-8")
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "roofline.so"
         flags = ("-march=native", "-pthread")
@@ -432,6 +433,31 @@ def bench_networks(options: argparse.Namespace, modules: dict[str, Any]) -> list
     return rows
 
 
+def bench_trained(options: argparse.Namespace, modules: dict[str, Any]) -> list[Any]:
+    """EfficientNet-Lite0 with its trained weights (chapter 9), as it is and fused."""
+    try:
+        ours = efficientnet_lite0(find_weights()).eval()
+    except ImportError as error:
+        missing["EfficientNet-Lite0"] = str(error)
+        return []
+    rows = []
+    with torch.no_grad():
+        for batch in (1, 16):
+            x = torch.randn(batch, 3, 224, 224)
+            last = x.to(memory_format=torch.channels_last)
+            runs: dict[str, Run] = {
+                "split": partial(ours, x),
+                "fused": partial(fuse_for_inference(ours), last),
+                "fused, merged": partial(fuse_for_inference(ours, backend="merged"), last),
+            }
+            if modules["timm"]:
+                theirs = modules["timm"].create_model("tf_efficientnet_lite0").eval()
+                runs["timm, eager"] = partial(theirs, x)
+            seconds = take_turns(runs, max(3, options.rounds), least=0.1, budget=20)
+            rows.append({"network": "EfficientNet-Lite0", "batch": batch, "seconds": seconds})
+    return rows
+
+
 def peak_memory(form: str) -> int:
     """Bytes that a forward adds to this process, workspaces and all; for a process of its own."""
     if form == "timm":
@@ -442,7 +468,7 @@ def peak_memory(form: str) -> int:
     with torch.inference_mode():
         model(x[:1, :, :32, :32])  # whatever is set up once
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5", "utf-8")  # the peak starts anew
         before = proc_status("VmRSS")
         model(x)
     return proc_status("VmHWM") - before
@@ -450,7 +476,7 @@ def peak_memory(form: str) -> int:
 
 def proc_status(field: str) -> int:
     """A line of Linux's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(field)).split()[1])
 
 
@@ -519,12 +545,22 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=0, help="default 9, or 3 with --quick")
     parser.add_argument("--memory", choices=["fused", "timm"], help=argparse.SUPPRESS)
+    parser.add_argument("--trained", action="store_true",
+                        help="only EfficientNet-Lite0, into the report that is there")  # fmt: skip
     parser.add_argument("--against", type=Path, metavar="CHECKOUT",
                         help="only compare with an older checkout; writes nothing")  # fmt: skip
     parser.add_argument("--out", type=Path, default=ROOT / "figures" / "bench.json")
     options = parser.parse_args()
     options.rounds = options.rounds or (3 if options.quick else 9)
     return options
+
+
+def store(report: dict[str, Any], path: Path) -> int:
+    """Write the report in one step; an interrupted run leaves the old one."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    unfinished.replace(path)
+    return 0
 
 
 def main() -> int:
@@ -544,18 +580,21 @@ def main() -> int:
     modules = {name: optional(name) for name in PEERS}
     peers = [name for name in ("timm", "geffnet", "pytorchcv") if modules[name]]
     machine = describe_machine(options.threads) | {"load_before": round(load, 2)}
+    if options.trained:
+        stored = json.loads(options.out.read_bytes())
+        stored["trained"] = {"machine": machine, "rows": bench_trained(options, modules)}
+        return store(stored, options.out)
     report: dict[str, Any] = {"machine": machine, "versions": versions(), "missing": missing}
     report["rounds"] = options.rounds
     report["steps"] = bench_steps(options.rounds)
     report["layers"] = bench_layers(options, peers, machine["multiply_adds_per_second"])
     report["growth"] = bench_growth(options)
     report["networks"] = bench_networks(options, modules)
+    report["trained"] = {"machine": machine, "rows": bench_trained(options, modules)}
     report["memory"] = bench_memory(modules, options.threads)
     report["goals"] = goals(report)
     report["minutes"] = round((time.perf_counter() - started) / 60, 1)
-    unfinished = options.out.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(report, indent=1) + "\n")
-    unfinished.replace(options.out)
+    store(report, options.out)
     print(f"\nwrote {options.out} after {report['minutes']} minutes", file=sys.stderr)
     for goal in report["goals"]:
         print(f"{goal['goal']:62} {goal['wanted']:14} {goal['measured']:16}", end="")

@@ -59,7 +59,7 @@ def stage_package(sources: dict[str, str], root: Path, staging: Path) -> None:
     shutil.copytree(root / "mixconv", package, ignore=shutil.ignore_patterns("__pycache__"))
     for name, source in sources.items():
         (package / name).parent.mkdir(exist_ok=True)
-        (package / name).write_text(source)
+        (package / name).write_text(source, "utf-8")
 
 
 def refuse_hand_edits(files: dict[Path, bytes], root: Path, record: dict[str, str]) -> None:
@@ -157,6 +157,9 @@ def build(root: Path = ROOT, only: Sequence[str] = ()) -> int:
         raise BookError(f"{', '.join(late)} changed during the build: run `make book` again")
     for chapter, notebook in notebooks:
         files[chapter.ipynb] = dump(notebook).encode()
+    for path in files:
+        for left in path.parent.glob(f".{path.name}.*"):  # by a build that was killed
+            left.unlink(missing_ok=True)
     changed = [path for path, data in files.items() if write_atomically(path, data)]
     write_atomically(
         root / RECORD,
@@ -179,6 +182,12 @@ def main() -> int:
     except BookError as error:
         print(f"\nmake book: {error}", file=sys.stderr)
         return 1
+    except PermissionError as error:
+        print(f"\nmake book: {error.filename} cannot be written", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nmake book: interrupted; run it again to go on", file=sys.stderr)
+        return 130
     print(f"book is up to date, {changed} files changed")
     return 0
 

@@ -59,10 +59,10 @@ def find_problems(root: Path = ROOT) -> list[str]:
         if not chapter.ipynb.exists():
             problems.append(f"notebooks/{chapter.stem}.ipynb: missing, its .py is alone")
             continue
-        text = chapter.ipynb.read_text()
+        text = chapter.ipynb.read_text("utf-8")
         notebook = read_notebook(text, f"notebooks/{chapter.ipynb.name}")
         problems += cell_problems(chapter.stem, notebook)
-        if chapter.py.exists() and chapter.py.read_text() != to_text(notebook, root):
+        if chapter.py.exists() and chapter.py.read_text("utf-8") != to_text(notebook, root):
             problems.append(f"notebooks/{chapter.stem}: the .ipynb and the .py differ")
         kernel = notebook.metadata.get("kernelspec", {}).get("name")
         if kernel != METADATA["kernelspec"]["name"]:
@@ -96,7 +96,7 @@ def strays(expected: set[Path], root: Path) -> list[str]:
     found += (root / "notebooks").rglob("*")
     widgets = root / "mixconv" / "widgets"  # by hand: not what the book teaches
     return [
-        f"{path.relative_to(root)}: no notebook makes it; remove it with git rm"
+        f"{path.relative_to(root)}: no notebook makes it; remove it"
         for path in sorted(found)
         if not any(part in PASSED_OVER for part in path.relative_to(root).parts)
         and path not in expected

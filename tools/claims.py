@@ -205,7 +205,7 @@ def held_by_mark(paragraph: str, number: Number, root: Path) -> str:
         if kind == "measured":
             return "a measurement"
         name, _, test = what.partition("::")
-        text = (root / name).read_text() if (root / name).is_file() else ""
+        text = (root / name).read_text("utf-8") if (root / name).is_file() else ""
         if test and f"\ndef {test}(" in text:
             return "a test"
         if not test and Pool(values_in(text)).has(number):
@@ -245,7 +245,8 @@ def chapters_in(text: str) -> set[int]:
 def claims_of_book(root: Path = ROOT) -> list[Claim]:
     """Every claim of every chapter, of its figures' alt texts, and of the README."""
     books = [
-        (c.stem, normalise(read_notebook(c.ipynb.read_text(), c.stem))) for c in find_chapters(root)
+        (c.stem, normalise(read_notebook(c.ipynb.read_text("utf-8"), c.stem)))
+        for c in find_chapters(root)
     ]
     whole: dict[int, list[Pool]] = {}
     for stem, notebook in books:
@@ -264,7 +265,7 @@ def claims_of_book(root: Path = ROOT) -> list[Claim]:
                 far = [pool for number in named for pool in whole.get(number, [])]
                 found += claims_in(text, f"notebooks/{stem}", sums, near, far, root)
     readme = root / "README.md"
-    for text in split(readme.read_text()) if readme.exists() else []:
+    for text in split(readme.read_text("utf-8")) if readme.exists() else []:
         far = [pool for number in chapters_in(text) for pool in whole.get(number, [])]
         found += claims_in(text, "README.md", worked_out([text]), Pool([]), far, root)
     return found

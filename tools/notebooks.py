@@ -252,7 +252,7 @@ def digest(data: bytes) -> str:
 def read_record(root: Path = ROOT) -> dict[str, str]:
     """Digests of the files as the last `make book` here wrote them; empty before the first."""
     path = root / RECORD
-    return dict(json.loads(path.read_text())) if path.exists() else {}
+    return dict(json.loads(path.read_bytes())) if path.exists() else {}
 
 
 def merge_pair(chapter: Chapter) -> Any:
@@ -266,11 +266,11 @@ def merge_pair(chapter: Chapter) -> Any:
         BookError: when both sides were edited, differently, or neither was.
     """
     if not chapter.ipynb.exists():
-        return from_text(chapter.py.read_text())
-    notebook = read_notebook(chapter.ipynb.read_text(), chapter.ipynb.name)
+        return from_text(chapter.py.read_text("utf-8"))
+    notebook = read_notebook(chapter.ipynb.read_text("utf-8"), chapter.ipynb.name)
     if not chapter.py.exists():
         return notebook
-    sides = [to_text(notebook, chapter.root), chapter.py.read_text()]
+    sides = [to_text(notebook, chapter.root), chapter.py.read_text("utf-8")]
     if sides[0] == sides[1]:
         return notebook
     name = chapter.py.relative_to(chapter.root).as_posix()

@@ -279,3 +279,29 @@ def test_only_the_named_and_the_edited_chapters_are_run(toy, capsys):
     assert find_problems(toy) == []
     with pytest.raises(BookError, match="no chapter begins with 7"):
         build(toy, only=["7"])
+
+
+def test_what_a_killed_build_left_is_seen_and_swept(toy):
+    left = toy / "notebooks" / ".00_start.md.x1y2"
+    left.write_text("half a page")
+    assert find_problems(toy) == ["notebooks/.00_start.md.x1y2: no notebook makes it; remove it"]
+    build(toy)
+    assert not left.exists()
+    assert find_problems(toy) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "no", "notebooks/00_x.md"), 1, "notebooks/00_x.md cannot be written"),
+    ],
+)
+def test_main_turns_interruptions_into_a_line(monkeypatch, capsys, error, code, told):
+    def stop(**_):
+        raise error
+
+    monkeypatch.setattr(book, "build", stop)
+    monkeypatch.setattr("sys.argv", ["book"])
+    assert book.main() == code
+    assert told in capsys.readouterr().err

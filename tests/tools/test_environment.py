@@ -50,10 +50,12 @@ def commands(job):
 
 
 def pythons(job):
-    steps = WORKFLOW["jobs"][job]["steps"]
-    return [
+    steps, matrix = WORKFLOW["jobs"][job]["steps"], WORKFLOW["jobs"][job].get("strategy", {})
+    named = [
         step["with"]["python-version"] for step in steps if "setup-python" in step.get("uses", "")
     ]
+    several = [entry["python"] for entry in matrix.get("matrix", {}).get("include", [])]
+    return several if named == ["${{ matrix.python }}"] else named
 
 
 def pip_options(line):
@@ -229,4 +231,9 @@ def test_the_claimed_range_is_the_one_that_was_tried():
         f"Python {newest['python'].rpartition('.')[0]} and torch {newest['torch']}", tried["date"],
     ):  # fmt: skip
         assert claim in readme, claim
-    assert pythons("package") == [newest["python"].rpartition(".")[0]]
+    matrix = WORKFLOW["jobs"]["package"]["strategy"]["matrix"]["include"]
+    assert matrix == [
+        {"python": pair["python"].rpartition(".")[0], "torch": pair["torch"]}
+        for pair in (oldest, newest)
+    ]
+    assert f"torch=={'${{ matrix.torch }}'}" in commands("package")[0]

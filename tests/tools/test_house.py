@@ -486,3 +486,30 @@ def test_no_file_names_a_machine_a_registry_or_an_address():
             found[name] = forbidden(path.read_text(errors="replace"))
     assert len(found) > 10
     assert {name: hits for name, hits in found.items() if hits} == {}
+
+
+SOURCES = [p for folder in ("mixconv", "tools") for p in (ROOT / folder).rglob("*.py")]
+
+
+def without_encoding(source):
+    """Calls that read or write text as the locale has it: `PYTHONUTF8=0 LC_ALL=…` breaks them."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    places = {"read_text": 1, "write_text": 2}
+    return [
+        call.lineno
+        for call in calls
+        if isinstance(call.func, ast.Attribute) and call.func.attr in places
+        if len(call.args) < places[call.func.attr]
+        if not any(word.arg == "encoding" for word in call.keywords)
+    ]
+
+
+def test_no_text_is_read_or_written_as_the_locale_has_it():
+    found = {p.name: lines for p in SOURCES if (lines := without_encoding(p.read_text("utf-8")))}
+    assert found == {}
+    assert without_encoding('p.read_text()\np.write_text("é")\np.read_text("utf-8")\n') == [1, 2]
+
+
+@each_chapter
+def test_no_notebook_reads_files_as_the_locale_has_them(chapter):
+    assert not re.search(r"\.\./.*read_text\(\)", chapter.py.read_text("utf-8"))

@@ -587,7 +587,7 @@ import torch
 from mixconv.teaching import table
 
 data = Path("../tests/data")
-official = json.loads((data / "variables.json").read_bytes())
+official = json.loads((data / "variables.json").read_text())
 trained = {
     name: sum(prod(shape) for role, shape, _ in part["variables"] if "moving" not in role)
     for name, part in official.items()
@@ -717,7 +717,7 @@ table(["network", *counts["S"], "sum"],
 # %%
 from mixconv.counting import paper_flops
 
-printed = json.loads((data / "paper.json").read_bytes())["table_2"]
+printed = json.loads((data / "paper.json").read_text())["table_2"]
 printed = {name: printed[f"MixNet-{name}"][:3] for name in networks}
 rows = []
 for name, (size, flops, accuracy) in (printed | {"M, 10 classes": [3.49, 352, "–"]}).items():

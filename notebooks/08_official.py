@@ -34,7 +34,7 @@ from mixconv.official import load_official  # told below
 data = Path("../tests/data")
 recipe = runpy.run_path(str(data / "recipe.py"))
 truth = np.load(data / "official.npz")
-specification = json.loads((data / "variables.json").read_bytes())
+specification = json.loads((data / "variables.json").read_text())
 
 
 def recipe_weights(name: str) -> list[np.ndarray]:

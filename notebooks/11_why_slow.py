@@ -22,7 +22,7 @@ import numpy as np
 from mixconv.teaching import attempt, check_rewrite, expect, kernel_color, show, table, use_style
 
 use_style()
-bench = json.loads(Path("../figures/bench.json").read_bytes())
+bench = json.loads(Path("../figures/bench.json").read_text())
 machine = bench["machine"]
 peak, copying = (machine[f"{what}_per_second"] for what in ("multiply_adds", "copy_bytes"))
 layers = [layer for layer in bench["layers"] if "fused" in layer["seconds"]]

@@ -52,7 +52,7 @@ _STALE = 3600.0  # seconds after which such a folder was left by a process that 
 def _join(names: Sequence[str]) -> str:
     """C++ files of the package, one after another, as one translation unit."""
     folder = files("mixconv.fast")
-    parts = [f'#line 1 "{name}"\n{folder.joinpath(name).read_text()}' for name in names]
+    parts = [f'#line 1 "{name}"\n{folder.joinpath(name).read_text("utf-8")}' for name in names]
     return "\n".join(parts)
 
 
@@ -183,7 +183,7 @@ def _compile(compilers: Sequence[Sequence[str]], source: str, folder: Path) -> P
         folder / "library.so",
         time.monotonic() + _TIME_LIMIT,
     )
-    text.write_text(source)
+    text.write_text(source, "utf-8")
     for compiler in compilers:
         for flags in _FLAGS:
             command = [*compiler, *_COMMON_FLAGS, *flags, str(text), "-o", str(library)]
@@ -244,7 +244,7 @@ def _find_or_build(names: Sequence[str]) -> ctypes.CDLL:
 def _forked_before_import() -> bool:
     """Whether this process is a fork that has started no program of its own since; on Linux."""
     try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+        fields = Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()
     except OSError:  # elsewhere OpenMP is LLVM's
         return False
     return bool(int(fields[6]) & 0x40)  # PF_FORKNOEXEC

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 
 from mixconv.teaching import show, use_style
 
-bench = json.loads(Path("../figures/bench.json").read_bytes())
+bench = json.loads(Path("../figures/bench.json").read_text())
 seconds = next(
     row["seconds"] for row in bench["networks"] if (row["network"], row["batch"]) == ("MixNet-S", 1)
 )

@@ -155,7 +155,7 @@ def _join(names: Sequence[str]) -> str:
 def _processor() -> str:
     """What `-march=native` depends on."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        lines = Path("/proc/cpuinfo").read_text("utf-8", "replace").splitlines()
     except OSError:  # not Linux: tell computers apart, not processors
         return f"{platform.processor()} {platform.node()}"
     wanted = ("model name", "flags", "Features", "CPU implementer", "CPU part")
@@ -258,7 +258,7 @@ def _new_folder(parent: Path) -> Iterator[Path]:
 #| export fast/native.py
 def _complaint(messages: Path, compiler: str, status: int) -> str:
     """The line of a compiler's messages that says what is wrong."""
-    lines = messages.read_text(errors="replace").splitlines()
+    lines = messages.read_text("utf-8", "replace").splitlines()
     telling = [line for line in lines if re.search("error|cannot|No space", line)]
     return (telling or lines or [f"{compiler} failed without a word ({status})"])[0]
 

@@ -508,8 +508,3 @@ def test_no_text_is_read_or_written_as_the_locale_has_it():
     found = {p.name: lines for p in SOURCES if (lines := without_encoding(p.read_text("utf-8")))}
     assert found == {}
     assert without_encoding('p.read_text()\np.write_text("é")\np.read_text("utf-8")\n') == [1, 2]
-
-
-@each_chapter
-def test_no_notebook_reads_files_as_the_locale_has_them(chapter):
-    assert not re.search(r"\.\./.*read_text\(\)", chapter.py.read_text("utf-8"))

@@ -18,8 +18,8 @@
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
 
-from mixconv.mixnet import MIXNET_M, MIXNET_S, unroll  # told below
-from mixconv.teaching import kernel_color, show, use_style
+from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, unroll  # told below
+from mixconv.teaching import kernel_color, live, show, use_style
 
 use_style()
 figure, axes = plt.subplots(2, 1, figsize=(8.4, 3.9))
@@ -51,10 +51,14 @@ show(
     "kernels are mostly 3×3; later most blocks mix up to four or five sizes. Two blocks of "
     "MixNet-S are framed: the paper's figure has kernels 3, 5, 7 there, the code 3, 5, 7, 9.",
     caption="3×3 while the image is large, mixes later, and often the widest where it halves.",
-)
+    live=live("Blocks", networks={name: unroll(config) for name, config in (
+        ("S", MIXNET_S), ("M", MIXNET_M), ("L", MIXNET_L))}),
+)  # fmt: skip
 
 
 # %% [markdown]
+# In JupyterLab, run that cell and the figure answers back: choose any block of S, M or L, and see its layers, their groups and wires, and what each costs.
+#
 # Three things to see:
 #
 # - **While the image is large, 3×3 is nearly all there is.** A kernel costs its taps at every pixel, and there are 112 · 112 of them.

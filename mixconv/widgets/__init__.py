@@ -4,6 +4,8 @@ Needs anywidget, which `mixconv[tutorial]` brings. A chapter asks for one by
 `mixconv.teaching.live`, and shows it in the place of a picture that says the same standing still.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import traitlets
 
 from mixconv._checks import as_tuple
 
-__all__ = ["Convolution", "Mix"]
+__all__ = ["Blocks", "Convolution", "Mix"]
 
 _HERE = Path(__file__).parent
 _SHARED = 'from "./parts.mjs";'
@@ -136,3 +138,42 @@ class Mix(_Live):
     channels = OneOf(*range(1, 385), first=32)
     side = OneOf(7, 14, 28, 56, 112, first=14)
     layers = OneOf(1, 2, 3, 4, 5)
+
+
+class Blocks(_Live):
+    """The blocks of some networks: choose one, see its layers and their cost (chapter 7).
+
+    Args:
+        networks: a name for each, and its blocks, as `mixconv.mixnet.unroll` gives them.
+        settings: the attributes to begin with.
+
+    Attributes:
+        network: the name of the one that is looked at; the first if left out.
+        block: the number of its block that is looked at.
+        size: rows and columns of the image.
+    """
+
+    _esm = _module("blocks")
+    networks = traitlets.Dict().tag(sync=True)
+    network = traitlets.Unicode().tag(sync=True)
+    block = traitlets.Int().tag(sync=True)
+    size = OneOf(128, 160, 192, 224, 256, 288, 320, first=224)
+
+    def __init__(self, networks: Mapping[str, Sequence[Any]], **settings: Any) -> None:
+        if not networks or not all(networks.values()):
+            raise ValueError(f"networks must hold a network, and each a block, got {networks!r}")
+        plain = {name: [asdict(block) for block in blocks] for name, blocks in networks.items()}
+        super().__init__(networks=plain, **{"network": next(iter(plain)), **settings})
+
+    @traitlets.validate("network", "block")
+    def _known(self, proposal: Any) -> Any:
+        """Raise ValueError, naming trait, value and choices, for what no network has."""
+        name, value = proposal["trait"].name, proposal["value"]
+        known = list(self.networks) if name == "network" else range(len(self._blocks()))
+        if value not in known:
+            raise ValueError(f"{name} must be one of {[*known]}, got {value!r}")
+        return value
+
+    def _blocks(self) -> list[Any]:
+        blocks: list[Any] = self.networks.get(self.network, [])
+        return blocks

@@ -37,7 +37,8 @@ export function figure(label, style, ...children) {
 /** A labelled `select` that shows `get()` and calls `set(value)`; `refresh` looks again. */
 export function choice(label, values, get, set) {
   const options = values.map((value) => element("option", {}, String(value)));
-  const select = element("select", { onchange: () => set(values[select.selectedIndex]) }, ...options);
+  const onchange = () => set(values[select.selectedIndex]);
+  const select = element("select", { "aria-label": label, onchange }, ...options);
   const refresh = () => (select.selectedIndex = values.indexOf(get()));
   refresh();
   return { node: element("label", {}, label, " ", select), select, refresh };

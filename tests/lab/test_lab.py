@@ -214,3 +214,21 @@ def test_the_mix_answers_back(page, lab):
     assert figure.get_by_label("13", exact=True).is_checked()  # the last one stays
     assert errors == []
     run(page, "kernelmenu:shutdown")
+
+
+def test_the_blocks_answer_back(page, lab):
+    figure, told, errors = moving(page, lab, "07_mixnet", "The blocks of a MixNet, one by one")
+    told.to_have_text(re.compile("^Block 0 of MixNet-S: 16 → 16 channels, 112×112 → 112×112"))
+    before = figure.screenshot()
+    figure.get_by_role("button", name="block 9, kernels 3, 5").press("Enter")  # Lab would edit
+    told.to_have_text(re.compile("^Block 9 of MixNet-S: 80 → 80 channels"))
+    assert figure.get_by_role("button", pressed=True).count() == 1
+    assert figure.screenshot() != before
+    figure.get_by_label("MixNet", exact=True).select_option("L")
+    figure.get_by_role("button", name="block 18").click()
+    told.to_have_text(re.compile(r"^Block 18 of MixNet-L: 264 → 264 .* adds its input; "))
+    figure.get_by_label("MixNet", exact=True).select_option("S")
+    told.to_have_text(re.compile("^Block 15 of MixNet-S: 200 → 200 channels, 7×7"))
+    assert figure.get_by_role("row").count() == 1 + 8 + 1
+    assert errors == []
+    run(page, "kernelmenu:shutdown")

@@ -5,18 +5,26 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 
 from mixconv import MixConv2d
 from mixconv._readable import CONTRAST, _contrast
-from mixconv.formulation import mixconv_multiply_adds, mixconv_parameters, receptive_field
-from mixconv.layer import make_conv2d, same_padding
+from mixconv.formulation import (
+    count_costs,
+    mixconv_multiply_adds,
+    mixconv_parameters,
+    receptive_field,
+)
+from mixconv.layer import make_conv2d, make_pointwise, same_padding
+from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, MixNet, unroll
 from mixconv.partition import partition_channels
 from mixconv.teaching import KERNEL_COLORS, live
-from mixconv.widgets import Convolution, Mix
+from mixconv.widgets import Blocks, Convolution, Mix
 
 HERE = Path(__file__).parent
 needs_node = pytest.mark.skipif(shutil.which("node") is None, reason="node is not on the path")
@@ -150,6 +158,71 @@ def test_the_mix_is_split_as_the_package_splits_it():
     assert fields == [receptive_field([max(k)] * n) for k, n in stacks]
 
 
+NETWORKS = {"S": MIXNET_S, "M": MIXNET_M, "L": MIXNET_L}
+
+
+@needs_node
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("size", [224, 160])
+def test_the_blocks_cost_what_the_network_costs(name, size):
+    with torch.device("meta"):
+        model = MixNet(NETWORKS[name])
+        costs = count_costs(model, torch.zeros(1, 3, size, size))
+    blocks = [asdict(block) for block in unroll(NETWORKS[name])]
+    (sides,) = answers([["blocks", "sides", [blocks, size]]])
+    calls = list(zip(blocks, sides, strict=False))
+    found = answers([["blocks", "layers", list(call)] for call in calls])
+    for index, layers in enumerate(found):
+        wanted = [cost for cost in costs if cost.name.startswith(f"blocks.{index}.")]
+        assert [
+            (one["parameters"], one["multiplyAdds"], one["to"], one["side"]) for one in layers
+        ] == [(c.parameters, c.multiply_adds, c.output_shape[1], c.output_shape[2]) for c in wanted]
+        convs = [cast("torch.nn.Conv2d", model.get_submodule(cost.name)) for cost in wanted]
+        assert [(one["groups"], one["kernel"]) for one in layers] == [
+            (conv.groups, conv.kernel_size[0]) for conv in convs
+        ]
+    shortcuts = answers([["blocks", "residual", [block]] for block in blocks])
+    assert shortcuts == [block.has_residual for block in model.blocks]
+
+
+@needs_node
+def test_the_wires_of_a_grouped_layer_are_those_drawn():
+    layer = make_pointwise(12, 24, groups=3)
+    jacobian = torch.autograd.functional.jacobian(
+        lambda v: layer(v.view(1, 12, 1, 1)).flatten(), torch.ones(12)
+    )
+    drawn = torch.zeros(24, 12, dtype=torch.bool)
+    (wires,) = answers([["blocks", "wires", [12, 24, 3]]])
+    for one in wires:
+        (left, right), (low, high) = one["from"], one["to"]
+        drawn[low : high + 1, left : right + 1] = True
+    assert torch.equal(jacobian != 0, drawn)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"networks": {}}, r"^networks must hold a network, and each a block, got \{\}$"),
+        ({"networks": {"S": []}}, "^networks must hold a network, and each a block"),
+        ({"network": "XL"}, r"^network must be one of \['S'\], got 'XL'$"),
+        ({"block": 16}, r"^block must be one of \[0, 1, .*, 15\], got 16$"),
+        ({"size": 200}, "^size must be one of "),
+    ],
+)
+def test_a_wrong_block_is_refused_by_name(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Blocks(**{"networks": {"S": unroll(MIXNET_S)}, **settings})
+
+
+def test_another_network_keeps_to_its_own_blocks():
+    widget = Blocks({name: unroll(config) for name, config in NETWORKS.items()}, block=2)
+    assert (widget.network, widget.block) == ("S", 2)
+    widget.set_state({"network": "M", "block": 18})  # one message: S has no block 18
+    assert (widget.network, widget.block) == ("M", 18)
+    with pytest.raises(ValueError, match="got 19"):
+        widget.block = 19
+
+
 @needs_node
 def test_ink_can_be_read_on_every_colour():
     inks = answers([["parts", "kernelInk", [k]] for k in KERNEL_COLORS])
@@ -218,9 +291,10 @@ def test_settings_are_told_to_the_browser_and_come_back():
 
 
 def test_the_browser_gets_one_module_that_imports_nothing():
-    for module in (Convolution()._esm, Mix()._esm):
+    blocks = Blocks({"S": unroll(MIXNET_S)})
+    for module in (blocks._esm, Convolution()._esm, Mix()._esm):
         assert "import" not in module
-        assert "http" not in module
+        assert "http" not in module.replace("http://www.w3.org/2000/svg", "")  # a name, no address
         assert module.count("export default") == 1
         assert "function element(" in module
 

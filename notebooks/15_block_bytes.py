@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 15 · Bytes of a block
 #
-# The depthwise layer is near its limit now, and a MixNet still spends most of its time elsewhere: in 1×1 convolutions, activations and gates that read and write the same wide tensor again and again. Must that tensor exist at all?
+# The depthwise layers take a small part of a network's time now (the next page counts). The rest goes elsewhere: to 1×1 convolutions, activations and gates that read and write the same wide tensor again and again. Must that tensor exist at all?
 #
 # The picture below counts the bytes of one block, step by step: six operations one after another, and the same block in one pass.
 #
@@ -12,7 +12,7 @@
 #
 # **Know first:** [chapter 4](04_blocks.ipynb) and [chapter 14](14_whole_kernel.ipynb).
 #
-# **Time:** 20 minutes to read. Runs in under 20 seconds on two cores. It is the first of two pages, before [A block in one pass](15_block_in_one_pass.ipynb).
+# **Time:** 20 minutes to read. Runs in under 30 seconds on two cores. It is the first of two pages, before [A block in one pass](15_block_in_one_pass.ipynb).
 
 # %% [markdown]
 # ## Bytes of a block, by hand
@@ -50,9 +50,13 @@ show(
     "Bytes read and written by the six steps of a MixNet block. As separate operations each step "
     "reads or writes the wide tensor, three of them both; in one pass it is written once by "
     "the depthwise step and read once by the projection.",
+    caption="One after another, the steps of a block move the wide tensor nine times; in one pass "
+    "it moves twice.",
 )
 
 # %% [markdown]
+# (The depthwise layer has its activation inside, since chapter 12. Plain PyTorch has a step more, and moves the wide tensor eleven times.)
+#
 # The right side does without the expanded tensor. Chapter 14's kernel reads 16 channels of a row into its ring. It can as well *compute* them there, from the input: for 16 outputs, a 1×1 convolution of a row is a small matrix product. Nothing but `fetch_row` changes. (Every strip reads the input again; but that is narrow, and stays in the cache.)
 #
 # The depthwise layer's output must exist. The gate needs its means, over all pixels, before the projection can start. But the means can be summed up while the rows are still in the cache, and the gate can be multiplied into the projection's weights as they are loaded. (Without a gate that tensor could go, too; the kernel does not bother.)
@@ -104,7 +108,7 @@ attempt(one_pass_bytes_solution, test_bytes, wrong=[stride_forgotten, written_on
 # %% [markdown]
 # ## A block in one value
 #
-# A block is chapter 12's `MixSpec` with 1×1 layers around it. It must pass through PyTorch's dispatcher, which knows numbers and text but no classes of ours. So a block can be written down as a line of text, and read again: `str` and `BlockSpec.parse`. Reading evaluates nothing but literals and these three names.
+# A block is chapter 12's `MixSpec` with 1×1 layers around it. It must pass through PyTorch's dispatcher, which knows numbers and text but no classes of ours. Chapter 12 passed its layer as numbers in a row, each known by its place. Five layers, some of them absent, would make a long row that is easy to get wrong. So a block can be written down as a line of text, and read again: `str` and `BlockSpec.parse`. Reading evaluates nothing but literals and these three names.
 
 # %%
 #| export fast/fused_block.py
@@ -271,7 +275,7 @@ attempt(packed_numbers_solution, test_packed, wrong=[one_group, no_zeros])
 # %% [markdown]
 # ## What it computes
 #
-# One PyTorch operation after another: the form that the fast one is held to. It also computes wherever the kernel declines, and whenever a gradient is wanted.
+# One operation after another: the form that the fast one is held to. It also computes wherever the kernel declines, and whenever a gradient is wanted. The depthwise step is chapter 12's operation, so chapter 14's kernel may run in it; in double precision, which no kernel takes, all of it is PyTorch's.
 
 # %%
 #| export fast/fused_block.py
@@ -286,7 +290,7 @@ from mixconv.fast.spec import activate
 def block_form(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
 ) -> Tensor:
-    """The block as separate operations: the reference.
+    """The block as separate operations: the reference, all PyTorch's own in double precision.
 
     Shape:
         Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
@@ -330,6 +334,22 @@ def _count_point(point: PointwiseSpec | None) -> tuple[int, int]:
 
 # %%
 #| export fast/fused_block.py
+def _check_fit(spec: BlockSpec, wide: int) -> None:
+    """Raise unless each layer takes what the one before it gives."""
+    pairs = [("project takes", spec.project.inputs, "the depthwise layer gives", wide)]
+    if spec.expand:
+        pairs += [("the depthwise layer takes", wide, "expand gives", spec.expand.outputs)]
+    if spec.squeeze and spec.excite:
+        pairs += [("squeeze takes", spec.squeeze.inputs, "the depthwise layer gives", wide),
+                  ("excite takes", spec.excite.inputs, "squeeze gives", spec.squeeze.outputs),
+                  ("the gate gives", spec.excite.outputs, "the depthwise layer", wide)]  # fmt: skip
+    for one, taken, other, given in pairs:
+        if taken != given:
+            raise ValueError(f"layers do not fit together: {one} {taken} channels, {other} {given}")
+
+
+# %%
+#| export fast/fused_block.py
 from mixconv.fast.spec import check_spec
 
 
@@ -344,14 +364,11 @@ def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
     count, packed = check_spec(mix)
     points = [_count_point(point) for point in (expand, squeeze, excite, project)]
     inputs = expand.inputs if expand else count
-    wide = {count, project.inputs, expand.outputs if expand else count}
-    gate = squeeze is None and excite is None
-    if squeeze and excite:
-        wide |= {squeeze.inputs, excite.outputs}
-        gate = squeeze.outputs == excite.inputs
-    same = not residual or (mix.stride == 1 and inputs == project.outputs)
-    if not gate or not same or len(wide) > 1:
-        raise ValueError(f"the block's layers do not fit together: {spec}")
+    if (squeeze is None) != (excite is None):
+        raise ValueError("layers do not fit together: a gate has both, squeeze and excite")
+    _check_fit(spec, count)
+    if residual and (mix.stride > 1 or inputs != project.outputs):
+        raise ValueError(f"layers do not fit together: input and result cannot be added in {spec}")
     weights, biases = zip(points[0], (packed, count), *points[1:], strict=True)
     return inputs, list(weights), list(biases)
 
@@ -376,19 +393,22 @@ def check_block_call(call: Call) -> None:
 
 
 # %%
-wrong = spec._replace(project=PointwiseSpec(200, 40, 2, "none"))
-for broken in (wrong, spec._replace(excite=None)):
+wrong = PointwiseSpec(200, 40, 2, "none")
+for change in ({"project": wrong}, {"excite": None}, {"excite": PointwiseSpec(30, 240, 1, "none")}):
     try:
-        check_block(broken)
+        check_block(spec._replace(**change))
     except ValueError as error:
-        print(str(error)[:39])
+        print(error)
 check_block(spec)
 
 
 # %% [markdown]
-# The input's channels, then how many packed weights and biases each of the five layers has. The sizes are asked once for calls that are alike; types and devices in each call.
+# The input's channels, then how many packed weights and biases each of the five layers has. By hand: the expansion has two groups of 20 inputs and eight panels, 2 · 20 · 128 = 5,120. The depthwise layer has 120 · (9 + 25) = 4,080. The squeeze's 20 outputs fill two panels, 240 · 32 = 7,680; the excitation has 20 · 240 = 4,800; and the projection two groups of 120 inputs, with 20 outputs in two panels, 2 · 120 · 32 = 7,680.
+#
+# The sizes are asked once for calls that are alike; types and devices in each call.
 
-# %%
+# %% tags=["plumbing"]
+# fold: What is asked about the tensors of a call
 #| export fast/fused_block.py
 def describe_block_call(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
@@ -463,6 +483,7 @@ def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: str)
 # And whoever counts the operations of a network should find those of a block, too. PyTorch's counter asks a registry; chapter 1's `count_costs` asks the module.
 
 # %% tags=["plumbing"]
+# fold: The costs of a block, layer by layer
 #| export fast/costs.py
 """What a whole block costs, layer by layer, for those who count (ours; chapter 15)."""
 
@@ -511,6 +532,7 @@ def block_flops(spec: Any, before: Sequence[int]) -> int:
 
 
 # %% tags=["plumbing"]
+# fold: Where PyTorch's counter finds them
 #| export fast/fused_block.py
 from torch.utils.flop_counter import flop_registry, shape_wrapper
 
@@ -526,7 +548,8 @@ flop_registry[torch.ops.mixconv.inverted_residual] = shape_wrapper(_count_flops)
 # %% [markdown]
 # Under autocast the layers around the block give bfloat16. The block computes in the type of its weights:
 
-# %%
+# %% tags=["plumbing"]
+# fold: The operation under autocast
 #| export fast/fused_block.py
 from collections.abc import Callable
 from typing import cast
@@ -552,7 +575,8 @@ for _key in _AUTOCAST.values():
 # %% [markdown]
 # And the function that others call. Where a derivative is taken, or a function transform is at work, the block is its separate steps, each of which knows its own rules.
 
-# %%
+# %% tags=["plumbing"]
+# fold: How a derivative or a transform is noticed
 #| export fast/fused_block.py
 def _needs_formulas(*tensors: Tensor) -> bool:
     """Whether somebody differentiates or transforms: then the block is its separate steps."""
@@ -650,14 +674,14 @@ class FusedBlock(FusedModule):
 # %% [markdown]
 # ## Equal to its layers
 #
-# A small block from PyTorch's and chapter 3's layers, and the same as one value with packed weights. Forward and gradient of the input:
+# A small block from PyTorch's and chapter 3's layers, and the same as one value with packed weights. With a gradient the steps compute, forward and backward; without, the operation does. Both are compared:
 
 # %%
 from torch import nn
 
 from mixconv.fast.spec import pack_weights
 from mixconv.layer import MixConv2d
-from mixconv.teaching import check_rewrite
+from mixconv.teaching import check, check_rewrite
 
 torch.manual_seed(0)
 expand, mix, project = nn.Conv2d(6, 20, 1), MixConv2d(20, (3, 5), bias=True), nn.Conv2d(20, 6, 1)
@@ -672,14 +696,16 @@ weights = [points[0], depthwise, empty, empty, points[1]]
 bias = torch.cat([conv.bias.detach() for conv in mix.convs])
 biases = [expand.bias.detach(), bias, empty, empty, project.bias.detach()]
 
+
 # %%
-fused, silu = FusedBlock(tiny, weights, biases), nn.SiLU()
-check_rewrite(
-    lambda x: x + project(silu(mix(silu(expand(x))))),
-    fused,
-    torch.randn(2, 6, 9, 8),
-    what="layers and one operation",
-)
+def layers(x: Tensor) -> Tensor:
+    return x + project(silu(mix(silu(expand(x)))))
+
+
+fused, silu, x = FusedBlock(tiny, weights, biases), nn.SiLU(), torch.randn(2, 6, 9, 8)
+check_rewrite(layers, fused, x, what="layers and steps")
+with torch.no_grad():
+    check(fused(x), layers(x), "layers and one operation")
 fused
 
 # %% [markdown]

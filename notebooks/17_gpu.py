@@ -3,7 +3,7 @@
 #
 # A graphics card has thousands of lanes and one wish: that neighbouring lanes read neighbouring addresses. What becomes of the mixed layer there?
 #
-# The picture below shows how the work is cut: each square is one *program*, a tile of pixels for 32 neighbouring channels of one group. All groups start in one launch.
+# The picture below shows how the work is cut: each rectangle is one *program*, a tile of 4 rows and 8 columns of pixels for 32 neighbouring channels of one group. All groups start in one launch.
 #
 # **You will be able to**
 # - say why channels last suits a GPU for the same reason as it suits a CPU;
@@ -19,9 +19,9 @@ import os
 
 # Triton reads this when it is imported, and PyTorch may import it at any time: so, first.
 os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") else "1")
+print("interpreted" if os.environ["TRITON_INTERPRET"] == "1" else "on a GPU")
 
 # %% tags=["drawing"]
-# The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -35,8 +35,11 @@ for axis, (k, channels) in zip(axes, ((3, 64), (5, 64), (7, 32), (9, 32)), stric
                 corner = (column * 8 + 1.6 * layer, row * 4 + 1.2 * layer)
                 axis.add_patch(plt.Rectangle(corner, 7.4, 3.5, color=kernel_color(k),
                                              alpha=0.55 if layer else 0.95))  # fmt: skip
-    axis.set(xlim=(-0.5, 18.5), ylim=(14, -0.5), title=f"{k}×{k}")
+    axis.set(xlim=(-0.5, 18.5), ylim=(14, -0.5), title=f"{k}×{k}\n")
     axis.set_xlabel(f"{channels} channels:\n{channels // 32 * 6} programs")
+    if k == 3:
+        axis.set_ylabel("rows of pixels")
+        axis.text(7.7, -0.9, "columns", ha="center", fontsize=9)
     axis.set(xticks=[], yticks=[])
     axis.spines[:].set_visible(False)
 show(
@@ -44,16 +47,18 @@ show(
     "programs_on_a_gpu.png",
     "A layer with groups of 64, 64, 32 and 32 channels, cut into programs: tiles of pixels by 32 "
     "channels. The groups with 64 channels are two tiles deep, those with 32 one.",
+    caption="Every group is cut into programs of one size, so that all can start together. (The "
+    "gaps only tell them apart.)",
 )
 
 # %% [markdown]
 # ## The same reason as before
 #
-# A GPU reads memory in runs of 32 neighbouring numbers or so, for 32 lanes at a time. If the lanes are neighbouring pixels of a row, then a stride of 2, a padded border, or a row of 14 spoils the run. If they are neighbouring *channels* of one pixel, then every lane does the same thing, whatever the width, stride or padding. So: channels last, again.
+# A GPU computes in *warps*, 32 lanes that do the same thing at the same time. It reads memory in runs, too: if the lanes of a warp want 32 neighbouring numbers, one run or a few serve them all. If the lanes are neighbouring pixels of a row, then a stride of 2, a padded border, or a row of 14 spoils the run. If they are neighbouring *channels* of one pixel, then every lane does the same thing, whatever the width, stride or padding. So: channels last, again.
 #
 # By hand: 14×14 pixels of 90 channels each, one group. Tiles of 4×8 pixels cover 14×14 with 4 · 2 = 8 of them, and 90 channels take 3 programs each: 32, 32 and 26 channels. 24 programs.
 #
-# The groups differ in kernel size, so one launch for each would start small ones after one another. Instead all start at once: a *table* has a row for each 32 channels, and tells a program which group it works on.
+# A launch for each group would run the groups one after another, and a small group cannot fill the card. So all start at once: a *table* has a row for each 32 channels, and tells a program which group it works on.
 
 # %%
 #| export fast/gpu.py
@@ -215,6 +220,19 @@ def _mixed_depthwise(  # type: ignore[no-untyped-def]
 
 
 # %% [markdown]
+# Watch one of them, with the same lines on tensors: tile 3 of an image of 14×14 outputs, two tiles to a row.
+
+# %%
+tile, tiles, rows, columns = 3, 2, 4, 8
+pixels = torch.arange(rows * columns)
+oy = tile // tiles * rows + pixels // columns
+ox = tile % tiles * columns + pixels % columns
+print("rows", sorted(set(oy.tolist())), "columns", sorted(set(ox.tolist())))
+print("written:", int(((oy < 14) & (ox < 14)).sum()), "of", len(pixels), "pixels")
+
+# %% [markdown]
+# Columns 14 and 15 do not exist: they are computed and not written. A program holds a sum for each pixel and lane, 32 · 32 = 1,024 of them, which a card keeps in registers, 8 in each of 4 warps' lanes: 1,024 / (4 · 32) = 8. That is why a tile is small. Whether 4×8 is the best shape, only a GPU can tell; nothing was tuned.
+#
 # ## One launch
 #
 # The grid has three axes: tiles of pixels, rows of the table, images. Tiles have 4×8 pixels, fewer where the image is smaller.
@@ -268,7 +286,7 @@ def _power_of_two(size: int) -> int:
 # %% [markdown]
 # ## As a form
 #
-# Like the CPU's kernel, it says why it declines. Double precision is one reason: its sums are float32.
+# Like the CPU's kernel, it says why it declines. Double precision is one reason: its sums are float32. The grid is another: CUDA counts at most 65,535 programs on its second and on its third axis. ([CUDA's programming guide](https://docs.nvidia.com/cuda/cuda-c-programming-guide/), on the dimensions of a grid.)
 
 # %%
 #| export fast/gpu.py
@@ -277,6 +295,7 @@ from mixconv.fast.operation import FORMS
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_NUMBERS = 2**31  # the kernel counts within an image in 32 bits
+_MOST_PROGRAMS = 65535  # on the second and third axis of CUDA's grid: rows of the table, images
 
 
 class GpuForm:
@@ -291,10 +310,17 @@ class GpuForm:
             reasons.append(f"it sums in float32, and the tensors are {call.dtype}")
         if call.sizes[1] * call.sizes[2] * call.sizes[3] >= _MOST_NUMBERS:
             reasons.append(f"an image has {_MOST_NUMBERS:,} numbers or more")
+        rows = sum(-(-count // LANES) for count in call.spec.channels)
+        if max(call.sizes[0], rows) > _MOST_PROGRAMS:
+            reasons.append(f"a launch has at most {_MOST_PROGRAMS:,} images and parts of groups")
         if find_spec("triton") is None:
             reasons.append("Triton is not installed")
         return reasons
 
+
+# %%
+#| export fast/gpu.py
+class GpuForm(GpuForm):
     def prepare(self, call: Call) -> Runner:
         """A function of x, weight and bias."""
 
@@ -309,10 +335,10 @@ FORMS.add("cuda", GpuForm())
 # %%
 spec = MixSpec((40, 20, 4), (3, 5, 7), 2, (1, 2, 1), "same", "silu")
 x_size, parameters = (2, 64, 9, 11), ((40 * 9 + 20 * 25 + 4 * 49,), (64,))
-for dtype in (torch.float64, torch.float16):
-    call = Call(spec, x_size, dtype, "cuda", True, 1, parameters)
+for dtype, images in ((torch.float64, 2), (torch.float16, 2), (torch.float16, 70_000)):
+    call = Call(spec, (images, *x_size[1:]), dtype, "cuda", True, 1, parameters)
     reasons = [r for r in GpuForm().declines(call) if "installed" not in r]
-    print(dtype, "→", reasons or "taken, where Triton is")
+    print(dtype, images, "images →", reasons or "taken, where Triton is")
 
 # %% [markdown]
 # Is it right? Where Triton is installed, the interpreter (or the GPU) computes this layer, with each activation:
@@ -329,14 +355,15 @@ for activation in ACTIVATIONS if AVAILABLE else ():
     with torch.no_grad():
         result = gpu_form(*(t.to(device) for t in tensors), case).cpu()
     torch.testing.assert_close(result, split_form(*tensors, case), rtol=1e-4, atol=1e-4)
-print("Triton's kernel agrees with the split form, wherever Triton is installed")
+agrees = "Triton's kernel agrees with the split form"
+print(agrees if AVAILABLE else "not compared: Triton is not installed")
 
 # %% [markdown]
 # Gradients are those of chapter 12, group by group: a form computes the forward only.
 #
 # > ✏️ **Ours.** No GPU was at hand when this was written. The interpreter has checked what the kernel computes, and Triton's compiler has made GPU code of it. Nothing here says how fast that is, and no number is published.
 #
-# What can be said is a bound. A 14×14 layer of 360 channels reads and writes 564,480 bytes ([chapter 11](11_why_slow.ipynb)). A card that moves 2,000 GB a second does that in 0.3 microseconds. Starting a kernel takes longer, some microseconds as a rule: at batch 1 the launch is the cost, and one launch in place of five is most of what can be gained.
+# What can be said is a bound. A 14×14 layer of 360 channels reads and writes 564,480 bytes ([chapter 11](11_why_slow.ipynb)). A card that moves 2,000 GB a second does that in 0.3 microseconds. If starting a kernel takes 3 microseconds, say, then at one image the launches are the cost, and one in place of five would be most of what can be gained. That is a thought, and not a measurement; and a recorded graph of launches, which PyTorch offers as CUDA graphs, makes launches cheaper, too.
 
 # %%
 layer_bytes = 2 * 14 * 14 * 360 * 4
@@ -373,7 +400,6 @@ attempt(count_programs, test_programs)
 
 
 # %% tags=["solution"]
-# Solution
 def count_programs_solution(batch: int, height: int, width: int, channels: tuple[int, ...]) -> int:
     tiles = -(-height // 4) * -(-width // 8)
     return batch * tiles * sum(-(-count // 32) for count in channels)
@@ -417,7 +443,6 @@ attempt(numbers_apart, test_apart)
 
 
 # %% tags=["solution"]
-# Solution
 def numbers_apart_solution(lanes: str, channels: int, stride: int) -> int:
     return 1 if lanes == "channels" else stride * channels
 

@@ -30,8 +30,8 @@ from mixconv.fast.spec import output_size
 
 __all__ = [
     "SOURCES",
-    "Block",
     "BlockForm",
+    "BlockSizes",
     "Source",
     "cut_block",
     "cut_expanded",
@@ -95,7 +95,9 @@ def image_size(spec: BlockSpec, pixels: int, ring: int, parts: int) -> int:
     return round_up(parts * (ring + channels) + pixels * channels + gate_size(spec), 16)
 
 
-Block = namedtuple("Block", "images apart workers pixel residual wide gate share")
+BlockSizes = namedtuple(
+    "BlockSizes", "images apart workers pixel residual wide gate share"
+)  # as in the C++ file; the four 1×1 layers follow
 
 
 def plan_block(call: Call, lanes: int) -> tuple[list[int], int, int]:
@@ -107,7 +109,7 @@ def plan_block(call: Call, lanes: int) -> tuple[list[int], int, int]:
     parts, workers = share_images(call, sum(costs), ring, lanes)
     share, wide = image_size(spec, pixels, ring, 1), pixels * sum(spec.mix.channels)
     apart = images // workers * workers if workers > 1 else 0
-    block = Block(images, apart, workers, inputs, spec.residual, wide, gate_size(spec), share)
+    block = BlockSizes(images, apart, workers, inputs, spec.residual, wide, gate_size(spec), share)
     sizes = 1, inputs, height, width
     plans = [plan_layer(spec.mix, sizes, strips, costs, n) for n in (1, parts)]
     table = [*block, *write_points(spec), *plans[0], *plans[1], *itertools.chain(*sources)]
@@ -130,14 +132,14 @@ def output_pixels(call: Call) -> int:
     return height * width
 
 
-SOURCES = ("simd.cpp", "depthwise.cpp", "inverted_residual.cpp")
-
-
 def write_points(spec: BlockSpec) -> list[int]:
     """The 1×1 layers as the kernel reads them; one without inputs is left out."""
     absent = PointwiseSpec(0, 0, 1, "none")
     points = [point or absent for point in (spec.expand, spec.squeeze, spec.excite, spec.project)]
     return [n for p in points for n in (*p[:3], POINT_ACTIVATIONS.index(p.activation))]
+
+
+SOURCES = ("simd.cpp", "depthwise.cpp", "inverted_residual.cpp")
 
 
 def load_block_kernel() -> Any:
@@ -150,7 +152,7 @@ def load_block_kernel() -> Any:
     if library is not None:
         answer, points = (ctypes.c_int64 * 3)(), 4 * len(PointwiseSpec._fields)
         library.block_layout(answer)
-        if answer[:] != [len(Block._fields) + points, len(Source._fields), PANEL]:
+        if answer[:] != [len(BlockSizes._fields) + points, len(Source._fields), PANEL]:
             raise RuntimeError(f"inverted_residual.cpp and block_kernel.py disagree: {answer[:]}")
         library.inverted_residual.argtypes = [ctypes.c_void_p] * 5
         library.inverted_residual.restype = None

@@ -110,7 +110,7 @@ def unpack_pointwise(packed: Tensor, point: PointwiseSpec) -> Tensor:
 def block_form(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], spec: BlockSpec
 ) -> Tensor:
-    """The block as separate operations: the reference.
+    """The block as separate operations: the reference, all PyTorch's own in double precision.
 
     Shape:
         Input `(N, C_in, H, W)`, output `(N, C_out, ceil(H / stride), ceil(W / stride))`.
@@ -145,6 +145,20 @@ def _count_point(point: PointwiseSpec | None) -> tuple[int, int]:
     return groups * -(-outputs // groups // PANEL) * PANEL * (inputs // groups), outputs
 
 
+def _check_fit(spec: BlockSpec, wide: int) -> None:
+    """Raise unless each layer takes what the one before it gives."""
+    pairs = [("project takes", spec.project.inputs, "the depthwise layer gives", wide)]
+    if spec.expand:
+        pairs += [("the depthwise layer takes", wide, "expand gives", spec.expand.outputs)]
+    if spec.squeeze and spec.excite:
+        pairs += [("squeeze takes", spec.squeeze.inputs, "the depthwise layer gives", wide),
+                  ("excite takes", spec.excite.inputs, "squeeze gives", spec.squeeze.outputs),
+                  ("the gate gives", spec.excite.outputs, "the depthwise layer", wide)]  # fmt: skip
+    for one, taken, other, given in pairs:
+        if taken != given:
+            raise ValueError(f"layers do not fit together: {one} {taken} channels, {other} {given}")
+
+
 @functools.lru_cache(maxsize=1024)
 def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
     """Channels of the input, and how many weights and biases each layer has.
@@ -156,14 +170,11 @@ def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
     count, packed = check_spec(mix)
     points = [_count_point(point) for point in (expand, squeeze, excite, project)]
     inputs = expand.inputs if expand else count
-    wide = {count, project.inputs, expand.outputs if expand else count}
-    gate = squeeze is None and excite is None
-    if squeeze and excite:
-        wide |= {squeeze.inputs, excite.outputs}
-        gate = squeeze.outputs == excite.inputs
-    same = not residual or (mix.stride == 1 and inputs == project.outputs)
-    if not gate or not same or len(wide) > 1:
-        raise ValueError(f"the block's layers do not fit together: {spec}")
+    if (squeeze is None) != (excite is None):
+        raise ValueError("layers do not fit together: a gate has both, squeeze and excite")
+    _check_fit(spec, count)
+    if residual and (mix.stride > 1 or inputs != project.outputs):
+        raise ValueError(f"layers do not fit together: input and result cannot be added in {spec}")
     weights, biases = zip(points[0], (packed, count), *points[1:], strict=True)
     return inputs, list(weights), list(biases)
 

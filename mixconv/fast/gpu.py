@@ -95,6 +95,8 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 _MOST_NUMBERS = 2**31  # the kernel counts within an image in 32 bits
 
+_MOST_PROGRAMS = 65535  # on the second and third axis of CUDA's grid: rows of the table, images
+
 
 class GpuForm:
     """Triton's kernel as a form of the operation."""
@@ -108,6 +110,9 @@ class GpuForm:
             reasons.append(f"it sums in float32, and the tensors are {call.dtype}")
         if call.sizes[1] * call.sizes[2] * call.sizes[3] >= _MOST_NUMBERS:
             reasons.append(f"an image has {_MOST_NUMBERS:,} numbers or more")
+        rows = sum(-(-count // LANES) for count in call.spec.channels)
+        if max(call.sizes[0], rows) > _MOST_PROGRAMS:
+            reasons.append(f"a launch has at most {_MOST_PROGRAMS:,} images and parts of groups")
         if find_spec("triton") is None:
             reasons.append("Triton is not installed")
         return reasons

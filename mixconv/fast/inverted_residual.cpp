@@ -33,6 +33,7 @@ inline __attribute__((always_inline)) void multiply(Vec (&sums)[V * T], const fl
     Vec weight[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
+      // The second vector: of the next panel with 16 lanes, the second half of this with 8.
       const int64_t next_panels = v * kLanes / kPanel * n * kPanel;
       weight[v] = load(panel + next_panels + v * kLanes % kPanel, kLanes);
       if (gate) weight[v] *= gate[i];
@@ -73,7 +74,7 @@ struct ExpandRow {
   const Strip* strips;
   const Source* sources;  // of each strip
   void operator()(const Layer& l, const Strip& s, int64_t row, int64_t count, Vec* to) const {
-    const Source& source = sources[&s - strips];
+    const Source& source = sources[&s - strips];  // the strip's number: how far from the first
     const float* from = x + row * l.width * expand.inputs + source.input;
     if (count >= kTile) expand_pixels<kTile>(expand, s, source, from, count, to);
     else if (count >= kShortTile) expand_pixels<kShortTile>(expand, s, source, from, count, to);

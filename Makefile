@@ -21,7 +21,7 @@ PARALLEL := --numprocesses 2 --dist loadfile
 ONE_THREAD := OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1)
 
 .DEFAULT_GOAL := help
-.PHONY: help lab test test-lab test-range book check bench clean
+.PHONY: help lab test test-lab test-range mutants book check bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +74,9 @@ RANGE ?= 2.13.0@python3.11 2.14.1@python3.13
 
 test-range: $(INSTALLED) ## the package's tests with other torches and Pythons; downloads gigabytes
 	$(RUN) -m tools.range $(RANGE)
+
+mutants: $(INSTALLED) ## break the package in 300 small ways: do tests notice? takes an hour
+	$(RUN) -m tools.mutants
 
 book: $(INSTALLED) ## notebooks or their text edited: run them, remake package, pages, figures
 	$(RUN) -m tools.book $(CHAPTERS)

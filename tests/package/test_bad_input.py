@@ -29,6 +29,7 @@ from mixconv import (
     replace_depthwise,
     to_timm,
 )
+from mixconv.layer import make_pointwise
 
 X = torch.zeros(1, 8, 6, 6)
 Any_: Any = None
@@ -160,6 +161,9 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "dilated text in V1": (lambda: mobilenet_v1(dilated=Any_ or "x"), "dilated.*'x'"),  # type: ignore[arg-type]
     "a width of minus one in V2": (lambda: mobilenet_v2(width_multiplier=-1), "width_multiplier"),
     "a partition by numbers in V2": (lambda: mobilenet_v2((3, 5), partition="x"), "'x'"),
+    "a 1×1 layer without inputs": (lambda: make_pointwise(0, 8), "^in_channels must"),
+    "a 1×1 layer without outputs": (lambda: make_pointwise(8, 0), "^out_channels must"),
+    "a 1×1 layer without groups": (lambda: make_pointwise(8, 8, 0), "^groups must"),
     # block strings
     "a number as block string": (lambda: decode_block(Any_ or 3), "block string.*3"),  # type: ignore[arg-type]
     "an empty block string": (lambda: decode_block(""), "block string"),

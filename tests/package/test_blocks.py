@@ -13,7 +13,7 @@ from mixconv import (
     SqueezeExcite,
     count_costs,
 )
-from mixconv.blocks import ConvNormActivation, DropPath, make_activation, make_depthwise
+from mixconv.blocks import ConvNormActivation, DropPath, make_activation, make_depthwise, stop_at
 from mixconv.layer import make_pointwise
 
 from .common import noise, randomize
@@ -172,3 +172,22 @@ def test_norm_layer_is_used_everywhere():
     assert sum(isinstance(m, nn.GroupNorm) for m in block.modules()) == 3
     assert not any(isinstance(m, nn.BatchNorm2d) for m in block.modules())
     assert copy.deepcopy(block)(noise(1, 8, 4, 4)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("output_stride", "found"),
+    [
+        (32, [(1, 1), (2, 1), (2, 1), (2, 1), (2, 1), (1, 1)]),
+        (16, [(1, 1), (2, 1), (2, 1), (2, 1), (1, 1), (1, 2)]),
+        (8, [(1, 1), (2, 1), (2, 1), (1, 1), (1, 2), (1, 4)]),
+    ],
+)
+def test_strides_end_where_they_are_told_to(output_stride, found):
+    """A block that keeps its size still has tight kernels; those after it are spread."""
+    assert stop_at(output_stride, [1, 2, 2, 2, 2, 1]) == found
+
+
+@pytest.mark.parametrize("output_stride", [1, 12, 64, True])
+def test_no_network_ends_at_another_stride(output_stride):
+    with pytest.raises(ValueError, match=f"^output_stride must be 2, .* got {output_stride}"):
+        stop_at(output_stride, [1])

@@ -66,6 +66,18 @@ def test_files_of_something_else(data, tmp_path):
         read_state_dict(tmp_path / "other.pth")
 
 
+USUAL = """
+    state_dict_ema model_ema params_ema ema state_dict model_state_dict model net network params
+    weights
+"""
+
+
+@pytest.mark.parametrize("name", USUAL.split())
+def test_every_usual_wrapping_is_known(name):
+    tensor = torch.ones(2)
+    assert read_state_dict({"epoch": 3, name: {"a": tensor}})["a"] is tensor
+
+
 def test_an_error_lists_the_keys():
     with pytest.raises(ValueError, match="no state dict of tensors, its keys: 'lr', 'epoch'"):
         read_state_dict({"lr": 0.1, "epoch": 3})

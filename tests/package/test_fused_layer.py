@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mixconv import MixConv2d
 from mixconv.fast.fused_layer import FusedMixConv2d, describe_mix
 from mixconv.fast.spec import ACTIVATIONS, MixSpec, activate
+from mixconv.formulation import LayerCost
 from mixconv.layer import Conv2dSame
 from tests.package.common import noise
 
@@ -102,6 +103,14 @@ def test_it_holds_the_weights_and_nothing_to_train() -> None:
     assert torch.equal(fused.weight, before)  # a copy, not a view
     assert not any(buffer.requires_grad for buffer in fused.buffers())
     assert fuse(MixConv2d(8, (3, 5))).bias is None
+
+
+@pytest.mark.parametrize(("bias", "parameters"), [(False, 4 * 9 + 4 * 25), (True, 4 * 34 + 8)])
+def test_its_costs_are_the_layers(bias: bool, parameters: int) -> None:
+    fused, x = fuse(MixConv2d(8, (3, 5), bias=bias)), noise(2, 8, 6, 6)
+    with torch.no_grad():
+        (cost,) = fused.layer_costs("mixed", x, fused(x))
+    assert cost == LayerCost("mixed", "depthwise", (2, 8, 6, 6), parameters, 2 * 36 * 4 * 34)
 
 
 def test_it_moves_and_copies_as_modules_do() -> None:

@@ -110,6 +110,20 @@ def test_a_picture_of_hundreds_of_megapixels_is_one_line(tmp_path, capsys):
     assert len(error.splitlines()) == 1
 
 
+def test_scores_are_shown_for_trained_weights_only(tmp_path, capsys):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "red.png")
+    torch.save(mixnet_s(num_classes=7).state_dict(), tmp_path / "mine.pth")
+    options = ["--model", "mixnet_s", "--size", "32", "--image", str(tmp_path / "red.png")]
+    random = "the weights are random: no scores to show (give some with --weights)"
+    assert main(options) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == random
+    assert main([*options, "--weights", str(tmp_path / "mine.pth")]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.fullmatch(r"highest scores: (class [0-6] \d+\.\d%(, )?){5}", last)
+    assert main(options[:-2]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("sum")
+
+
 def saved(tmp_path, picture, name, **options):
     picture.save(tmp_path / name, **options)
     with Image.open(tmp_path / name) as file:

@@ -77,7 +77,7 @@ def test_hooks_and_torch_count_alike(version, kernels):
 @pytest.mark.parametrize("rate", [-0.1, 1.0])
 @pytest.mark.parametrize("name", ["drop_rate", "drop_path_rate"])
 def test_bad_drop_rates(name, rate):
-    with pytest.raises(ValueError, match=f"{name}.*{rate}"):
+    with pytest.raises(ValueError, match=f"^{name} must be .*{rate}"):
         mobilenet_v2(width_multiplier=0.35, **{name: rate})
 
 

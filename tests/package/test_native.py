@@ -414,6 +414,15 @@ def opens(process: Process, path: Path) -> bool:
     return str(path) in opened and path.stat().st_ino == before
 
 
+@needs_compiler
+def test_what_lies_under_a_librarys_name_and_is_none_is_removed(process: Process) -> None:
+    folder, key = native._cache_folder(), native._key(native._join(["stub.cpp"]))
+    other = folder / f"{key}-{'0' * 16}.so"
+    other.write_text("not a library")
+    assert process.load().answer() == 42
+    assert process.stored() != other  # the only one there
+
+
 # Damaged files: opened, they would end the process, so another process tries
 
 

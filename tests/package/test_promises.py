@@ -32,14 +32,13 @@ fast.describe.BlockParts: expand=(), squeeze=(), excite=(), residual=False
 fast.folding.FoldedNorm.train: mode=True
 fast.forms.Call: parameters=()
 fast.forms.Forms: check=<lambda>
-fast.fuse.Piece: after='', reason=''
-fast.fuse.fuse_for_inference: backend='auto'
-fast.fused_block.FusedBlock.train: mode=True
-fast.fused_layer.FusedMixConv2d.train: mode=True
+fast.fuse.fuse_for_inference: backend='auto', memory_format=torch.channels_last
+fast.fused_layer.FusedModule.train: mode=True
 fast.fused_layer.describe_mix: activation='none'
 fast.operation.mixed_depthwise2d: bias=None, stride=1, dilations=None, padding='symmetric',
     activation='none'
 fast.plan.cut_strips: part=0
+fast.report.Piece: after='', reason=''
 fast.trial.difference: random=False
 fast.trial.make_image: batch=1
 formulation.mixconv_loops: channel_multiplier=1
@@ -88,6 +87,7 @@ surgery.ReplacementReport: layers=<factory>
 surgery.replace_depthwise: partition='equal', dilated=False, padding=None,
     keep_center_weights=True, crop=False
 teaching.photograph: size=224
+teaching.show: caption='', live=None
 weights.fill: calls=2
 zoo.mixnet_l: weights=None, num_classes=None, in_channels=None, width_multiplier=1.0,
     drop_rate=None, drop_path_rate=0.0, padding=None, norm_eps=None, norm_momentum=None,

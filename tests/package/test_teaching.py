@@ -167,12 +167,23 @@ def test_table_as_text_and_as_markdown():
         "| a | 1,234 | +0.5 |",
         "| b | 5 | – |",
     ]
+    assert table(["by"], [["x2"]])._repr_markdown_().splitlines()[1] == "| --- |"
 
 
 def test_a_colour_for_each_kernel_size():
     assert len(set(KERNEL_COLORS.values())) == len(KERNEL_COLORS) == 6
     assert kernel_color(3) == KERNEL_COLORS[3]
     assert kernel_color(99) not in KERNEL_COLORS.values()
+
+
+def test_figures_are_plain_and_readable():
+    use_style()
+    for key, value in {
+        "figure.dpi": 144, "figure.constrained_layout.use": True, "font.size": 10,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.titleweight": "bold",
+        "axes.titlesize": 11, "legend.frameon": False,
+    }.items():  # fmt: skip
+        assert plt.rcParams[key] == value, key  # type: ignore[index]
 
 
 def test_show_gives_name_and_alt_text_and_closes(monkeypatch):
@@ -215,6 +226,7 @@ def test_photograph_is_a_batch_of_one_between_0_and_1():
         ({"color": "#E69F00"}, "'5×5' in #E69F00 has too little contrast"),
         ({"color": "#777777"}, "'5×5' in #777777 has too little contrast"),
         ({"fontsize": 7}, "'5×5' is 9.7 pixels high, not 10"),
+        ({"color": "#757575"}, None),  # 4.6 to 1
         ({"color": "#555555", "fontsize": 7.3}, None),
         ({"color": "white"}, None),  # lies on something dark
         ({"color": "#E69F00", "visible": False}, None),

@@ -5,14 +5,13 @@ A PyTorch package, extracted from the tutorial notebooks of this repository.
 
 from mixconv.blocks import (
     DepthwiseSeparableBlock,
-    GroupedPointwise,
     MixConvBlock,
     SqueezeExcite,
 )
 from mixconv.fast.fuse import fuse_for_inference
 from mixconv.fast.operation import mixed_depthwise2d
 from mixconv.formulation import count_costs, mixconv_reference, receptive_field
-from mixconv.layer import Conv2dSame, MixConv2d
+from mixconv.layer import Conv2dSame, MixConv2d, make_pointwise
 from mixconv.mixnet import (
     MIXNET_L,
     MIXNET_M,
@@ -34,6 +33,8 @@ from mixconv.weights import load_weights, to_timm
 from mixconv.zoo import mixnet_l, mixnet_m, mixnet_s, mixnet_xl
 
 __version__ = "0.2.0"
+
+GroupedPointwise = make_pointwise  # its name until 0.2
 
 __all__ = [
     "MIXNET_L",

@@ -17,7 +17,6 @@ __all__ = [
     "ConvNormActivation",
     "DepthwiseSeparableBlock",
     "DropPath",
-    "GroupedPointwise",
     "MixConvBlock",
     "NormLayer",
     "SqueezeExcite",
@@ -162,9 +161,6 @@ class SqueezeExcite(nn.Module):
         means = x.mean((2, 3), keepdim=True)
         gate: Tensor = self.excite(self.activation(self.squeeze(means))).sigmoid()
         return x * gate
-
-
-GroupedPointwise = make_pointwise  # its name until 0.2
 
 
 class DropPath(nn.Module):

@@ -37,6 +37,15 @@ def draw_block(axis, layers: list[tuple[str, float, list[int]]]) -> None:
                           arrowprops={"arrowstyle": "-|>", "color": "#555555"})  # fmt: skip
 
 
+def draw_sum(axis, end: float, low: float, top: float) -> None:
+    """A line from the input's top edge, `low`, over the layers, and into a sum at `end`."""
+    tip = {"arrowstyle": "-|>", "color": "#555555"}
+    axis.plot([0.6, 0.6, end, end], [low, top, top, 0.3], color="#555555")
+    axis.annotate("", (end, 0.14), (end, 0.4), arrowprops=tip)
+    axis.annotate("", (end - 0.18, 0), (end - 0.68, 0), arrowprops=tip)
+    axis.text(end, 0, "+", ha="center", va="center", fontsize=14, weight="bold")
+
+
 # %% tags=["drawing"]
 use_style()
 blocks = {  # layers: words, channels, the kernel sizes of its stripes
@@ -54,11 +63,9 @@ for axis, (name, layers) in zip(axes, blocks.items(), strict=True):
     draw_block(axis, layers)
     axis.text(-0.3, 0, name, ha="right", va="center", weight="bold")
     if name != "MobileNetV1":
-        end, top = 2 * len(layers) - 1.4, layers[1][1] / 2 + 0.12
-        axis.plot([0.6, 0.6, end, end], [layers[0][1] / 2, top, top, 0.25], color="#555555")
-        axis.text(end + 0.15, top - 0.05, "added", va="top", color="#555555")
+        draw_sum(axis, 2 * len(layers) - 0.1, layers[0][1] / 2, layers[1][1] / 2 + 0.12)
     tall = max(height for _, height, _ in layers)
-    axis.set(xlim=(-2.2, 10), ylim=(-tall / 2 - 0.5, tall / 2 + 0.3))
+    axis.set(xlim=(-2.2, 10.3), ylim=(-tall / 2 - 0.5, tall / 2 + 0.3))
     axis.axis("off")
 show(
     figure,
@@ -68,7 +75,8 @@ show(
     "to 24, and the input is added. MixNet-M: 80 widen to 480 in two groups, MixConv with four "
     "kernel sizes, a gate, back to 80 in two groups, and the input is added.",
     caption="MobileNetV2 and MixNet are wide inside and narrow at their ends, where the input is "
-    "added; MobileNetV1 is not. (A bar's height is the root of its channels.)",
+    "added; MobileNetV1 is not. (A bar's height is the root of its channels. A colour is a kernel "
+    "size of a depthwise layer; whatever else there is, is grey.)",
 )
 
 # %% [markdown]
@@ -78,7 +86,7 @@ show(
 #
 # **Narrow between.** What passes from block to block, and what the residual adds to, is the narrow end. Fewer numbers to store, and 1×1 convolutions from 24 to 144 and back cost a third of one from 144 to 144: 2 · 24 · 144 = 6,912 multiply-adds at each pixel, against 144 · 144 = 20,736.
 #
-# **Linear at the narrow end.** ReLU throws away what is negative. In a wide space the loss can be made good from other channels; in a narrow one it is gone. MobileNetV2's authors show it with an experiment that takes a few lines: lift points of the plane into n dimensions at random, apply ReLU, and ask the best linear map to bring them back. How much of the points' squared lengths is missing?
+# **Linear at the narrow end.** ReLU throws away what is negative. In a wide space the loss can be made good from other channels; in a narrow one it is gone. MobileNetV2's authors show it with an experiment much like this one (they map back with the inverse of the lift): lift points of the plane into n dimensions at random, apply ReLU, and ask the best linear map to bring them back. How much of the points' squared lengths is missing?
 
 # %%
 import torch
@@ -94,10 +102,10 @@ for n in (2, 3, 4, 8, 16):
     print(f"{n:2} dimensions: {sum(lost) / 20:.0%} of the squared lengths lost, mean of 20 lifts")
 
 # %% [markdown]
-# So the projection is not followed by an activation. As an equation, with $E$ and $P$ for the two 1×1 convolutions, $\sigma$ for normalisation and activation, $N$ for normalisation alone, $g(\cdot)$ for the gate and a dot for multiplication of each channel:
+# So the projection is not followed by an activation. As an equation, with $E$ and $P$ for the two 1×1 convolutions, "norm" for normalisation, "act" for normalisation and then activation, and a dot for multiplication of each channel:
 #
 # $$
-# h = \sigma\left(\mathrm{MixConv}\left(\sigma\left(E\,x\right)\right)\right) \qquad y = x + N\left(P\left(g(h) \cdot h\right)\right)
+# u = \mathrm{act}\left(\mathrm{MixConv}\left(\mathrm{act}\left(E\,x\right)\right)\right) \qquad y = x + \mathrm{norm}\left(P\left(\mathrm{gate}(u) \cdot u\right)\right)
 # $$
 #
 # The rest of the chapter builds its parts from left to right.
@@ -106,7 +114,7 @@ for n in (2, 3, 4, 8, 16):
 #
 # In all of these networks a convolution is followed by a batch normalisation and mostly by an activation. One small class holds the three, with names that say what is where in a `state_dict`.
 #
-# > ⚙️ **Official code.** MixNets use ReLU in their early, large layers and swish (`nn.SiLU` in PyTorch) later. MobileNetV2 uses ReLU6.
+# > ⚙️ **Official code.** MixNets use ReLU in their first blocks, where images are large, and swish (`nn.SiLU` in PyTorch) later. MobileNetV2 uses ReLU6.
 
 # %%
 #| export blocks.py
@@ -309,7 +317,7 @@ cost_table(DepthwiseSeparableBlock(64, 128, (3, 5, 7), stride=2), 1, 64, 56, 56)
 # A gate for each channel, computed from all of them. Two channels of 2×2 pixels:
 #
 # - **Squeeze.** Average each channel. Channel 0 holds 1, 2, 3, 6: mean 3. Channel 1 holds 0, 0, 2, 2: mean 1.
-# - A small layer from two values to one: say $s = \mathrm{relu}(1 \cdot 3 - 1 \cdot 1) = 2$.
+# - A small layer from two values to one: say relu(1 · 3 − 1 · 1) = 2.
 # - **Excite.** A layer back to two values: say 0 · 2 = 0 and 10 · 2 = 20. The sigmoid makes them 0.5 and nearly 1.
 # - Multiply: channel 0 is halved, channel 1 stays.
 #
@@ -409,11 +417,6 @@ show(
 
 # %% [markdown]
 # So chapter 3's `make_pointwise(6, 8, groups=2)` is all there is to it.
-
-# %% tags=["plumbing"]
-# fold: Its name until version 0.2
-#| export blocks.py
-GroupedPointwise = make_pointwise  # its name until 0.2
 
 # %%
 make_pointwise(6, 8, groups=2)
@@ -630,14 +633,14 @@ class MixConvBlock(MixConvBlock):
 
 
 # %% [markdown]
-# The MixNet block of the picture is `k3.5.7.9_a1.1_p1.1_s11_e6_i80_o80_se0.25_sw` on its 14×14 pixels. With a pencil:
+# The MixNet block of the picture is one of MixNet-M's. In words: kernels 3, 5, 7 and 9; both 1×1 layers in two groups; stride 1; widened 6 times; 80 channels in and out; squeeze ratio 0.25; swish. (Chapter 7 reads that off the string `k3.5.7.9_a1.1_p1.1_s11_e6_i80_o80_se0.25_sw`.) On its 14×14 pixels, with a pencil:
 #
 # - Expand: 80 · 480 / 2 groups = 19,200 weights.
 # - MixConv: 480 / 4 · (9 + 25 + 49 + 81) = 19,680.
 # - Gate: 480 · 20 + 20 = 9,620, and 20 · 480 + 480 = 10,080: together 9,620 + 10,080 = 19,700.
 # - Project: 480 · 80 / 2 = 19,200.
 #
-# Each is used 14 · 14 = 196 times, once for each pixel, except the gate's, which are used once.
+# Each is used 14 · 14 = 196 times, once for each pixel, except the gate's: its weights are used once, and its 20 + 480 = 500 biases multiply nothing.
 
 # %%
 block = MixConvBlock(80, 80, (3, 5, 7, 9), expand_groups=2, project_groups=2,
@@ -685,9 +688,9 @@ check_rewrite(written_out, by_block, x, *kernels, what="block and its steps")
 
 
 # %% [markdown]
-# ## Larger maps
+# ## Larger maps, for chapter 7
 #
-# Segmentation wants the last maps larger than a 32nd of the image. A network with `output_stride=16` (a MixNet has the argument, chapter 7) computes its last block of stride 2 with stride 1, and spreads the kernels of the blocks after it, so that they see as far as ever. Stride and dilation of each block:
+# No block above needs this; the networks of chapter 7 will. Segmentation wants the last maps larger than a 32nd of the image. A network with `output_stride=16` (a MixNet has the argument, chapter 7) computes its last block of stride 2 with stride 1, and spreads the kernels of the blocks after it, so that they see as far as ever. Stride and dilation of each block:
 
 # %% tags=["plumbing"]
 # fold: Stride 1 and dilation, from where the maps shall not shrink
@@ -720,7 +723,7 @@ stop_at(16, [1, 2, 2, 2, 1, 2, 1])
 # %% [markdown]
 # ## Exercises
 #
-# **4.2** ★ *5 minutes, one line.* How many weights does the expand-and-project pair of a block from c to c channels have, with `expand_ratio` e and `groups` groups in both? Convolutions only.
+# **4.2** ★ *5 minutes, two lines.* How many weights do the 1×1 convolutions of a block from c to c channels have, with `expand_ratio` e and `groups` groups in each? Leave the gate and the normalisations out, and remember what a ratio of 1 does.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -735,9 +738,11 @@ def pair_weights(channels: int, expand_ratio: int, groups: int) -> int:
 
 def test_pair(answer) -> None:
     expect(answer, 1, 2, 1, gives=4, why="1 · 2 and 2 · 1")
-    for c, e, g in ((40, 6, 2), (40, 6, 1), (24, 3, 4), (24, 3, 2)):
+    expect(answer, 3, 1, 1, gives=9, why="a ratio of 1 leaves the expansion out: 3 · 3")
+    for c, e, g in ((40, 6, 2), (40, 6, 1), (24, 3, 4), (24, 3, 2), (40, 1, 2)):
         block = MixConvBlock(c, c, expand_ratio=e, expand_groups=g, project_groups=g)
-        counted = block.expand.conv.weight.numel() + block.project.conv.weight.numel()
+        layers = [layer for layer in block.modules() if isinstance(layer, nn.Conv2d)]
+        counted = sum(layer.weight.numel() for layer in layers if layer.kernel_size == (1, 1))
         expect(answer, c, e, g, gives=counted, why="counted in a block")
 
 
@@ -746,6 +751,12 @@ attempt(pair_weights, test_pair)
 
 # %% tags=["solution"]
 def pair_weights_solution(channels: int, expand_ratio: int, groups: int) -> int:
+    layers = 2 if expand_ratio > 1 else 1
+    return layers * channels * channels * expand_ratio // groups
+
+
+def always_two(channels: int, expand_ratio: int, groups: int) -> int:
+    """count an expansion at a ratio of 1, where there is none"""
     return 2 * channels * channels * expand_ratio // groups
 
 
@@ -755,11 +766,11 @@ def two_groups(channels: int, expand_ratio: int, groups: int) -> int:
 
 
 def one_of_them(channels: int, expand_ratio: int, groups: int) -> int:
-    """count the expansion and forget the projection"""
+    """count one layer and forget the other"""
     return channels**2 * expand_ratio // groups
 
 
-attempt(pair_weights_solution, test_pair, wrong=[two_groups, one_of_them])
+attempt(pair_weights_solution, test_pair, wrong=[always_two, two_groups, one_of_them])
 
 
 # %% [markdown]
@@ -811,17 +822,17 @@ attempt(gate_width_solution, test_gate_width,
 
 
 # %% [markdown]
-# **4.4** ★★ *10 minutes, two lines.* A budget. A block from c to c channels, stride 1, no groups, no gate, one k×k kernel size, may cost `budget` multiply-adds for each pixel. What is the largest whole `expand_ratio`?
+# **4.4** ★★ *10 minutes, two lines.* A budget. A block from c to c channels, stride 1, no groups, no gate, one k×k kernel size, may cost `budget` multiply-adds for each pixel. What is the largest whole `expand_ratio`? (0 if no block fits.)
 #
 # <details><summary>Hint: the idea</summary>
 #
-# All three layers grow with the ratio: expansion, depthwise, projection. What do they cost for a ratio of 1?
+# All three layers grow with the ratio: expansion, depthwise, projection. But at a ratio of 1 there are only two.
 #
 # </details>
 #
 # <details><summary>Hint: the equation</summary>
 #
-# $e \cdot (c \cdot c + c \cdot k^2 + c \cdot c)$ for each pixel.
+# For each pixel $e \cdot (c \cdot c + c \cdot k^2 + c \cdot c)$ from a ratio of 2 on, and $c \cdot k^2 + c \cdot c$ at 1.
 #
 # </details>
 
@@ -834,6 +845,9 @@ def test_widest(answer) -> None:
     expect(answer, 1, 3, 22, gives=2, why="11 for each step: 1 + 9 + 1")
     expect(answer, 40, 3, 24_000, gives=6, why="3,560 for each step")
     expect(answer, 40, 9, 24_000, gives=3, why="6,440 for each step: large kernels narrow a block")
+    expect(answer, 1, 3, 10, gives=1, why="a ratio of 1 has no expansion: 9 + 1")
+    expect(answer, 40, 3, 1_960, gives=1, why="a ratio of 1 has no expansion: 360 + 1,600")
+    expect(answer, 40, 3, 1_959, gives=0, why="one less than that, and no block fits")
 
 
 attempt(widest, test_widest)
@@ -841,7 +855,18 @@ attempt(widest, test_widest)
 
 # %% tags=["solution"]
 def widest_solution(channels: int, kernel_size: int, budget: int) -> int:
+    widened = budget // (2 * channels**2 + channels * kernel_size**2)
+    return widened or int(budget >= channels**2 + channels * kernel_size**2)
+
+
+def always_expanded(channels: int, kernel_size: int, budget: int) -> int:
+    """charge an expansion at a ratio of 1, where there is none"""
     return budget // (2 * channels**2 + channels * kernel_size**2)
+
+
+def at_least_one(channels: int, kernel_size: int, budget: int) -> int:
+    """take it that a ratio of 1 always fits"""
+    return max(1, budget // (2 * channels**2 + channels * kernel_size**2))
 
 
 def depthwise_is_free(channels: int, kernel_size: int, budget: int) -> int:
@@ -854,7 +879,8 @@ def narrow_depthwise(channels: int, kernel_size: int, budget: int) -> int:
     return (budget - channels * kernel_size**2) // (2 * channels**2)
 
 
-attempt(widest_solution, test_widest, wrong=[depthwise_is_free, narrow_depthwise])
+attempt(widest_solution, test_widest,
+        wrong=[always_expanded, at_least_one, depthwise_is_free, narrow_depthwise])  # fmt: skip
 
 # %% [markdown]
 # ## Takeaways

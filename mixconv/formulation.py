@@ -2,7 +2,7 @@
 
 """MixConv as its equations say it, and what it costs (paper, section 3.1; chapter 1).
 
-Slow on purpose: these functions are what every faster version is compared with.
+Slow on purpose: the loops are the definition, and what chapter 3's layer is compared with.
 """
 
 from collections.abc import Iterator, Sequence
@@ -94,7 +94,7 @@ def depthwise_reference(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def mixconv_reference(x: Tensor, weights: Sequence[Tensor], channel_multiplier: int = 1) -> Tensor:
-    """MixConv from shifted images: what the layer of chapter 3 must equal.
+    """MixConv from shifted images: equal to the loops, fast enough to compare large layers with.
 
     Shape:
         x `(N, C, H, W)`, weights[t] `(m·c_t, 1, k_t, k_t)`, output `(N, m·C, H, W)`.

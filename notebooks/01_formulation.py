@@ -46,7 +46,8 @@ show(
     "5×5. YOLOv5's layer of the same name: two cells for each output, four outputs with 3×3 "
     "kernels and four with 5×5, so that every kernel size reads all channels.",
     caption="A row is an output channel, a column an input channel. Depthwise layers and MixConv "
-    "read their own channel only; in the layer that YOLOv5 calls MixConv2d each output reads two.",
+    "read their own channel only; in the layer that YOLOv5 calls MixConv2d each output reads "
+    "several, as drawn here two.",
 )
 
 # %% [markdown]
@@ -79,9 +80,48 @@ show(
 # Y = \mathrm{Concat}\left(Y^1, \dots, Y^g\right), \qquad c_1 + \dots + c_g = c
 # $$
 #
+# In the formulas $x$ is also a position: $X_{x,y,z}$ is the value of channel $z$ in row $x$ and column $y$.
+#
 # What they leave open, we fix as the official code does. $k/2$ rounds down: for $k = 3$, the index $i$ runs over −1, 0, 1.
 # The paper counts $z$ from 1, so $z/m$ rounds up: with $m = 2$, outputs 1 and 2 read input 1. Python counts from 0, and there it is `z // m`.
-# Positions outside the image count as zero, so the output is as large as the input. Like `nn.Conv2d`, this does not flip the kernel.
+# Positions outside the image count as zero, so the output is as large as the input. (That is stride 1; larger strides are chapter 3's matter.) Like `nn.Conv2d`, this does not flip the kernel.
+
+# %% tags=["drawing"]
+from matplotlib.patches import FancyArrowPatch
+
+figure, axis = plt.subplots(figsize=(7.5, 4.3))
+arrow = {"arrowstyle": "-|>", "mutation_scale": 10, "color": "#555555", "linewidth": 1.2}
+for group, k in enumerate((3, 5, 7, 9)):
+    color, top = kernel_color(k), 1.35 * group
+    for channel in range(4):
+        for left, alpha in ((0.0, 0.35), (8.2, 0.9)):
+            corner = (left, top + 0.28 * channel)
+            axis.add_patch(plt.Rectangle(corner, 1.5, 0.24, color=color, alpha=alpha))
+    middle, side = top + 0.54, 0.12 * k
+    axis.add_patch(plt.Rectangle((4.6 - side / 2, middle - side / 2), side, side, color=color))
+    axis.text(5.4, middle, f"{k}×{k}", va="center", weight="bold")
+    for start, stop in ((1.7, 3.8), (6.3, 8.0)):
+        axis.add_patch(FancyArrowPatch((start, middle), (stop, middle), **arrow))
+words = {
+    0.75: "16 channels,\nsplit",
+    4.8: "one depthwise convolution\nfor each group",
+    8.95: "16 channels,\nconcatenated",
+}
+for place, word in words.items():
+    axis.text(place, -0.25, word, ha="center", va="bottom")
+axis.set(xlim=(-0.1, 9.8), ylim=(5.3, -1.0), aspect="equal")
+axis.axis("off")
+show(
+    figure,
+    "mixconv_overview.png",
+    "Sixteen channels on the left are split into four groups of four. Each group passes through a "
+    "depthwise convolution with its own kernel size, 3×3, 5×5, 7×7 or 9×9, and the results are "
+    "concatenated to sixteen channels on the right.",
+    caption="MixConv is split, one depthwise convolution for each group, and concatenate.",
+)
+
+# %% [markdown]
+# With one group it is plain depthwise convolution. With two groups or more, one layer sees fine detail and wide context at once.
 
 # %% [markdown]
 # ## By hand
@@ -121,6 +161,8 @@ show(
     "Four copies of a 5×5 grid of numbers with the window of one output shaded: a 3×3 window at "
     "the centre and at a corner of channel 0, a 5×5 window at the centre and corner of channel 1. "
     "At the corner, part of each window lies outside the grid. The sums: 108, 12, 25 and 9.",
+    caption="The output at the framed pixel is the sum of the shaded window; what lies outside "
+    "the image counts as zero.",
     live=live("Convolution", kernel_sizes=(3, 5), row=2, column=2),
 )
 
@@ -145,7 +187,7 @@ show(
 #| export formulation.py
 """MixConv as its equations say it, and what it costs (paper, section 3.1; chapter 1).
 
-Slow on purpose: these functions are what every faster version is compared with.
+Slow on purpose: the loops are the definition, and what chapter 3's layer is compared with.
 """
 
 from collections.abc import Sequence
@@ -248,7 +290,7 @@ def depthwise_reference(x: Tensor, weight: Tensor) -> Tensor:
 # %%
 #| export formulation.py
 def mixconv_reference(x: Tensor, weights: Sequence[Tensor], channel_multiplier: int = 1) -> Tensor:
-    """MixConv from shifted images: what the layer of chapter 3 must equal.
+    """MixConv from shifted images: equal to the loops, fast enough to compare large layers with.
 
     Shape:
         x `(N, C, H, W)`, weights[t] `(m·c_t, 1, k_t, k_t)`, output `(N, m·C, H, W)`.
@@ -418,46 +460,6 @@ def stretched(weights: list[torch.Tensor]) -> torch.Tensor:
 attempt(embed_solution, test_embed, wrong=[in_the_corner, stretched])
 
 # %% [markdown]
-# ## The whole operation in one picture
-
-# %% tags=["drawing"]
-from matplotlib.patches import FancyArrowPatch
-
-figure, axis = plt.subplots(figsize=(7.5, 4.3))
-arrow = {"arrowstyle": "-|>", "mutation_scale": 10, "color": "#555555", "linewidth": 1.2}
-for group, k in enumerate((3, 5, 7, 9)):
-    color, top = kernel_color(k), 1.35 * group
-    for channel in range(4):
-        for left, alpha in ((0.0, 0.35), (8.2, 0.9)):
-            corner = (left, top + 0.28 * channel)
-            axis.add_patch(plt.Rectangle(corner, 1.5, 0.24, color=color, alpha=alpha))
-    middle, side = top + 0.54, 0.12 * k
-    axis.add_patch(plt.Rectangle((4.6 - side / 2, middle - side / 2), side, side, color=color))
-    axis.text(5.4, middle, f"{k}×{k}", va="center", weight="bold")
-    for start, stop in ((1.7, 3.8), (6.3, 8.0)):
-        axis.add_patch(FancyArrowPatch((start, middle), (stop, middle), **arrow))
-words = {
-    0.75: "16 channels,\nsplit",
-    4.8: "one depthwise convolution\nfor each group",
-    8.95: "16 channels,\nconcatenated",
-}
-for place, word in words.items():
-    axis.text(place, -0.25, word, ha="center", va="bottom")
-axis.set(xlim=(-0.1, 9.8), ylim=(5.3, -1.0), aspect="equal")
-axis.axis("off")
-show(
-    figure,
-    "mixconv_overview.png",
-    "Sixteen channels on the left are split into four groups of four. Each group passes through a "
-    "depthwise convolution with its own kernel size, 3×3, 5×5, 7×7 or 9×9, and the results are "
-    "concatenated to sixteen channels on the right.",
-    caption="MixConv is split, one depthwise convolution for each group, and concatenate.",
-)
-
-# %% [markdown]
-# With one group it is plain depthwise convolution. With two groups or more, one layer sees fine detail and wide context at once.
-
-# %% [markdown]
 # ## What MixConv is not
 #
 # YOLOv5 has a class `MixConv2d` that cites the same paper ([version 7.0](https://github.com/ultralytics/yolov5/blob/v7.0/models/experimental.py)). It is the fourth layer of the first picture. In it *every* branch convolves *all* input channels, and the branches' outputs are concatenated.
@@ -583,7 +585,7 @@ attempt(find_mix_solution, test_find_mix, wrong=[unasked, area, by_size])
 # %% [markdown]
 # ## Receptive field
 #
-# How many input pixels can one output see, along one axis? One layer with kernel size $k$ sees $k$: one pixel and $k - 1$ steps to the next.
+# How many input pixels can one output see, along one axis? One layer with kernel size $k$ sees $k$ pixels: the first, and $k - 1$ more, a step apart.
 # Each further layer $l$ adds $k_l - 1$ steps of its own. A step is $d_l$ pixels of that layer's input (its *dilation*), and one of those pixels is as many image pixels as all earlier strides multiplied.
 #
 # By hand, for a 5×5 of stride 2, a 3×3 of dilation 2, and a 3×3: 1 + 4·1·1 + 2·2·2 + 2·1·2 = 17. As a formula:
@@ -715,41 +717,42 @@ counter.get_total_flops() == 2 * mixconv_multiply_adds((8,) * 4, (3, 5, 7, 9), 1
 # ## Why large kernels are cheap, until they are not
 #
 # A depthwise layer comes with a pointwise layer. For each output position, $c$ channels in and $c$ out, the first costs $k^2 c$ and the second $c^2$.
-# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 240 channels, 9 of 9 + 240 = 249. (240 is the width inside four of MixNet-M's blocks: 6 · 40 = 240.)
+# The depthwise share is $k^2 / (k^2 + c)$: at 3×3 and 512 channels, 9 of 9 + 512 = 521. (MobileNetV1, chapter 5, has five such pairs in a row.)
 
 # %%
-channels = 240
+channels = 512
 share = {k: k * k / (k * k + channels) for k in (3, 5, 7, 9, 11, 13)}
 table(
-    ["kernel", "multiply-adds per pixel, depthwise", "pointwise", "depthwise share"],
-    [[f"{k}×{k}", k * k * channels, channels**2, f"{share[k]:.0%}"] for k in share],
-)
+    ["kernel", "multiply-adds per pixel, depthwise", "pointwise", "depthwise share", "pair grows"],
+    [[f"{k}×{k}", k * k * channels, channels**2, f"{share[k]:.0%}",
+      f"{(k * k - 9) / (9 + channels):.0%}"] for k in share],
+)  # fmt: skip
 
 # %% tags=["drawing"]
 figure, axis = plt.subplots(figsize=(6.4, 2.6))
 for position, k in enumerate(share):
     axis.bar(position, channels**2, color="#cccccc")
     axis.bar(position, k * k * channels, bottom=channels**2, color=kernel_color(k))
-    axis.text(position, (channels + k * k) * channels + 1500, f"{share[k]:.0%}", ha="center")
+    axis.text(position, (channels + k * k) * channels + 5000, f"{share[k]:.0%}", ha="center")
 axis.set_xticks(range(6), [f"{k}×{k}" for k in share])
 axis.text(5.55, channels**2 / 2, "pointwise", va="center", color="#555555")
-axis.text(5.55, channels**2 + 20_000, "depthwise", va="center")
+axis.text(5.55, channels**2 + 43_000, "depthwise", va="center")
 axis.yaxis.set_major_formatter("{x:,.0f}")
 axis.set(
     ylabel="multiply-adds per pixel",
-    title="Share of the depthwise layer in the pair, 240 channels",
-    xlim=(-0.6, 6.9), ylim=(0, 108_000),
+    title="Share of the depthwise layer in the pair, 512 channels",
+    xlim=(-0.6, 6.9), ylim=(0, 395_000),
 )  # fmt: skip
 show(
     figure,
     "depthwise_share.png",
-    "Stacked bars of the multiply-adds per pixel for kernels 3×3 to 13×13 at 240 channels. The "
-    "grey pointwise part is the same; the coloured depthwise part grows from 4% to 41%.",
-    caption="At 240 channels a 3×3 depthwise layer is 4% of the pair's work, a 13×13 one 41%.",
+    "Stacked bars of the multiply-adds per pixel for kernels 3×3 to 13×13 at 512 channels. The "
+    "grey pointwise part is the same; the coloured depthwise part grows from 2% to 25%.",
+    caption="At 512 channels a 3×3 depthwise layer is 2% of the pair's work, a 13×13 one 25%.",
 )
 
 # %% [markdown]
-# Going from 3×3 to 5×5 adds (25 − 9) · 240 = 3,840 weights to the pair's 249 · 240 = 59,760: 6%. Going to 13×13 adds (169 − 9) · 240 = 38,400: 64%. MixConv pays for large kernels in some of the channels only.
+# Going from 3×3 to 5×5 adds (25 − 9) · 512 = 8,192 weights to the pair's 521 · 512 = 266,752: 3%. Going to 13×13 adds (169 − 9) · 512 = 81,920: 31%. In a block that is wide only inside (chapter 4), the pointwise layers are smaller, and the depthwise share is larger. MixConv pays for large kernels in some of the channels only.
 #
 # > 📄 **Paper.** Section 1 and Figure 1: for MobileNets the accuracy rises from 3×3 to 7×7 or 9×9 and then falls; the largest kernels hurt both cost and accuracy (cited; it takes ImageNet to show).
 
@@ -757,7 +760,7 @@ show(
 # ## Counting a whole network
 #
 # The same arithmetic for any model, by hooks: each convolution and each linear layer reports what it cost when an input passes through.
-# Normalisation, activations and pooling count as nothing, as is the custom in this field.
+# Normalisation, activations, pooling, and the sums and products of whole maps count as nothing, as is the custom in this field.
 
 # %%
 #| export formulation.py
@@ -986,7 +989,7 @@ attempt(two_answers_solution, test_answers, wrong=[in_turn, side_by_side])
 # - MixConv: split the channels, one depthwise convolution with its own kernel size for each part, concatenate.
 # - It keeps channels apart. Only pointwise layers mix them.
 # - Its cost is $\sum_t c_t \cdot k_t^2$ for each output position: large kernels are affordable in some of the channels.
-# - `mixconv_reference` is the definition that every later version is compared with.
+# - `mixconv_loops` is the definition. Chapter 3's layer is compared with it on small images; the package's tests use `mixconv_reference`, which is faster.
 #
 # **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), section 3.1. [A guide to convolution arithmetic](https://arxiv.org/abs/1603.07285) (Dumoulin and Visin) draws every stride and padding; [Xception](https://arxiv.org/abs/1610.02357) (Chollet) is where depthwise layers became a way to build networks.
 #

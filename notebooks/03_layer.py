@@ -6,7 +6,7 @@
 # **You will be able to**
 # - use `MixConv2d` with any odd kernel sizes, split, stride and dilation, and with two paddings;
 # - say what TensorFlow's 'SAME' padding does where PyTorch's habit does something else;
-# - check the layer against the loops of chapter 1, and rewrite it as *one* depthwise convolution.
+# - check the layer, with stride and dilation, against the loops of chapter 1, and rewrite it as *one* depthwise convolution.
 #
 # **Know first:** [chapter 1](01_formulation.ipynb) and [chapter 2](02_partitioning.ipynb).
 #
@@ -59,7 +59,7 @@ from mixconv.formulation import count_parameters, mixconv_loops
 from mixconv.teaching import check_rewrite
 
 
-def by(layer):
+def as_function(layer):
     """The layer as a function of its input and its weights."""
     names = [name for name, _ in layer.named_parameters()]
     return lambda x, *w: functional_call(layer, dict(zip(names, w, strict=True)), x)
@@ -73,7 +73,7 @@ torch.manual_seed(0)
 tiny = TinyMixConv((2, 1), (3, 5)).double()
 check_rewrite(
     lambda x, *w: mixconv_loops(x[0], w)[None],
-    by(tiny),
+    as_function(tiny),
     torch.randn(1, 3, 4, 5).double(),
     *weights_of(tiny),
     what="loops and a dozen lines",
@@ -123,8 +123,8 @@ show(
     "a white dot in the middle of each. On six pixels, symmetric padding "
     "centres them on pixels 0, 2, 4 and TensorFlow's 'SAME' on 1, 3, 5. On seven pixels both "
     "centre on 0, 2, 4, 6.",
-    caption="On an even number of pixels 'SAME' looks one pixel further on; on an odd number the "
-    "two agree.",
+    caption="At stride 2, 'SAME' looks one pixel further on if the pixels are even in number; if "
+    "odd, the two agree. (Windows at two heights, so that none hides another.)",
 )
 
 # %% [markdown]
@@ -137,7 +137,7 @@ show(
 # \mathrm{total} = \max\left((k - 1) \cdot d - ((H - 1) \bmod s),\ 0\right)
 # $$
 #
-# The code writes the maximum only where it can matter, and as `torch.sym_max`: an exported model does not know its image size yet, and keeps the formula.
+# The code takes the maximum only where it can matter. (`torch.sym_max` is `max`, also for a size that is not known yet: chapter 18 exports such models.)
 
 # %%
 #| export layer.py
@@ -176,7 +176,7 @@ def same_padding(
 # %% [markdown]
 # The first two are in the figure: one zero after six pixels, one on each side of seven.
 #
-# `Conv2dSame` is `nn.Conv2d` with that rule. The zeros depend on the input size, so they are added in `forward`. How many go in front decides where the windows are centred. Behind, it adds more than the rule asks for where that makes (k − 1) · d in all: zeros that no window reads change nothing, and a total that does not depend on the size exports more simply.
+# `Conv2dSame` is `nn.Conv2d` with that rule. The zeros depend on the input size, so they are added in `forward`. How many go in front decides where the windows are centred. Behind, it adds the rest of (k − 1) · d. That may be a few zeros more than the rule asks for, which no window reads; and the total is the same for every image size.
 
 # %%
 #| export layer.py
@@ -213,7 +213,7 @@ class Conv2dSame(nn.Conv2d):
 strided = Conv2dSame(4, 4, 5, stride=2, bias=False)
 check_rewrite(
     lambda x, w: F.conv2d(x, w, padding=2)[:, :, 1::2, 0::2],
-    by(strided),
+    as_function(strided),
     torch.randn(1, 4, 6, 7).double(),
     torch.randn(4, 4, 5, 5).double(),
     what="'SAME' on 6×7 pixels",
@@ -221,6 +221,7 @@ check_rewrite(
 
 # %% [markdown]
 # (That the official code agrees is tested against its own numbers in chapter 8.)
+#
 # At stride 1 and odd k the rule asks for (k − 1) / 2 zeros on each side, always. `nn.Conv2d` does that by itself, and faster. So one function picks the right class:
 
 # %%
@@ -321,8 +322,9 @@ attempt(zeros_by_hand_solution, test_zeros, wrong=[odd_one_first, as_pytorch])
 # %% [markdown]
 # ## The layer
 #
-# `MixConv2d` is `TinyMixConv` with every option. Two defaults differ from `nn.Conv2d`: there is no bias, since a batch normalisation mostly follows, and the padding keeps the image size.
-# (As in chapter 0, `class MixConv2d(MixConv2d)` adds methods; in the package it is one class.)
+# `MixConv2d` is `TinyMixConv` with every option. Two defaults differ from `nn.Conv2d`: there is no bias, since a batch normalisation mostly follows, and at stride 1 the padding keeps the image size.
+#
+# The class is told in pieces: a later cell with `class MixConv2d(MixConv2d)` adds methods to it, and in the package it is one class.
 #
 # The constructor checks its arguments, splits the channels as in chapter 2, and makes one depthwise convolution for each group.
 #
@@ -453,7 +455,8 @@ class MixConv2d(MixConv2d):
 # %% [markdown]
 # Two courtesies that `nn.Conv2d` users expect: a readable `repr`, and `reset_parameters`.
 
-# %%
+# %% tags=["plumbing"]
+# fold: `reset_parameters`, and what `print` shows
 #| export layer.py
 class MixConv2d(MixConv2d):
     def reset_parameters(self) -> None:
@@ -498,7 +501,7 @@ except ValueError as error:
 plain = MixConv2d(8, 5)
 check_rewrite(
     lambda x, w: F.conv2d(x, w, padding=2, groups=8),
-    by(plain),
+    as_function(plain),
     torch.randn(2, 8, 6, 6).double(),
     torch.randn(8, 1, 5, 5).double(),
     what="nn.Conv2d and MixConv2d with one size",
@@ -506,11 +509,48 @@ check_rewrite(
 layer = MixConv2d(3, (3, 5, 7), channel_multiplier=2, dtype=torch.double)
 check_rewrite(
     lambda x, *w: mixconv_loops(x, w, channel_multiplier=2),
-    by(layer),
+    as_function(layer),
     torch.randn(3, 4, 5).double(),
     *weights_of(layer),
     what="loops and MixConv2d, two outputs per channel",
 )
+
+
+# %% [markdown]
+# The loops know neither stride nor dilation, but both can be said in their terms. Stride 2 with symmetric padding keeps every other output of stride 1, from the first on. A kernel with dilation d is a larger one, with d − 1 zeros between its taps. In code that shares nothing with the layer:
+
+# %%
+def spread_out(weight, d):
+    """A kernel with d - 1 zeros between its taps, along both axes."""
+    side = d * (weight.shape[-1] - 1) + 1
+    rows = [[torch.zeros_like(weight[:, :, 0, 0])] * side for _ in range(side)]
+    for i in range(weight.shape[-1]):
+        for j in range(weight.shape[-1]):
+            rows[d * i][d * j] = weight[:, :, i, j]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
+
+
+spread_out(torch.arange(1.0, 10).view(1, 1, 3, 3), 2)[0, 0]
+
+# %%
+cases = {  # options of the layer, and the dilation of each of its kernels
+    "stride 2": ({"stride": 2}, (1, 1, 1)),
+    "stride 2 by 3": ({"stride": (2, 3)}, (1, 1, 1)),
+    "dilation 2": ({"dilation": 2}, (2, 2, 2)),
+    "dilation 2, stride 2": ({"dilation": 2, "stride": 2}, (2, 2, 2)),
+    "dilated": ({"dilated": True}, (1, 2, 3)),
+    "dilated, stride 2": ({"dilated": True, "stride": 2}, (1, 1, 1)),
+}
+for name, (options, steps) in cases.items():
+    layer = MixConv2d(3, (3, 5, 7), dtype=torch.double, **options)
+    down, across = layer.stride
+
+    def from_loops(x, *w, steps=steps, down=down, across=across):
+        spread = [spread_out(*pair) for pair in zip(w, steps, strict=True)]
+        return mixconv_loops(x, spread)[:, ::down, ::across]
+
+    inputs = [torch.randn(3, 5, 6).double(), *weights_of(layer)]
+    check_rewrite(from_loops, as_function(layer), *inputs, what=f"loops and layer, {name}")
 
 # %% [markdown]
 # ## Dilated: seeing far with nine weights
@@ -643,8 +683,8 @@ embed_kernel(torch.arange(1.0, 10).view(1, 1, 3, 3), 5, dilation=(2, 2))[0, 0]
 
 # %% [markdown]
 # Does padding survive? Symmetric padding centres every window on the pixels 0, s, 2s, …, whatever k is: a small kernel in the middle of a large one stays where it was.
-# Under 'SAME', write $h = (H - 1) \bmod s$. There are $(k - 1) \cdot d / 2 - \lceil h / 2 \rceil$ zeros in front, so the first window is centred on pixel $\lceil h / 2 \rceil$: again, k has dropped out.
-# The exception is a kernel that would need fewer than no zeros: 1×1 at stride 2, or 3×3 at stride 4. Its windows are centred elsewhere, and it cannot be merged with larger ones.
+# Under 'SAME', write $u = (H - 1) \bmod s$. There are $(k - 1) \cdot d / 2 - \lceil u / 2 \rceil$ zeros in front, so the first window is centred on pixel $\lceil u / 2 \rceil$: again, k has dropped out.
+# The exception is a kernel that would need fewer than no zeros: 1×1 at stride 2, or 3×3 at stride 4. On some image sizes its windows are centred elsewhere, so it cannot be merged with larger ones.
 #
 # The merge takes any depthwise convolutions that stand side by side, not only those of our layer. Kernels that share a dilation keep it; otherwise each is written out with its gaps. Then all are embedded in windows of the largest span and stacked.
 
@@ -752,7 +792,7 @@ print("weights:", count_parameters(layer), "split,", count_parameters(layer.merg
 # Twice the weights here, half of them zeros. The rewrite, checked with gradients: full and dilated kernels at stride 1, and stride 2 with 'SAME'.
 
 # %%
-def by_merged(layer):
+def merged_as_function(layer):
     """The merged layer as a function of its input and of the split layer's weights."""
     merged, spreads = layer.merged(), [conv.dilation for conv in layer.convs]
 
@@ -767,7 +807,8 @@ def by_merged(layer):
 for options in ({}, {"dilated": True}, {"stride": 2, "padding": "same"}):
     layer = MixConv2d(8, (3, 5, 7, 9), dtype=torch.double, **options)
     inputs = [torch.randn(2, 8, 10, 11).double(), *weights_of(layer)]
-    check_rewrite(by(layer), by_merged(layer), *inputs, what=f"split and merged, {options}")
+    pair = as_function(layer), merged_as_function(layer)
+    check_rewrite(*pair, *inputs, what=f"split and merged, {options}")
 
 # %% [markdown]
 # And the case that cannot be merged:
@@ -839,7 +880,7 @@ attempt(unmerge_solution, test_unmerge, wrong=[by_count, by_middle_row])
 # %% [markdown]
 # ## At home in PyTorch
 #
-# Nothing about the layer is special, so everything that works on modules works on it:
+# What works on modules works on it, with one exception. `torch.jit.script` is refused, in words that say what to use instead:
 
 # %%
 layer = MixConv2d(8, (3, 5))
@@ -850,6 +891,10 @@ last = {"memory_format": torch.channels_last}
 print("channels_last kept:", layer.to(**last)(x.to(**last)).is_contiguous(**last))
 with torch.autocast("cpu", dtype=torch.bfloat16):
     print(layer(x).dtype)
+try:
+    torch.jit.script(layer)
+except NotImplementedError as error:
+    print(error)
 
 
 # %% [markdown]
@@ -857,7 +902,8 @@ with torch.autocast("cpu", dtype=torch.bfloat16):
 #
 # The *pointwise* 1×1 convolution that stands beside every depthwise layer needs no padding, and chapter 4 will ask for it in groups. The package makes a 1×1 in this one way:
 
-# %%
+# %% tags=["plumbing"]
+# fold: A 1×1 convolution, with its arguments checked
 #| export layer.py
 def make_pointwise(
     in_channels: int, out_channels: int, groups: int = 1, *, bias: bool = False
@@ -894,7 +940,7 @@ make_pointwise(6, 8, groups=2)
 # %% [markdown]
 # ## What each group sees
 #
-# Give four channels the same photograph, and each group a filter of its own size: bright in the middle, dark around it, zero on the whole. It answers where the picture has a spot or a line about as wide as its middle.
+# Give four channels the same photograph, and each group a filter of its own size: bright in the middle, dark around it, zero on the whole. It answers where the picture has a spot or a line about as wide as its middle. Below, a part of the photograph with the stars of the flag.
 
 # %%
 from mixconv.teaching import photograph
@@ -920,13 +966,12 @@ tuple(responses.shape)
 
 # %% tags=["drawing"]
 figure, axes = plt.subplots(1, 5, figsize=(9, 2.2))
-axes[0].imshow(picture[0, 0], cmap="gray")
+part = (slice(8, 52), slice(0, 44))  # rows and columns
+axes[0].imshow(picture[0, 0][part], cmap="gray")
 axes[0].set_title("input")
-for k in (9, 7, 5, 3):
-    corner = (70 - k / 2, 60 - k / 2)
-    axes[0].add_patch(plt.Rectangle(corner, k, k, color=kernel_color(k), linewidth=0))
 for axis, k, response in zip(axes[1:], (3, 5, 7, 9), responses, strict=True):
-    axis.imshow(response, cmap="gray", vmin=-0.12, vmax=0.12)
+    axis.imshow(response[part], cmap="gray", vmin=-0.12, vmax=0.12)
+    axis.add_patch(plt.Rectangle((42.5 - k, 42.5 - k), k, k, color=kernel_color(k), linewidth=0))
     axis.set_title(f"{k}×{k}")
     axis.spines[:].set(color=kernel_color(k), linewidth=3, visible=True)
 for axis in axes:
@@ -935,11 +980,11 @@ axes[0].spines[:].set_visible(False)
 show(
     figure,
     "what_groups_see.png",
-    "The photograph at 96×96 pixels with nested 3×3 to 9×9 windows to scale, and the four groups' "
-    "responses, framed in the colours of their kernels. The 3×3 group answers to thin edges such "
-    "as the rim of the glasses; the 9×9 group to larger shapes such as the stars of the flag.",
-    caption="Small kernels answer to thin edges, such as the rim of the glasses; large ones to "
-    "larger shapes, such as the stars of the flag.",
+    "Part of the photograph, a flag and a face, and the four groups' responses to it, framed in "
+    "the colours of their kernels, with a square of the kernel's size. The 3×3 group shows the "
+    "stars of the flag as thin outlines, the 9×9 group as filled, blurred spots.",
+    caption="The larger the kernel, the thicker what it draws: 3×3 outlines the stars, 9×9 fills "
+    "them. (The square in a corner is the kernel's window, to scale.)",
 )
 
 
@@ -992,7 +1037,7 @@ attempt(merging_ratio_solution, test_ratio, wrong=[mean_size, all_groups])
 # %% [markdown]
 # ## Takeaways
 # - `MixConv2d` is split, convolve, concatenate, with PyTorch's manners.
-# - TensorFlow's 'SAME' at stride 2 looks one pixel further on even sizes. Weights belong to a padding.
+# - TensorFlow's 'SAME' at stride 2 looks one pixel further on if the image has an even number of pixels. Weights belong to a padding.
 # - `dilated` keeps nine weights and the wide window, at stride 1.
 # - `merged()` is the same operation as one `nn.Conv2d`.
 #

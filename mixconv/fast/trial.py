@@ -11,9 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 __all__ = [
     "LOUD",
+    "ROUNDED",
     "TOLERANCE",
     "CannotTryError",
     "difference",
+    "find_tolerance",
+    "in_float32",
     "make_image",
     "piece_difference",
     "twin",
@@ -22,6 +25,8 @@ __all__ = [
 
 # Of the largest value. Sums in another order differ by some 1e-6, what is wrong mostly by 0.01 up.
 TOLERANCE = 1e-3
+
+ROUNDED = 16  # so many units in the last place, if those of the weights are larger
 
 LOUD = 20  # so many times the usual image: beyond the bend of a ReLU6, or of a clamp
 
@@ -46,13 +51,19 @@ def make_image(channels: int, height: int, width: int, batch: int = 1) -> Tensor
     return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu")
 
 
-def _on_cpu(module: nn.Module) -> tuple[nn.Module, float]:
-    """A twin that computes on the CPU in float32, and the tolerance that its weights allow."""
+def find_tolerance(module: nn.Module) -> float:
+    """How far from its original a rewritten module may be: more, if its weights are rounded."""
     tensors = [*module.parameters(), *module.buffers()]
     dtypes = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
-    if dtypes - {torch.float32} or any(not tensor.is_cpu for tensor in tensors):
-        module = copy.deepcopy(module).cpu().float()
-    return twin(module), max([TOLERANCE, *(16 * torch.finfo(dtype).eps for dtype in dtypes)])
+    return max([TOLERANCE, *(ROUNDED * torch.finfo(dtype).eps for dtype in dtypes)])
+
+
+def in_float32(module: nn.Module) -> nn.Module:
+    """A copy on the CPU in float32, or the module itself where it is so already."""
+    tensors = [*module.parameters(), *module.buffers()]
+    exact = [t.dtype == torch.float32 or not t.is_floating_point() for t in tensors]
+    there = all(exact) and all(tensor.is_cpu for tensor in tensors)
+    return module if there else copy.deepcopy(module).cpu().float()
 
 
 def _run(module: nn.Module, image: Tensor, seed: int) -> list[Tensor]:
@@ -81,25 +92,25 @@ def difference(before: nn.Module, after: nn.Module, image: Tensor, *, random: bo
 
     Args:
         before: the original. Copies are run, on the CPU in float32, without hooks.
-        after: the rewritten one.
+        after: the rewritten one. What is allowed depends on its weights: 1/1000 of the largest
+            value in float32, 1/64 in float16, 1/8 in bfloat16.
         image: given to both.
         random: give both the same random numbers, if they draw any.
 
     Raises:
         CannotTryError: if the original fails, or its values are not finite.
     """
-    original, tolerance = _on_cpu(before)
     try:
-        wanted = _run(original, image, 0)
+        wanted = _run(twin(in_float32(before)), image, 0)
     except Exception as error:  # anything may go wrong in a stranger's forward
         raise CannotTryError(f"it does not run on a random image: {error}") from error
     if not all(tensor.isfinite().all() for tensor in wanted):
         raise CannotTryError("it gives NaN or infinity on a random image")
     try:
-        found = _run(_on_cpu(after)[0], image, 0 if random else 1)
+        found = _run(twin(in_float32(after)), image, 0 if random else 1)
     except Exception as error:
         return f"tried, and failed: {error}"
-    return _compare(wanted, found, tolerance)
+    return _compare(wanted, found, find_tolerance(after))
 
 
 def piece_difference(before: nn.Module, after: nn.Module, image: Tensor) -> str:

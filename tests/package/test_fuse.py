@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import mixconv.fast.describe as describe
 import mixconv.fast.fuse as fuse
 from mixconv import MixConv2d, MixConvBlock, count_costs, mixnet_s, mobilenet_v1, mobilenet_v2
 from mixconv.fast.chains import Chains
@@ -806,6 +807,35 @@ def test_other_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     with torch.no_grad():
         assert fused(x).dtype == dtype
         near(fused(x).float(), model(x).float(), tolerance)
+
+
+HALF = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", ["kernel", "merged", "auto"])
+@pytest.mark.parametrize("dtype", HALF)
+def test_rounding_does_not_hide_another_activation(
+    dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A list that takes ReLU for SiLU: in bfloat16 that is less than rounding is allowed."""
+    row = nn.Sequential(MixConv2d(24, (3, 5), 2), nn.BatchNorm2d(24), nn.ReLU())
+    model = made(row).to(dtype)
+    assert report_of(fuse_for_inference(model, backend=backend)).fused
+    monkeypatch.setitem(describe.ACTIVATION_NAMES, "torch.nn.ReLU", "silu")
+    report = report_of(fuse_for_inference(model, backend=backend))
+    assert not report.fused
+    assert "tried, and not the same" in str(report)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_rounding_does_not_hide_a_rule_that_is_wrong_by_little(dtype: torch.dtype) -> None:
+    class Louder(MixConv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 1.05 * super().forward(x)
+
+    describe_layer.register(Louder, lambda layer: list(layer.convs))
+    model = made(nn.Sequential(Louder(8, (3, 5)))).to(dtype)
+    assert not report_of(fuse_for_inference(model, backend="kernel")).fused
 
 
 def test_on_the_meta_device_nothing_can_be_tried() -> None:

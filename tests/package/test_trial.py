@@ -87,8 +87,9 @@ def test_a_tolerance_for_what_weights_can_hold() -> None:
     exact.load_state_dict(rounded.state_dict())
     rounded.weight.data *= 1 + 4e-3
     image = make_image(3, 6, 6)
-    assert difference(rounded, exact, image) == ""
-    assert "off by" in difference(rounded.float(), exact, image)
+    assert difference(exact, rounded, image) == ""
+    assert "off by" in difference(rounded, exact, image), "what is not rounded is not excused"
+    assert "off by" in difference(exact, rounded.float(), image)
 
 
 def test_a_twin_shares_parameters_only() -> None:

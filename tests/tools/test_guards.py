@@ -109,6 +109,13 @@ def test_a_wheel_holds_all_that_the_package_needs(tmp_path):
     assert rest == [str(shutil.which("c++") is not None), "FusedMixConv2d"]
 
 
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_the_roofline_of_the_bench_compiles():
+    """`make bench` takes an hour and runs nowhere else."""
+    command = ["c++", "-std=c++17", "-march=native", "-fsyntax-only", f"{ROOT}/tools/roofline.cpp"]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
+
+
 # The workflow cannot pass what fails
 
 

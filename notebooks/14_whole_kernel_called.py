@@ -59,7 +59,7 @@ over = {
     for b in batches
 }
 assert all(
-    1 < min(one) and sum(1.45 <= ratio <= 4 for ratio in one) > 0.8 * len(one)
+    min(one) > 1 and sum(1.45 <= ratio <= 4 for ratio in one) > 0.8 * len(one)
     for one in over.values()
 )
 
@@ -275,7 +275,7 @@ def _make_runner(
 
 
 # %% [markdown]
-# From now on the kernel computes wherever `mixed_depthwise2d` is called. A child that was forked off starts with no plans: it may have fewer threads than its parent, for there OpenMP's may not be started anew (chapter 13).
+# From now on the kernel computes wherever `mixed_depthwise2d` is called. A child that was forked off starts with no plans. Where the idle threads could not be ended before the fork, it uses one thread only (chapter 13), and a plan for two would not suit it.
 
 # %%
 #| export fast/kernel.py

@@ -61,8 +61,8 @@ show(
     "Speed against multiply-adds per byte for MixNet's depthwise layers at batch 8, under the "
     "machine's roof. A line joins the two dots of each layer: hollow for split, convolve, "
     "concatenate, far below the roof; full for one operation, near it or above.",
-    caption="The usual way leaves every layer far below the roof; one operation brings 20 of 28 near "
-    "it or above, and the others to 62% of it or more.",
+    caption="The usual way leaves every layer far below the roof; one operation brings 20 of 28 "
+    "near it or above, and the others to 62% of it or more.",
 )
 
 

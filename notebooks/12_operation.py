@@ -4,11 +4,11 @@
 # A fast kernel for MixConv will be written in the next two chapters. What must it compute, what may it refuse, and how does PyTorch (gradients, `vmap`, autocast, the compiler, the profiler) come to know of it? The picture shows the way of a call.
 #
 # **You will be able to**
-# - say what the operation computes, and pack its weights by hand;
+# - say what the operation computes, and by which way a call gets there;
 # - write a form of it that says why it declines a call;
 # - register an operation with PyTorch: shapes, gradient, `vmap`, autocast.
 #
-# **Know first:** [chapter 3](03_layer.ipynb). Why all this is done is in [chapter 11](11_why_slow.ipynb).
+# **Know first:** [chapter 3](03_layer.ipynb) and [chapter 11](11_why_slow.ipynb), above all its section "The layer as one task": `MixSpec`, packed weights and `split_form` come from there.
 #
 # **Time:** 35 minutes to read. Runs in under 60 seconds on two cores.
 
@@ -34,7 +34,12 @@ ARROWS = [
     ((1.9, 1.8), (6.5, 1.8), "nobody watches: straight on", (4.2, 1.62)),
     ((8.4, 2.3), (9.4, 3.0), "it takes the call", (8.55, 2.95)),
     ((8.4, 1.7), (9.4, 1.0), "all decline", (8.65, 1.12)),
-    ((0.95, 1.4), (9.4, 0.45), "forward mode, torch.func.grad: step by step", (4.2, 0.62)),
+    (
+        (0.95, 1.4),
+        (9.4, 0.45),
+        "forward mode or torch.func.grad watches: step by step",
+        (4.2, 0.62),
+    ),
 ]
 
 # %% tags=["drawing"]
@@ -71,7 +76,7 @@ show(
 #
 # The kernel of chapter 14 will want 32-bit floats on a CPU, and a compiler. The kernel of chapter 17 will want a GPU. Each is a **form** of the operation: `declines` lists its reasons, and if there are none, `prepare` plans the work once (it chooses a compiled loop, say, and cuts the image for the threads) and returns the function that runs. (A `Protocol` is a list of what a class must have; a form need not inherit from it.)
 #
-# A form decides by everything about a call except the numbers in it. So its decision can be remembered:
+# A form decides by everything about a call except the numbers in it and how they lie in memory (a form that wants channels last copies what lies otherwise). So its decision can be remembered:
 
 # %%
 #| export fast/forms.py
@@ -89,7 +94,7 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """All that is known of a call but the numbers: what forms decide by.
+    """What forms decide by: all of a call but the numbers, and how they lie in memory.
 
     Attributes:
         spec: what to compute.
@@ -348,12 +353,26 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
 # %% [markdown]
 # ## Who must see a call
 #
-# The short way leads from Python straight to a C++ function, and nobody sees it. PyTorch's own way leads through its *dispatcher*: the part that looks, at each call, who wants to take part. That takes microseconds, and a small layer is over in some tens of them. So take the short way, but only when nobody watches. Somebody watches if
+# The short way leads from Python straight to a C++ function, and nobody sees it. PyTorch's own way leads through its *dispatcher*: the part that looks, at each call, who wants to take part. With next to nothing to compute, a call took 4 µs by the short way and 15 µs through the dispatcher. <!-- measured: run_operation and torch.ops.mixconv.mixed_depthwise2d on 8 channels of 2×2 pixels, no_grad, one thread, shortest of 3000, 2026-11-25 --> How long does a layer take?
+
+# %%
+import json
+from pathlib import Path
+
+rows = json.loads(Path("../figures/bench.json").read_bytes())["layers"]
+times = sorted(1e6 * row["seconds"]["fused"] for row in rows if row["batch"] == 1)
+print(f"MixNet's layers, one image: from {times[0]:.0f} µs on, half of them below "
+      f"{times[len(times) // 2]:.0f} µs")  # fmt: skip
+
+# %% [markdown]
+# So take the short way, but only when nobody watches. Somebody watches if
 #
 # - a gradient is wanted, or a function transform (`vmap`, `torch.func.grad`) is at work;
 # - a compiler or exporter traces, or a mode or the profiler records;
 # - autocast rules over dtypes;
-# - a tensor is not what it looks like. A wrapper (a quantised or distributed tensor, say) has no memory of its own: its address is 0. A view may be *still to be negated*: `z.conj().imag` shares its memory with `z.imag`, and that its sign is turned is only a mark on the tensor. And some programs give a weight's memory back between two forwards.
+# - a tensor is a wrapper (a quantised or distributed tensor, say) and has no memory of its own: its address is 0;
+# - a view is *still to be negated*: `z.conj().imag` shares its memory with `z.imag`, and that its sign is turned is only a mark on the tensor;
+# - a weight's memory was given back, as some programs do between two forwards.
 #
 # Most of these questions have no public name in PyTorch: `torch._C._…` may change. They were tried with the versions that the README names. Should one go, the first call ends in an AttributeError, and not in a wrong result.
 
@@ -681,7 +700,7 @@ y.device, tuple(y.shape), y.is_contiguous(memory_format=torch.channels_last)
 # %% [markdown]
 # **Gradient, by hand first.** Let a 1×1 kernel of weight 10 meet the input 3 with bias −12. The sum is 18. With ReLU the output is 18, and a change of the sum passes. So the gradient is 10 for the input, 3 for the weight, 1 for the bias. With bias −40 the sum is −10, ReLU cuts it off, and all three gradients are 0.
 #
-# The sums themselves are not kept from the forward. They are computed again, by the operation without its activation. That costs one more forward, and saves a tensor of memory. PyTorch has the derivatives of its activations; they are used, so that NaN and infinity behave alike.
+# The sums themselves are not kept from the forward. They are computed again, by the operation without its activation. That costs one more forward, and saves a tensor of memory. The derivatives of ReLU and ReLU6 are PyTorch's own, so that NaN behaves alike. SiLU's is written out: PyTorch's operation for it, `silu_backward`, cannot be differentiated again.
 
 # %%
 #| export fast/rules.py
@@ -831,9 +850,10 @@ attempt(mapped_spec_solution, test_mapped, wrong=[each_group, wider])
 
 
 # %% [markdown]
-# And the rule. What is not mapped is the same for all copies:
+# And the rule, which repeats the groups as the exercise does. What is not mapped is the same for all copies:
 
-# %%
+# %% tags=["plumbing"]
+# fold: The rule for vmap
 #| export fast/rules.py
 def _vmap(
     info: Any, in_dims: Sequence[int | None], x: Tensor, weight: Tensor, bias: Tensor | None,
@@ -1016,7 +1036,7 @@ def lie_as(y: Tensor, x: Tensor) -> Tensor:
 
 
 # %% [markdown]
-# The layer keeps the packed weights, and nothing to train:
+# The layer keeps the packed weights, and nothing to train. (Its class goes on in the cell after, as [chapter 0](00_start_here.ipynb) explains for `class Table(Table)`.)
 
 # %%
 #| export fast/fused_layer.py

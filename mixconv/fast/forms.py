@@ -25,7 +25,7 @@ __all__ = [
 
 
 class Call(NamedTuple):
-    """All that is known of a call but the numbers: what forms decide by.
+    """What forms decide by: all of a call but the numbers, and how they lie in memory.
 
     Attributes:
         spec: what to compute.

@@ -85,12 +85,14 @@ for kind, chosen in kinds.items():
     parts = {n: np.median([of_the_roof(r, form) for r in chosen]) for n, form in THREE.items()}
     said = ", ".join(f"{name} {100 * part:.0f}%" for name, part in parts.items())
     print(f"{len(chosen)} {kind}: {said}")
+print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['system']}")
+
+# %%
 parts = [of_the_roof(row, "fused") for row in at_batch_8]
 below = [row for row, part in zip(at_batch_8, parts, strict=True) if part < 0.9]
 assert (len(parts), len(below)) == (28, 8)  # the caption
 print(f"one operation, below 90% of the roof: {len(below)} of {len(parts)} layers, "
       f"at {100 * min(parts):.0f}% and more")  # fmt: skip
-print(f"measured on: {machine['cpu']}, {machine['threads']} threads, {machine['system']}")
 
 # %% [markdown]
 # Two things can be read off. A layer with *one* group has nothing to split and nothing to concatenate, and is slow as well. For it the memory order is nearly all: in channels last it is at the roof. A mixed layer hardly gains from the order alone. It has a trouble of its own.

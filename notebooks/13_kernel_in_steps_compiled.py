@@ -15,7 +15,7 @@
 
 # %% tags=["drawing"]
 QUESTIONS = [
-    "in the cache,\nmade from this\nsource, for this\nprocessor?",
+    "in a cache folder\nof my own, made\nfrom this source,\nfor this processor?",
     "nobody else's,\nand whole?",
     "a compiler, and\nspace to work?",
     "compiled within\nfive minutes?",
@@ -23,7 +23,7 @@ QUESTIONS = [
 ENDS = {3.15: "open it", 5.45: "None, and\nthe reason", 7.75: "store it if you\ncan, and open it"}
 ARROWS = [  # from, to, the word and its place
     ((1.7, 1.85), (2.3, 1.85), "yes", (1.85, 1.95)),
-    ((4, 1.85), (4.6, 1.85), "no, so\ndelete", (4.03, 1.95)),
+    ((4, 1.85), (4.6, 1.85), "no: try\nto delete", (4.03, 1.95)),
     ((6.3, 1.85), (6.9, 1.85), "yes", (6.45, 1.95)),
     ((0.85, 2.5), (5.45, 2.5), "no", (3.05, 3.22)),
     ((3.15, 1.2), (3.15, 0.3), "yes", (3.2, 0.75)),
@@ -56,9 +56,10 @@ axis.axis("off")
 show(
     figure,
     "way_to_a_library.png",
-    "The way from a request to a library. One that is in the cache, belongs to this user and is "
-    "whole is opened. Otherwise it is compiled, stored and opened, if there is a compiler, space "
-    "and an end within five minutes. If not, the answer is None and the reason.",
+    "The way from a request to a library. One that is in this user's own cache folder, belongs to "
+    "this user and is whole is opened. Otherwise it is compiled, stored if possible and opened, if "
+    "there is a compiler, space and an end within five minutes. If not, the answer is None and the "
+    "reason.",
     caption="Every way ends in a library that is whole and this user's own, or in None with a "
     "reason; none ends in an error.",
 )
@@ -251,7 +252,7 @@ def _new_folder(parent: Path) -> Iterator[Path]:
 
 
 # %% [markdown]
-# **No endless wait.** The compiler runs as a process group of its own, with a limit on its time. When that is over, the whole group ends, and with it the programs that the compiler had called.
+# **No endless wait.** The compiler calls other programs, an assembler and a linker. A *process group* is a set of processes that a signal reaches together, and theirs is a group of its own. It has a limit on its time; when that is over, the whole group is ended. Ctrl-C reaches only the group that Python is in, so after it, too, the compiler's group is ended from here.
 
 # %% tags=["plumbing"]
 # fold: The line that says what is wrong

@@ -37,16 +37,17 @@ def draw_ring(axis) -> None:
         for place, y, text in ((0.5, 0.2, "image"), (1.98, -1, "ring"), (1.2, -6.7, "output")):
             words = f"{text} {oy}" if text == "output" else text
             axis.text(x + place, y, words, ha="center", fontsize=9)
-    axis.set(xlim=(-0.2, 9.6), ylim=(-7, 0.9), title="a ring of three rows")
+    axis.text(4.7, -7.4, "bold: new in the ring", ha="center", fontsize=9)
+    axis.set(xlim=(-0.2, 9.6), ylim=(-7.6, 0.9), title="a ring of three rows")
     axis.axis("off")
 
 
 # %% tags=["drawing"]
-ENDS = (0, 16, 20, 32, 40, 48, 56)  # of the strips, in channels
+ENDS = (0, 16, 20, 32, 40, 48, 64)  # of the strips, in channels
 
 
 def draw_pieces(axis) -> None:
-    for begin, end, k in ((0, 20, 3), (20, 40, 5), (40, 56, 7)):
+    for begin, end, k in ((0, 20, 3), (20, 40, 5), (40, 64, 7)):
         axis.axvspan(begin, end, color=kernel_color(k), alpha=0.3)
         axis.text((begin + end) / 2, -1.2, f"{k}×{k}", ha="center", fontsize=9)
     white = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
@@ -57,10 +58,10 @@ def draw_pieces(axis) -> None:
         axis.add_patch(piece)
         axis.text(*at, str(number + 1), ha="center", va="center", bbox=white)
     axis.vlines(ENDS[1:-1], 0, 56, color="black", lw=0.8)
-    axis.hlines(28, 0, 56, color="black", lw=2)
+    axis.hlines(28, 0, 64, color="black", lw=2)
     for top, text in ((14, "thread 1"), (42, "thread 2")):
-        axis.text(57.5, top, text, rotation=90, va="center", fontsize=9)
-    axis.set(xlim=(0, 56), ylim=(56, 0), xlabel="channels: 6 strips", ylabel="rows: 2 bands")
+        axis.text(65.5, top, text, rotation=90, va="center", fontsize=9)
+    axis.set(xlim=(0, 64), ylim=(56, 0), xlabel="channels: 6 strips", ylabel="rows: 2 bands")
     axis.set_title("a layer in pieces", pad=16)
 
 
@@ -73,7 +74,7 @@ show(
     figure,
     "ring_strips_bands.png",
     "Left: for output rows 1, 2 and 3 of a 3×3 kernel, which three rows of the image the ring "
-    "holds; each new row takes the place of the oldest. Right: a layer of 56 channels in three "
+    "holds; each new row takes the place of the oldest. Right: a layer of 64 channels in three "
     "groups, cut into six strips of up to 16 channels and two bands of rows. The pieces are "
     "numbered in the order of the work; the first six are thread 1's, the hatched ones thread 2's.",
     caption="A row that is new takes the place of the oldest, so three rows are memory enough; and "
@@ -111,7 +112,7 @@ assert outputs == expected.flatten().tolist()
 # The smallest piece of work is a *strip*: up to 16 neighbouring channels of one group, since a vector holds 16 (on some machines 8 or 4) and all its lanes must use the same kernel size. Groups have 20 or 90 channels, so where are they cut?
 #
 # - A strip ends where its group ends.
-# - A strip ends at every multiple of 16 channels *of the tensor*. Where a pixel's channels are a multiple of 16, and the tensor begins where a cache line does (chapter 13's 64 bytes), a full strip writes whole lines that are its own. Only where a group ends inside a line do two strips share one: strips 2 and 3 of the picture do. Two threads that write to one line wait for each other all the time.
+# - A strip ends at every multiple of 16 channels *of the tensor*. Where a pixel's channels are a multiple of 16, and the tensor begins where a cache line does (chapter 13's 64 bytes), a full strip writes whole lines that are its own. Only where a group ends inside a line do two strips share one: in the picture, whose layer has 64 channels, strips 2 and 3 do, and 4 and 5. Two threads that write to one line wait for each other all the time.
 #
 # A strip of fewer than 16 channels still reads full vectors, which is faster than a loop over its lanes. It may read its neighbours' channels, but not past the tensor. So it knows its `window`, the first channel it reads, and which lanes are its own: `lanes` of them, from lane `skip` on.
 
@@ -174,6 +175,9 @@ for s in cut_strips(tiny, height=8, width=8, lanes=4):
     print(f"channels {last - s.lanes + 1} to {last}: window {s.window}, skip {s.skip}")
 
 # %% [markdown]
+# (Pass over `part` here: chapter 15 uses it for a 1×1 layer in groups, whose vectors begin anew at each group. Without it, `part or total` is all channels.)
+
+# %% [markdown]
 # **14.1** ★★ *10 minutes, two lines.* Into how many strips are groups of these many channels cut, with vectors of 16?
 #
 # <details><summary>Hint: the idea</summary>
@@ -224,7 +228,7 @@ attempt(count_strips_solution, test_strips, wrong=[each_alone, groups_forgotten]
 #
 # Neighbouring strips read and write the same rows of pixels. Those rows should be in the *second-level cache* still when the next strip comes: larger and slower than the first, a megabyte or two for each core. So an image is worked on in *bands* of rows, few enough for half of a common second-level cache.
 #
-# The order of the work is: for each image, for each band, for each strip, for each row. Each thread gets a *part* of this sequence. Where there are few strips, bands serve the threads, too: their number is a multiple of the number of parts. But bands must not be too small, since each fetches `kernel - 1` rows that the band above it has fetched before.
+# The order of the work is: for each image, for each band, for each strip, for each row. Each thread gets a *part* of this sequence. Where there are few strips, bands serve the threads, too: their number is a multiple of the number of parts, so that parts can end where bands do. (The code below makes four bands for each part then. That was a guess, and on two threads it brings nothing: layers of 16 and 32 channels took 1 to 6% longer than without. With more threads it was not tried.) <!-- measured: run_operation with TASKS_OF_A_PART = 4 and 0; 112×112 with 3×3, 56×56 with 9×9; two threads, shortest of 250, AVX-512, 2026-11-25 --> But bands must not be too small, since each fetches `kernel - 1` rows that the band above it has fetched before.
 #
 # By hand: 56 rows of 56 pixels and 240 channels, read and written, are 56 · 112 · 240 · 4 bytes, 6 MB. Bands of at most one MB are six, of 10 rows or less. And for two threads a single strip of 112 rows is cut into eight bands of 14, four for each thread.
 
@@ -326,7 +330,7 @@ for size in (112, 14, 7):
     print(f"{size}×{size}: 3×3 costs {costs[0]}, 11×11 costs {costs[-1]}")
 
 # %% [markdown]
-# Work too small for several threads is one part. (10,000 units of 0.11 ns are 10,000 · 0.11 = 1,100 ns: about what it takes to wake a thread.) Parts are cut where the cost says. So the rows of the work are numbered: row r of strip s is s · 80 + r, if a strip has 80 rows; the strips of the next band, and of the next image, go on from there. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
+# Work too small for several threads is one part. (10,000 units of 0.11 ns are 10,000 · 0.11 = 1,100 ns. That waking a thread takes about as long is a guess; the *start* that the next page finds, with Python in it, is a few times that.) Parts are cut where the cost says. So the rows of the work are numbered: row r of strip s is s · 80 + r, if a strip has 80 rows; the strips of the next band, and of the next image, go on from there. A part may begin inside a strip, at a price: its thread must fetch the `kernel - 1` rows above once more. Where the nearer end of the strip is closer than that, the part begins there instead.
 
 # %%
 #| export fast/plan.py
@@ -381,6 +385,14 @@ layer = Layer(1, 80, 8, 48, 80, 8, 1, 0, band=80, bands=1, strips=3, parts=2, ri
 three = cut_strips(MixSpec((48,), (3,), 1, (1,), "symmetric", "none"), 80, 8, lanes=16)
 assert share_out(three, [10, 10, 20], layer) == [0, 160, 240]
 share_out(three, [10, 10, 20], layer._replace(parts=3))
+
+# %% [markdown]
+# `cost` is what is left to go: first inside the image, then inside its band. With two bands of 40 rows, row r of strip s in band b has the number (3 · b + s) · 40 + r, and each band costs 40 · 40 = 1,600. Three parts again: 1,066⅔ lies in band 0, behind strips 0 and 1, which cost 20 · 40 = 800: 13 rows into strip 2, at 2 · 40 + 13 = 93. And 2,133⅓ is 533⅓ into band 1: behind strip 0, which costs 400, 13 rows into strip 1, at (3 + 1) · 40 + 13 = 173.
+
+# %%
+two_bands = layer._replace(band=40, bands=2, parts=3)
+assert share_out(three, [10, 10, 20], two_bands) == [0, 93, 173, 240]
+share_out(three, [10, 10, 20], two_bands._replace(batch=2, parts=2))  # the second image: from 240
 
 # %% [markdown]
 # ## The kernel, from its first line to its last
@@ -816,7 +828,7 @@ print("parts begin and end at", numbers[13:16])
 #
 # <details><summary>Hint: the first line</summary>
 #
-# `columns = (budget // 64 - k * k) // k - (k - 1)`, and then whole tiles.
+# `vectors = budget // 64 - k * k` are left for the ring. How long may each of its k rows be?
 #
 # </details>
 

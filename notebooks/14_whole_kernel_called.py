@@ -54,14 +54,6 @@ show(
     caption="Most layers take one and a half to four times as long as the roofline allows. For one "
     "image, large kernels on small images come nearest; for many, large images do.",
 )
-over = {
-    b: [r["seconds"]["fused"] / r["seconds_roofline"] for r in rows if r["batch"] == b]
-    for b in batches
-}
-assert all(
-    min(one) > 1 and sum(1.45 <= ratio <= 4 for ratio in one) > 0.8 * len(one)
-    for one in over.values()
-)
 
 # %% [markdown]
 # ## The library
@@ -413,6 +405,15 @@ for batch in batches:
     best, *_, worst = sorted((over_roof(batch, size), size) for size in sizes)
     print(f"batch {batch}: {best[0]:.1f} times the roofline's time at {best[1]}×{best[1]}, "
           f"{worst[0]:.1f} times at {worst[1]}×{worst[1]}")  # fmt: skip
+
+# %%
+for batch in batches:
+    ratios = [r["seconds"]["fused"] / r["seconds_roofline"] for r in rows if r["batch"] == batch]
+    most = sum(1.45 <= ratio <= 4 for ratio in ratios)
+    assert min(ratios) > 1
+    assert most > 0.8 * len(ratios)  # the caption's "most"
+    print(f"batch {batch}: {min(ratios):.1f} to {max(ratios):.1f}, {most} of {len(ratios)} "
+          "between 1.45 and 4")  # fmt: skip
 
 
 # %% [markdown]

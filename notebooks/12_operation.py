@@ -353,7 +353,7 @@ def describe_call(x: Tensor, weight: Tensor, bias: Tensor | None, spec: MixSpec)
 # %% [markdown]
 # ## Who must see a call
 #
-# The short way leads from Python straight to a C++ function, and nobody sees it. PyTorch's own way leads through its *dispatcher*: the part that looks, at each call, who wants to take part. With next to nothing to compute, a call took 4 µs by the short way and 15 µs through the dispatcher. <!-- measured: run_operation and torch.ops.mixconv.mixed_depthwise2d on 8 channels of 2×2 pixels, no_grad, one thread, shortest of 3000, 2026-11-25 --> How long does a layer take?
+# The short way leads from Python straight to a C++ function, and nobody sees it. PyTorch's own way leads through its *dispatcher*: the part that looks, at each call, who wants to take part. With next to nothing to compute, a call took 4 µs by the short way, and more than three times that through the dispatcher. <!-- measured: run_operation and torch.ops.mixconv.mixed_depthwise2d on 8 channels of 2×2 pixels, no_grad, one thread, shortest of 3000: 4.4 and 14.7 µs, 2026-11-25 --> How long does a layer take?
 
 # %%
 import json

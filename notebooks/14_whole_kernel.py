@@ -387,7 +387,7 @@ assert share_out(three, [10, 10, 20], layer) == [0, 160, 240]
 share_out(three, [10, 10, 20], layer._replace(parts=3))
 
 # %% [markdown]
-# `cost` is what is left to go: first inside the image, then inside its band. With two bands of 40 rows, row r of strip s in band b has the number (3 · b + s) · 40 + r, and each band costs 40 · 40 = 1,600. Three parts again: 1,066⅔ lies in band 0, behind strips 0 and 1, which cost 20 · 40 = 800: 13 rows into strip 2, at 2 · 40 + 13 = 93. And 2,133⅓ is 533⅓ into band 1: behind strip 0, which costs 400, 13 rows into strip 1, at (3 + 1) · 40 + 13 = 173.
+# `cost` is what is left to go: first inside the image, then inside its band. With two bands of 40 rows, row r of strip s in band b has the number (3 · b + s) · 40 + r, and each band costs 40 · 40 = 1,600. Three parts again: 1,066⅔ lies in band 0, behind strips 0 and 1, which cost 20 · 40 = 800: 13 rows into strip 2, at 2 · 40 + 13 = 93. And 2,133⅓ is 533⅓ into band 1: behind strip 0, which costs 10 · 40 = 400, 13 rows into strip 1, at (3 + 1) · 40 + 13 = 173.
 
 # %%
 two_bands = layer._replace(band=40, bands=2, parts=3)

@@ -3,7 +3,7 @@
 #
 # An output of eight MixConv layers with kernels 3, 5, 7 and 9 *can* see 65×65 pixels. How many of them does it *look at*?
 #
-# The picture below shows it for four stacks that differ in their depthwise kernels alone. The dashed square is what an output can see. The colour is how strongly it reacts to each pixel: the *energy*, a squared gradient, told below. Half of the energy lies inside the small blue square.
+# The picture below shows it for four stacks that differ in their depthwise kernels alone. The dashed square is what an output can see. The colour is how strongly it reacts to each pixel: the *energy*, a squared gradient, explained below. Half of the energy lies inside the small blue square.
 #
 # **You will be able to**
 # - say what each group of a MixConv can see, alone and in a stack;
@@ -285,7 +285,7 @@ x.grad[0, 0].int().tolist()
 #
 # Our measure of "how strongly" is **energy**: the gradient squared, $(\partial y / \partial x_{c,p})^2$ for output $y$, pixel $p$ and channel $c$, summed over the image's channels. All of it is divided by one number, so that the mean map over the images has sum 1. Squares are never negative, so nothing cancels, and a network whose outputs are a thousand times larger has the same map.
 #
-# A layer has many channels. One backward pass for each would be slow, and a plain sum of channels would let their gradients cancel. So each image gets a random sign for each channel. Squared, the product of two different signs is +1 as often as −1: on average only the energies of the channels remain.
+# A layer has many channels. One backward pass for each would be slow, and a plain sum of channels would let their gradients cancel. So each image gets a random sign for each channel. Square the signed sum: each product of two *different* channels comes with the product of their signs, +1 as often as −1, and averages to nothing. The channels' own energies remain.
 
 # %%
 #| export receptive_fields.py
@@ -513,11 +513,11 @@ for name, layers in [("3×3", n) for n in (1, 2, 4, 8, 16, 32)] + [("MixConv 357
 table(["network", "layers", "window", "σ measured", "σ by formula", "2σ / window"], rows)
 
 # %% [markdown]
-# Twice the layers, $\sqrt{2}$ times the spot, and a falling share of the window. All within 15% of the formula (four networks a row). Note what stands in the formula. $\overline{k^2}$ is the number of depthwise weights for each channel. So **the area of the spot is all but proportional to what the depthwise kernels cost** (3×3 loses a ninth to the 1 that is taken off, 9×9 next to nothing), and the formula does not ask whether the kernels are mixed.
+# Twice the layers, $\sqrt{2}$ times the *width* of the spot, and a falling share of the window. All within 15% of the formula (four networks a row). Note what stands in the formula. $\overline{k^2}$ is the number of depthwise weights for each channel. By the *area* of the spot we mean $\sigma^2$: a square that holds a given share has a fixed number of them. So **the area of the spot is all but proportional to what the depthwise kernels cost** (3×3 loses a ninth to the 1 that is taken off, 9×9 next to nothing), and the formula does not ask whether the kernels are mixed.
 #
 # ## What mixing buys
 #
-# Cost and sight side by side, for the first picture: eight blocks, output of the last one, images as large as the window, four random images for each of eight networks (seeds 0 to 7), mean and standard deviation over the networks. The multiply-adds are those of one depthwise layer of 32 channels at 56×56. First the sides of the smallest squares:
+# Cost and sight side by side, for the first picture: eight blocks, output of the last one, images as large as the window, four random images for each of eight networks (seeds 0 to 7), mean and standard deviation over the networks. (The first picture measured the mean of the eight maps; here each map is measured, and the sides averaged. The two need not agree to the pixel.) The multiply-adds are those of one depthwise layer of 32 channels at 56×56. First the sides of the smallest squares:
 
 # %%
 SHARES = (0.2, 0.3, 0.5, 0.99)
@@ -536,18 +536,19 @@ for name, maps in measured.items():
 table(["stack", "multiply-adds", "can see", *(f"{t:.0%} within" for t in SHARES)], rows)
 
 # %% [markdown]
-# (The first picture measured the mean of the eight maps; here each map is measured, and the sides averaged. The two need not agree to the pixel.) Now how many pixels, strongest first, and the area of the spot beside the weights:
+# Now how many pixels, strongest first, and the area of the spot beside the weights. By the formula for eight layers $\sigma^2$ is two thirds of the weights, less the 1:
 
 # %%
 rows = []
 for name, maps in measured.items():
     cost = weights_per_channel(*KINDS[name])
-    area = f"{energy_sigma(maps.mean(dim=0)) ** 2 / cost:.2f}"
-    rows.append([name, *(spread(energy_pixels, maps, t) for t in SHARES), int(cost), area])
-table(["pixels that hold", *(f"{t:.0%}" for t in SHARES), "weights", "σ² / weights"], rows)
+    area = f"{energy_sigma(maps.mean(dim=0)) ** 2 / cost:.2f}", f"{8 / 12 * (1 - 1 / cost):.2f}"
+    rows.append([name, *(spread(energy_pixels, maps, t) for t in SHARES), int(cost), *area])
+header = [*(f"{t:.0%}" for t in SHARES), "weights", "σ² / weights", "by formula"]
+table(["pixels that hold", *header], rows)
 
 # %% [markdown]
-# Read the last column: the area of the spot for each weight (of one channel) is nearly the same in all four rows. MixConv 3579 has half the weights of 9×9 and half its area. The exponential partition has a third and a third. And by formula, next to a single kernel size of about the same cost, 7×7: how much of the energy lies within a square.
+# Read the last two columns: the area of the spot for each weight (of one channel) is nearly the same in all four rows. MixConv 3579 has half the weights of 9×9 and half its area. The exponential partition has a third and a third. And by formula, next to a single kernel size of about the same cost, 7×7: how much of the energy lies within a square.
 
 # %% tags=["drawing"]
 known, blends = {}, KINDS | {"7×7": ((7,), "equal")}
@@ -579,7 +580,7 @@ show(
     "starts above 7×7 and ends below it: a sharp middle and a long tail. After eight layers the "
     "curves have one shape and differ in width alone, in the order of their cost: 3×3, "
     "exponential, MixConv 3579, 7×7, 9×9.",
-    caption="One mixed layer looks sharply and far at once; eight look like one wider kernel.",
+    caption="One mixed layer looks sharply and far at once; after eight, all are bells of some width.",
 )
 
 # %% [markdown]
@@ -590,7 +591,7 @@ show(
 #
 # - **Reach.** 65×65 pixels can be seen with half of the 9×9 weights, or a third. But reach is permission. Each of eight layers chooses one of four groups. Of all such choices, $4^8$ or 256 · 256 = 65,536, one uses the reach in full.
 # - **Not more field for its weights.** In a stack the spot is as large as the weights pay for, mixed or not.
-# - **Different channels, side by side.** In every layer some channels look at 3×3 and others at 9×9. The next 1×1 layer can choose. A single kernel size of the same cost has no such choice. (Exercise 6.1 measures it.)
+# - **Different channels, side by side.** In every layer some channels look at 3×3 and others at 9×9. The next 1×1 layer can choose. A single kernel size of the same cost has no such choice. (Exercise 6.1 measures the four sides.)
 #
 # > 📄 **Paper.** Figure 4: at equal cost, mixed kernels give MobileNets a higher accuracy than single sizes (cited). The untrained spot does not explain that. Training decides which channels are used, and how much of the reach.
 #

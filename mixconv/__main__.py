@@ -5,13 +5,18 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixconv.efficientnet_lite import class_names, efficientnet_lite0, find_weights
+from mixconv.efficientnet_lite import (
+    class_names,
+    efficientnet_lite0,
+    find_weights,
+    preprocess_lite,
+)
 from mixconv.formulation import count_costs
 from mixconv.mixnet import preprocess
 from mixconv.mobilenet import mobilenet_v1, mobilenet_v2
@@ -103,13 +108,16 @@ def as_shown(picture: Any) -> Any:
     return picture.convert("RGB")
 
 
-def read_image(path: str, height: int, width: int) -> Tensor:
+def read_image(
+    path: str, height: int, width: int, normalise: Callable[[Tensor], Tensor] = preprocess
+) -> Tensor:
     """An image file as a normalised batch of one: largest centred crop, scaled, normalised.
 
     Args:
         path: a file that Pillow can read.
         height: rows wanted.
         width: columns wanted.
+        normalise: as the network's training did.
 
     Raises:
         ValueError: if the file cannot be read as an image, or is larger than Pillow allows.
@@ -125,7 +133,7 @@ def read_image(path: str, height: int, width: int) -> Tensor:
     except Exception as error:  # damaged files fail in many ways; all mean the same
         raise ValueError(f"--image {path or repr(path)}: {error}") from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return preprocess(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
+    return normalise(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
 
 
 _MIXNETS = {"mixnet_s": mixnet_s, "mixnet_m": mixnet_m, "mixnet_l": mixnet_l}
@@ -210,17 +218,19 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
         print("highest scores:", ", ".join(f"class {i} {score:.1%}" for i, score in scores))
 
 
-def choose_trained(options: argparse.Namespace) -> tuple[str, ConvNet]:
-    """A network with trained weights, and what to say of it.
+def choose_trained(
+    options: argparse.Namespace,
+) -> tuple[str, ConvNet, Callable[[Tensor], Tensor]]:
+    """What to say of a network with trained weights, the network, and what it wants of images.
 
     Raises:
         ImportError: saying what to install, where there are no weights at all.
     """
     if options.weights:
         name = options.model or "mixnet_s"
-        return f"{name} with {options.weights}", _MIXNETS[name](options.weights).eval()
+        return f"{name} with {options.weights}", _MIXNETS[name](options.weights).eval(), preprocess
     told = "no --weights for a MixNet are given: EfficientNet-Lite0 answers (chapter 9)"
-    return told, efficientnet_lite0(find_weights()).eval()
+    return told, efficientnet_lite0(find_weights()).eval(), preprocess_lite
 
 
 def predict(arguments: Sequence[str]) -> None:
@@ -232,9 +242,9 @@ def predict(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.model and not options.weights:
         parser.error(f"--model {options.model} needs --weights: it is untrained without")
-    told, model = choose_trained(options)
+    told, model, normalise = choose_trained(options)
     with torch.no_grad():
-        top = model(read_image(options.photo, 224, 224))[0].softmax(0).topk(5)
+        top = model(read_image(options.photo, 224, 224, normalise))[0].softmax(0).topk(5)
     print(told)
     known = class_names() if model.num_classes == 1000 else None
     for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True):

@@ -14,10 +14,17 @@ from typing import Any
 from torch import Tensor
 
 from mixconv.checkpoint import read_state_dict
-from mixconv.mixnet import MixNet, MixNetConfig, decode_block
+from mixconv.mixnet import MixNet, MixNetConfig, decode_block, preprocess
 from mixconv.weights import fill
 
-__all__ = ["EFFICIENTNET_LITE0", "class_names", "efficientnet_lite0", "find_weights", "rename"]
+__all__ = [
+    "EFFICIENTNET_LITE0",
+    "class_names",
+    "efficientnet_lite0",
+    "find_weights",
+    "preprocess_lite",
+    "rename",
+]
 
 
 _RUNS = (
@@ -108,3 +115,17 @@ def efficientnet_lite0(weights: Any = None, *, num_classes: int = 1000) -> MixNe
     if weights is not None:
         fill(model, rename(read_state_dict(weights)))
     return model
+
+
+def preprocess_lite(image: Tensor) -> Tensor:
+    """Normalise RGB images as EfficientNet-Lite's training did: (255 · image − 127) / 128.
+
+    Shape:
+        Input and output `(N, 3, H, W)`; input values 0 to 1.
+
+    Raises:
+        TypeError, ValueError: as `mixconv.preprocess`.
+
+    Source: `efficientnet_lite_builder.py` of the official code. Chapter 9.
+    """
+    return preprocess(image, (127 / 255,) * 3, (128 / 255,) * 3)

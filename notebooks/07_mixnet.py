@@ -568,11 +568,8 @@ class MixNet(MixNet):
     def settings(self) -> dict[str, Any]:
         """Padding, and epsilon and momentum of the normalisation: what weights cannot say."""
         conv, norm = self.stem.conv, cast("nn.BatchNorm2d", self.stem.norm)
-        return {
-            "padding": "same" if isinstance(conv, Conv2dSame) else "symmetric",
-            "norm_eps": norm.eps,
-            "norm_momentum": norm.momentum,
-        }
+        padding = "same" if isinstance(conv, Conv2dSame) else "symmetric"
+        return {"padding": padding, "norm_eps": norm.eps, "norm_momentum": norm.momentum}
 
 
 # %%
@@ -1016,8 +1013,10 @@ attempt(meeting_solution, test_meeting, wrong=[everywhere, first_side])
 
 # %%
 #| export mixnet.py
-def preprocess(image: Tensor) -> Tensor:
-    """Normalise RGB images as MixNet's training did, by ImageNet's mean and standard deviation.
+def preprocess(
+    image: Tensor, mean: Any = (0.485, 0.456, 0.406), deviation: Any = (0.229, 0.224, 0.225)
+) -> Tensor:
+    """Normalise RGB images by the mean and deviation of each channel: ImageNet's, as for MixNet.
 
     Shape:
         Input and output `(N, 3, H, W)`; input values 0 to 1.
@@ -1034,9 +1033,8 @@ def preprocess(image: Tensor) -> Tensor:
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
     if not image.is_meta and image.numel() and float(image.max()) > 2:  # resizing may overshoot 1
         raise ValueError(f"image must be 0 to 1, its largest value is {float(image.max()):.6g}")
-    mean, deviation = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
-    normalised: Tensor = (image - mean.view(3, 1, 1)) / deviation.view(3, 1, 1)
-    return normalised
+    known = image.new_tensor([mean, deviation])[..., None, None]
+    return (image - known[0]) / known[1]
 
 
 # %%

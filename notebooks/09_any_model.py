@@ -64,7 +64,12 @@ with torch.no_grad():
     layer.convs[0].weight.copy_(embed_kernel(old, 7))
 layer(torch.randn(4, 1, 16, 16)).square().sum().backward()
 border = layer.convs[0].weight == 0
-print(int(border.sum()), "zeros;", int((layer.convs[0].weight.grad[border] != 0).sum()), "move")
+print(
+    int(border.sum()),
+    "zeros;",
+    int((layer.convs[0].weight.grad[border] != 0).sum()),
+    "have a gradient",
+)
 
 
 # %% [markdown]
@@ -104,7 +109,7 @@ check(mixed(x), plain(x), "MobileNetV2 before and after")
 # %% [markdown]
 # ## Four ways to break it
 #
-# Three now, and the fourth when there is something to train.
+# Three now; the fourth has a section of its own, when there is something to train.
 #
 # **Padding.** A network that came from TensorFlow pads by its rule (chapter 3). The ten lines do not look, and give every layer symmetric padding. No error; another function:
 
@@ -143,7 +148,7 @@ optimizer.step()
 print("still zero after one step:", int((pruned[0].convs[0].weight == 0).sum()), "of 27 pruned")
 
 # %% [markdown]
-# There are more: a dilation is forgotten, frozen weights thaw, half precision becomes single, a subclass of `nn.Conv2d` that does something else is taken for a convolution, a bias is left at random (did you see it?). None of these raises an error.
+# There are more: a dilation is forgotten, frozen weights thaw, a subclass of `nn.Conv2d` that does something else is taken for a convolution, a bias is left at random (these layers have none, so nothing shows). None of these raises an error. (Half precision with a bias does raise one, and so does a layer with more outputs than inputs.)
 #
 # ## What the real one promises
 #
@@ -506,7 +511,7 @@ def _replace(
 
 
 # %% [markdown]
-# ## The same four networks
+# ## The same networks again
 #
 # MobileNetV2 again, and its port from TensorFlow:
 
@@ -532,7 +537,7 @@ prune.random_unstructured(pruned[0], "weight", amount=27)
 print(replace_depthwise(pruned, (3,)))
 
 # %% [markdown]
-# `mixed` is the network that `mobilenet_v2((3, 5, 7))` builds. What do its kernels cost? (What they cost in *time* is chapter 11's question.)
+# `mixed` has the names and shapes of the network that `mobilenet_v2((3, 5, 7))` builds. What do its kernels cost? (What they cost in *time* is chapter 11's question.)
 
 # %%
 from mixconv.formulation import count_costs, count_parameters
@@ -545,7 +550,9 @@ for name, model in (("plain", plain), ("mixed", mixed)):
 
 
 # %% [markdown]
-# And it is ready to train. **One thing is left to you**, since no report can see it: an optimizer that was built *before* the swap holds the old weights. It raises no error, and the new kernels never move. One step of each:
+# ## The fourth way: an optimizer built too early
+#
+# `mixed` is ready to train. One thing is left to you, since no report can see it: an optimizer that was built *before* the swap holds the old weights. It raises no error, and the new kernels never move. One step of each:
 
 # %%
 def kernels_moved(early: bool) -> int:

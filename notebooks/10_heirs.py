@@ -1,9 +1,9 @@
 # %% [markdown]
 # # 10 · Heirs
 #
-# What became of the idea after 2019? In the picture below, the blue lane: of the networks that we know, few have cut the channels into parts since, and most of those came within one year. (A year is that of the first posting. We say *heir* for a layer that later does the same, whether or not its authors had MixConv in mind.)
+# What became of the idea after 2019? Look at the uppermost lane of the picture below. Few of the networks that we know have cut the channels into parts since, and four of those six came within one year. (A year is that of the first posting. We say *heir* for a layer that later does the same, whether or not its authors had MixConv in mind.)
 #
-# This chapter builds five of them. Each becomes a few lines, most of them around `MixConv2d`. Each is compared with a second writing of its authors' definition, and three with a library's module, too. Then come four layers that *look* like MixConv and are not, with a test that tells them apart; and the question why large kernels came back and mixed ones rarely did.
+# This chapter builds five of them. Each becomes a few lines, around `MixConv2d` where it has a depthwise part. Each is compared with a second writing of its authors' definition, and three with a library's module, too. Then come four layers that *look* like MixConv and are not, with a test that tells them apart; and the question why large kernels came back and mixed ones rarely did.
 #
 # **You will be able to**
 # - say of five later layers which channels go through which kernel, and build them;
@@ -21,11 +21,11 @@ from mixconv.teaching import kernel_color, show, use_style
 
 use_style()
 LANES = [  # name, colour, (year, height in the lane, label)
-    ("parts of the channels,\neach its own window", kernel_color(3), [
+    ("parts of the channels,\neach its own window", "#222222", [
         (2019.55, 0, "MixConv"), (2021.28, 0, "CoaT"), (2022.85, 0.55, "MogaNet"),
         (2023.18, 0.18, "FasterNet"), (2023.24, -0.19, "InceptionNeXt"), (2023.54, -0.56, "SMT"),
         (2024.37, 0.55, "MambaOut")]),
-    ("several windows,\nall channels in each", kernel_color(7), [
+    ("several windows,\nall channels in each", "#555555", [
         (2020.45, 0.25, "PyConv"), (2020.5, -0.25, "YOLOv5's MixConv2d"),
         (2022.52, 0.25, "SLaK"), (2022.7, -0.25, "SegNeXt")]),
     ("one window a layer", "#777777", [
@@ -40,7 +40,7 @@ for lane, (name, color, works) in enumerate(LANES):
         weight = "bold" if label == "MixConv" else "normal"
         axis.plot(year, height - 2.2 * lane, "o", color=color, ms=7)
         axis.text(year + 0.1, height - 2.2 * lane, label, va="center", fontsize=9, weight=weight)
-axis.set(xlim=(2016.9, 2026.2), ylim=(-5.5, 1.05), yticks=[], xticks=range(2017, 2025))
+axis.set(xlim=(2016.9, 2026.6), ylim=(-5.5, 1.05), yticks=[], xticks=range(2017, 2025))
 axis.spines["bottom"].set_bounds(2017, 2025)
 axis.spines["left"].set_visible(False)
 show(
@@ -203,7 +203,7 @@ picture(
     "Six 8×8 grids. MixConv: squares of four sizes on the diagonal. CoaT: three sizes. SMT: in "
     "each row four squares of four sizes. MogaNet: squares of 5, 13, 23. InceptionNeXt: five "
     "circles for copies, a square, two bands. FasterNet: four squares in a corner, six circles.",
-    "A mix has one window in a row, and not the same in all rows; circles are copies.",
+    "Most heirs have one window in a row, as MixConv; in SMT four meet, and circles are copies.",
     {
         "MixConv": MixConv2d(8, (3, 5, 7, 9)), "CoaT": heirs.ConvRelPosEnc(1).mix,
         "SMT, after its first 1×1": smt, "MogaNet, before its 1×1": moganet,
@@ -525,7 +525,7 @@ class PartialConv2d(nn.Module):
 # %%
 def fasternet_definition(x, weight):
     copies = [x[:, [c, c]] for c in range(2)]  # a dense layer: depthwise ones, added over inputs
-    y = [shifted_sum(x, weight[:, [c]], x.new_zeros(2)) for c, x in enumerate(copies)]
+    y = [shifted_sum(pair, weight[:, [c]], x.new_zeros(2)) for c, pair in enumerate(copies)]
     return torch.cat([sum(y), x[:, 2:]], dim=1)
 
 
@@ -619,7 +619,7 @@ picture(
 #
 # ## What this asks of `MixConv2d`
 #
-# Three wishes stand above: a window that is not square, a group that is only copied, a dilation of its own for each group. Should the layer take them? A copy seems the easiest: it is a 1×1 kernel of ones. But a weight of one is trained away from one, and costs a multiplication that copying does not.
+# The five layers want three things: a window that is not square (InceptionNeXt), a group that is only copied (InceptionNeXt, FasterNet), a dilation for each group (MogaNet). Should the layer take them? A copy seems the easiest: it is a 1×1 kernel of ones. But a weight of one is trained away from one, and costs a multiplication that copying does not.
 #
 # And all that knows `kernel_sizes` would have to learn the new words: the logarithmic split (log of which side?), `merged`, costs and receptive fields (one side becomes two), block strings such as `k3.5.7`, and the kernels of Part II, which are compiled for square windows. What would `merged` make of InceptionNeXt's layer? One depthwise convolution with the largest window, 11×11, for all 64 channels:
 
@@ -680,7 +680,7 @@ for name, split, kernels, layer, size in LAYERS:
     million = f"{sum(cost.multiply_adds for cost in costs) / 1e6:.1f}"
     through_all = f"{all_channels} of {len(convs)}"
     rows.append([name, split, kernels, sees, through_all, weights, million])
-header = ["", "split", "kernels", "one output sees", "kernels that see all"]
+header = ["", "split", "kernels", "one output sees", "kernels fed with all"]
 table([*header, "weights", "million multiply-adds"], rows)
 
 # %% [markdown]
@@ -891,7 +891,7 @@ attempt(one_kernel_solution, test_kernel, wrong=[in_the_corner, stretched])
 # - CoaT and SMT contain a MixConv, split by attention heads. MogaNet mixes depths, InceptionNeXt shapes and copies, FasterNet a dense part and copies.
 # - A mix: each output sees one channel, through one of several windows, and not the same for all. PyConv, YOLOv5, SegNeXt and SLaK send all channels through every kernel.
 # - A sum of kernels is one kernel. A mix is one kernel, too, with zeros in it.
-# - Large kernels came back in one size. What MixConv saves is arithmetic, and on a GPU arithmetic was not what cost time.
+# - Large kernels came back in one size. What MixConv saves is arithmetic, and on a GPU arithmetic was not what cost time (our reading).
 #
 # **Further reading**: the papers are linked where they are met. [ConvNeXt](https://arxiv.org/abs/2201.03545), section 2, is the best one to read whole.
 #

@@ -731,13 +731,17 @@ fused.training, any(module.training for module in fused.modules())
 # Random weights forgive: an error of a few percent moves random scores to other random scores. Chapter 9's network knows what it sees. Rewritten, it must see the same, in the same order, with the same shares:
 
 # %%
-from mixconv.efficientnet_lite import class_names, efficientnet_lite0, find_weights
-from mixconv.mixnet import preprocess
+from mixconv.efficientnet_lite import (
+    class_names,
+    efficientnet_lite0,
+    find_weights,
+    preprocess_lite,
+)
 from mixconv.teaching import photograph
 
 trained = efficientnet_lite0(find_weights()).eval()
 fast = fuse_for_inference(trained)
-x = preprocess(photograph(256)[:, :, 16:240, 16:240])
+x = preprocess_lite(photograph(256)[:, :, 16:240, 16:240])
 with torch.no_grad():
     before, after = (model(x).softmax(dim=1)[0] for model in (trained, fast))
 torch.testing.assert_close(after, before, atol=1e-5, rtol=1e-4)

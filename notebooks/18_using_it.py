@@ -73,22 +73,26 @@ show(
 #
 # ## Scores
 #
-# A network, an image between 0 and 1, `preprocess`, and the highest scores. The book's environment holds one trained network, EfficientNet-Lite0 (chapter 9). It is called as a MixNet is:
+# A network, an image between 0 and 1, the normalisation that it was trained with, and the highest scores. The book's environment holds one trained network, EfficientNet-Lite0 (chapter 9). It is called as a MixNet is, but normalises its images in its own way:
 
 # %%
-from mixconv import preprocess
-from mixconv.efficientnet_lite import class_names, efficientnet_lite0, find_weights
+from mixconv.efficientnet_lite import (
+    class_names,
+    efficientnet_lite0,
+    find_weights,
+    preprocess_lite,
+)
 from mixconv.teaching import photograph
 
 trained = efficientnet_lite0(find_weights()).eval()
 with torch.no_grad():
-    scores = trained(preprocess(photograph(224))).softmax(dim=1)
+    scores = trained(preprocess_lite(photograph(224))).softmax(dim=1)
 top = scores[0].topk(5)
 for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True):
     print(f"{score:4.0%} {class_names()[index]}")
 
 # %% [markdown]
-# The classes are ImageNet's 1,000. Chapter 9 had "bow tie" first, for the same photograph: it cut a part out of the middle. A network answers for the pixels that it is given.
+# The classes are ImageNet's 1,000. Chapter 9 had "suit" first, for the same photograph: it cut a part out of the middle. A network answers for the pixels that it is given.
 #
 # Save and load weights as with any module. The MixNet of this page is untrained: its scores would mean nothing. `mixnet_s` takes the file by itself, checks it, and says what is wrong if it does not fit.
 
@@ -121,7 +125,7 @@ except ValueError as error:
 from mixconv import fuse_for_inference
 
 fast = fuse_for_inference(trained)
-image = preprocess(photograph(224))
+image = preprocess_lite(photograph(224))
 with torch.no_grad():
     torch.testing.assert_close(fast(image).softmax(1), scores, rtol=1e-3, atol=1e-5)
 print(str(fast.fusion_report).splitlines()[0])
@@ -158,6 +162,8 @@ table(["after", "stride", "channels", "height", "width"], rows)
 # What is not on the list of features, a hook can fetch. Watch block 3 of MixNet-S, the first with three kernel sizes. A hook keeps what its depthwise layer gives, and `layer.partition` tells which maps come from which kernel.
 
 # %%
+from mixconv import preprocess
+
 seen = {}
 image = preprocess(photograph(224))
 layer = model.blocks[3].depthwise.conv
@@ -381,6 +387,7 @@ table(["stage", "ends with", "output", "parameters", "multiply-adds"], rows)
 # %% tags=["plumbing"]
 # fold: How a picture becomes what a viewer shows
 #| export __main__.py
+from collections.abc import Callable
 from typing import Any
 
 from mixconv.mixnet import preprocess
@@ -435,13 +442,16 @@ print(
 
 # %%
 #| export __main__.py
-def read_image(path: str, height: int, width: int) -> Tensor:
+def read_image(
+    path: str, height: int, width: int, normalise: Callable[[Tensor], Tensor] = preprocess
+) -> Tensor:
     """An image file as a normalised batch of one: largest centred crop, scaled, normalised.
 
     Args:
         path: a file that Pillow can read.
         height: rows wanted.
         width: columns wanted.
+        normalise: as the network's training did.
 
     Raises:
         ValueError: if the file cannot be read as an image, or is larger than Pillow allows.
@@ -457,7 +467,7 @@ def read_image(path: str, height: int, width: int) -> Tensor:
     except Exception as error:  # damaged files fail in many ways; all mean the same
         raise ValueError(f"--image {path or repr(path)}: {error}") from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return preprocess(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
+    return normalise(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
 
 
 # %% [markdown]
@@ -563,20 +573,27 @@ def report(name: str, model: ConvNet, x: Tensor, options: argparse.Namespace) ->
 
 # %%
 #| export __main__.py
-from mixconv.efficientnet_lite import class_names, efficientnet_lite0, find_weights
+from mixconv.efficientnet_lite import (
+    class_names,
+    efficientnet_lite0,
+    find_weights,
+    preprocess_lite,
+)
 
 
-def choose_trained(options: argparse.Namespace) -> tuple[str, ConvNet]:
-    """A network with trained weights, and what to say of it.
+def choose_trained(
+    options: argparse.Namespace,
+) -> tuple[str, ConvNet, Callable[[Tensor], Tensor]]:
+    """What to say of a network with trained weights, the network, and what it wants of images.
 
     Raises:
         ImportError: saying what to install, where there are no weights at all.
     """
     if options.weights:
         name = options.model or "mixnet_s"
-        return f"{name} with {options.weights}", _MIXNETS[name](options.weights).eval()
+        return f"{name} with {options.weights}", _MIXNETS[name](options.weights).eval(), preprocess
     told = "no --weights for a MixNet are given: EfficientNet-Lite0 answers (chapter 9)"
-    return told, efficientnet_lite0(find_weights()).eval()
+    return told, efficientnet_lite0(find_weights()).eval(), preprocess_lite
 
 
 # %%
@@ -590,9 +607,9 @@ def predict(arguments: Sequence[str]) -> None:
     options = parser.parse_args(arguments)
     if options.model and not options.weights:
         parser.error(f"--model {options.model} needs --weights: it is untrained without")
-    told, model = choose_trained(options)
+    told, model, normalise = choose_trained(options)
     with torch.no_grad():
-        top = model(read_image(options.photo, 224, 224))[0].softmax(0).topk(5)
+        top = model(read_image(options.photo, 224, 224, normalise))[0].softmax(0).topk(5)
     print(told)
     known = class_names() if model.num_classes == 1000 else None
     for index, score in zip(top.indices.tolist(), top.values.tolist(), strict=True):

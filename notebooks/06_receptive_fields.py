@@ -580,7 +580,7 @@ show(
     "starts above 7×7 and ends below it: a sharp middle and a long tail. After eight layers the "
     "curves have one shape and differ in width alone, in the order of their cost: 3×3, "
     "exponential, MixConv 3579, 7×7, 9×9.",
-    caption="One mixed layer looks sharply and far at once; after eight, all are bells of some width.",
+    caption="One mixed layer looks sharply and far at once; after eight, all are bells.",
 )
 
 # %% [markdown]

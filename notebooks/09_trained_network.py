@@ -481,7 +481,7 @@ assert all(10 * a < b for a, b in zip(least, middle, strict=True))
 [f"share: {a:.2f}, best draw: {b:.2f}" for a, b in zip(share, lowest, strict=True)]
 
 # %% [markdown]
-# Which channels it is matters more than how many: half of them, the right ones, move the scores less than a tenth drawn at random does on average. And it is not that those channels are weak: when they lose their *middle* in place of their border, the scores move more than ten times as far. They are needed; their borders are not. By *share* of energy the order is better than every draw at a tenth and at a half, and at a quarter about as good as the luckiest (the last line).
+# Which channels it is matters more than how many: half of them, the right ones, move the scores less than a tenth drawn at random does on average. And it is not that those channels are weak: when they lose their *middle* in place of their border, the scores move more than ten times as far. They are needed; their borders are not. By *share* of energy the order is better than every draw at a tenth and at a half, and at a quarter about as good as the luckiest (the middle line).
 #
 # (Read the divergence. "Class kept" counts 20 crops, and where two scores are nearly equal, as "suit" and "academic gown" above, it is a coin: in the best order it rises as more is cropped.)
 #

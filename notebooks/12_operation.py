@@ -873,8 +873,7 @@ def _vmap(
     return y.unflatten(1, (n, -1)), 1
 
 
-if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
-    _operation.register_vmap(_vmap)
+_operation.register_vmap(_vmap)
 
 # %%
 x, weight, bias = tensors

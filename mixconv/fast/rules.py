@@ -126,8 +126,7 @@ def _vmap(
     return y.unflatten(1, (n, -1)), 1
 
 
-if hasattr(torch.library, "register_vmap"):  # since PyTorch 2.5; before, a loop is run
-    _operation.register_vmap(_vmap)
+_operation.register_vmap(_vmap)
 
 
 def _under_autocast(device: str) -> Callable[..., Tensor]:

@@ -61,8 +61,8 @@ show(
 #
 # Three things to see:
 #
-# - **While the image is large, 3×3 is nearly all there is.** A kernel costs its taps at every pixel, and there are 112 · 112 of them.
-# - **Later most blocks mix,** with four sizes where the image is smallest. S has one 11×11 kernel, in the block that brings the image down to 7×7.
+# - **While the image is large, 3×3 is nearly all there is.** A kernel costs its taps at every pixel, and there are 112 · 112 of them. One block is out of line: M's block 1, with kernels up to 7×7. Keep it in mind until the costs are counted.
+# - **Later most blocks mix,** with four or five sizes where the image is smallest. The fifth is S's one 11×11, in the block that brings the image down to 7×7.
 # - **Where the image halves, the mix is often the widest around.** It is where the paper's one-layer experiment gains most from large kernels (section 3.4, Figure 5). One reason may be that neighbouring outputs stand two pixels apart there, so that small windows hardly overlap. Often is not always, and we can count:
 
 # %%
@@ -72,10 +72,12 @@ def wider_than_neighbours(config) -> dict[int, bool]:
     return {i: sizes[i] > max(sizes[i - 1], sizes[i + 1]) for i in halving}
 
 
-wider_than_neighbours(MIXNET_S), wider_than_neighbours(MIXNET_M)
+for name, config in (("S", MIXNET_S), ("M", MIXNET_M)):
+    found = wider_than_neighbours(config)
+    print(f"MixNet-{name}: {sum(found.values())} of {len(found)}: {found}")
 
 # %% [markdown]
-# Five of eight. The exceptions are block 1 of S, which has 3×3 alone, and blocks 7 and 15 of M, which have neighbours as wide or wider. Block 11 of M is a lone 3×3 among blocks of 3, 5, 7, 9.
+# The exceptions are block 1 of S, which has 3×3 alone, and blocks 7 and 15 of M, which have neighbours as wide or wider. Block 11 of M is a lone 3×3 among blocks of 3, 5, 7, 9.
 #
 # ## The search, in short
 #
@@ -112,7 +114,7 @@ f"{100 * (wanted - 1):.1f}% better, as a factor: from 75.0% to {75 * wanted:.1f}
 #
 # > 📄 **Paper.** Section 4.2: MixNet-S and M were found this way. L is M made 1.3 times as wide.
 #
-# How to read the picture, then? With a cost in the objective, a large kernel must earn its taps. At 112×112 pixels they are dearest, and 3×3 stays. Where the image halves they gain most (Figure 5), and the mix is often wide. Late in the network the image is small, most of the cost sits in the 1×1 layers, and large kernels add little to it. What no reason explains may be chance: a search stops at *a* good network, and M's lone 3×3 in block 11 may be just that.
+# How to read the picture, then? With a cost in the objective, a large kernel must earn its taps. At 112×112 pixels they are dearest, and 3×3 stays. Where the image halves they gain most (Figure 5), and the mix is often wide. Late in the network the image is small, and a large kernel is cheap there ("Every block as it is built", below, has the price). What no reason explains may be chance: a search stops at *a* good network, and M's lone 3×3 in block 11 may be just that.
 #
 # Running a search takes many trained networks, and is out of this book's scope. Its results are strings, and those we can read.
 #
@@ -134,9 +136,10 @@ f"{100 * (wanted - 1):.1f}% better, as a factor: from 75.0% to {75 * wanted:.1f}
 # | `se0.5` | squeeze to 0.5 · 40 = 20 channels |
 # | `sw` | swish; without it ReLU |
 #
-# With a stride, only the first of the repeated blocks has it. Two more flags: `noskip` leaves the residual out, `dilated` dilates.
+# With a stride, only the first of the repeated blocks has it. Two more flags: `noskip` leaves the residual out, `dilated` dilates. In Python each part gets a name: a `BlockConfig`.
 
-# %%
+# %% tags=["plumbing"]
+# fold: BlockConfig, a field for each part of the string
 #| export mixnet.py
 """MixNet from the official block strings (paper, section 4; chapter 7)."""
 
@@ -376,6 +379,8 @@ _FOURS = tuple(str(block).replace("r3_", "r4_") for block in MIXNET_M.blocks)
 MIXNET_XL = replace(MIXNET_M, blocks=_FOURS, width_multiplier=1.6)
 
 # %% [markdown]
+# ### Try it: write one
+#
 # **7.1** ★ *2 minutes, one line.* Write the block string of one block with kernels 3, 5, 7, 9, ungrouped, stride 2, expansion 4, from 64 to 96 channels, squeeze ratio 0.25, swish.
 #
 # <details><summary>Hint: the idea</summary>
@@ -549,7 +554,7 @@ class MixNet(ConvNet):
 
 
 # %% [markdown]
-# Weights do not show which padding and which epsilon they were trained with, and with the wrong ones a network computes something else. So a MixNet's `state_dict` carries both along, in the place where PyTorch keeps version numbers; `torch.save` keeps it. (The folded cell adds two methods to the class above. A notebook can only do that with a second class of the same name; in `mixnet.py` they stand in the one.)
+# Weights do not show which padding and which epsilon they were trained with, and with the wrong ones a network computes something else. So a MixNet's `state_dict` carries both along, in the place where PyTorch keeps version numbers; `torch.save` keeps it. (`class MixNet(MixNet)` in the folded cell means: two more methods for the class above. In `mixnet.py` they stand in it.)
 
 # %% tags=["plumbing"]
 # fold: Two more methods: the settings, and the note of them in a state dict
@@ -661,6 +666,9 @@ for column, name in enumerate("SM"):
                 axis.bar(index, part[row] / 1e6, 0.85, bottom[row], color=color)
                 bottom[row] += part[row] / 1e6
     axes[0, column].set_title(f"MixNet-{name}", loc="left")
+    first = max(sum(part[1] for part in parts.values()) for parts in costs_by_part(network)[:7])
+    axes[1, column].text(3, 0.08, f"blocks 0–6: at\nmost {first / 1e6:.3f} each", fontsize=9,
+                         ha="center", bbox={"color": "white", "pad": 1})  # fmt: skip
     axes[1, column].set(xlabel="block", xticks=range(0, len(network.blocks), 3))
     for axis in axes[:, column]:
         for index in [i for i, block in enumerate(network.blocks) if block.stride == 2]:
@@ -673,17 +681,31 @@ figure.legend(handles=patches, ncols=6, loc="outside upper center")
 show(
     figure,
     "cost_along_depth.png",
-    "Bars of the multiply-adds and the weights of each block of MixNet-S and M, from first to "
-    "last, split into 1×1 layers with gates in grey and depthwise kernels in their colours. "
-    "Multiply-adds are spread over the depth. Weights pile up in the last three or four "
-    "blocks, nearly all of them grey.",
+    "Bars of the multiply-adds and the weights of each block of MixNet-S and M, 1×1 layers with "
+    "gates in grey, depthwise kernels in their colours. Multiply-adds are spread over the depth; "
+    "the tallest bar of all is M's block 1. Weights pile up in the last three or four blocks, "
+    "nearly all of them grey; the first seven are too small to see.",
     caption="Multiply-adds are spread along the depth, weights pile up at its end, and most of "
     "both is 1×1.",
 )
 
+# %% [markdown]
+# Why can a search afford large kernels late? Not because they are a small share of their block: it is 36% in block 0, 25% in blocks 11 and 12, 8% in block 13, with no order in it. Look at the price. What does one channel with an 11×11 kernel cost, where S has it and where S begins?
+
+# %%
+late, early = 11 * 11 * 7 * 7, 11 * 11 * 112 * 112
+f"{late:,} multiply-adds at 7×7, {early:,} at 112×112: {early // late} times as many"
 
 # %% [markdown]
-# This is why a search can afford large kernels late. The first block has nothing but 3×3 and expands nothing, and its kernels take 36% of its multiply-adds. Block 13 has kernels up to 11×11, at 7×7 pixels, and they take 8%.
+# The same budget buys 256 channels late for one early. Once the answer breaks the rule. The block that you kept in mind, block 1 of M, has kernels up to 7×7 at 56×56 pixels, and it is the dearest block of S and M together:
+
+# %%
+dear = [sum(p[0] for p in parts.values()) for n in "SM" for parts in costs_by_part(networks[n])]
+f"dearest: block {dear.index(max(dear)) - len(networks['S'].blocks)} of M, {max(dear):,}"
+
+
+# %% [markdown]
+# A good half of it is the expansion, 24 to 144 channels at 112×112 pixels in two groups, and has nothing to do with kernels: 24 · 144 · 112 · 112 / 2 = 21,676,032. Three kernel sizes on 48 channels each take (9 + 25 + 49) · 48 · 56 · 56 = 12,493,824. With 3×3 alone they would take a third of that.
 #
 # > 📄 **Paper.** Figure 8 draws S and M as rows of blocks with their kernel sizes.
 #
@@ -705,15 +727,24 @@ def by_type(model: nn.Module) -> dict[str, int]:
 
 
 counts = {name: by_type(model) for name, model in networks.items()}
-table(["network", *counts["S"], "sum"],
-      [[f"MixNet-{n}", *c.values(), sum(c.values())] for n, c in counts.items()])  # fmt: skip
+table(["network", *counts["S"], "sum", "depthwise share"],
+      [[f"MixNet-{n}", *c.values(), sum(c.values()), f"{c['depthwise'] / sum(c.values()):.0%}"]
+       for n, c in counts.items()])  # fmt: skip
 
 # %% [markdown]
+# The depthwise kernels, which this book is about, are 16% of S, 19% of M and 15% of L.
+#
 # `tests/package/test_mixnet.py` counts the same, type by type, from the official side alone: the shape of each kernel that the official code created, times the pixels of the official output where it stands. PyTorch's own counter agrees, too (tested).
 #
 # > 📄 **Paper.** Table 2 prints these parameters, and "FLOPS" that are higher. Section 4.4 has MixNet-M with ten classes.
 #
-# Chapter 5 found out what the paper's FLOPS count besides. The same rule here, with the weight decay (three operations, halved, for each weight that is not depthwise) counted not at all, once, and twice:
+# Chapter 5 found out what the paper's FLOPS count besides, and made a rule of it. To the multiply-adds of convolutions and classifier it adds
+#
+# - half an operation for each element of gates, residual sums, the pool and biases;
+# - one for the initialiser of each weight;
+# - 1.5 for each weight that is decayed, which a depthwise weight is not, *once, twice, or not at all*: as often as the decay stands in the graph.
+#
+# The last is the only number to choose. All three choices, beside what the paper prints:
 
 # %%
 from mixconv.counting import paper_flops
@@ -732,7 +763,7 @@ table(["MixNet", "weights, M", "paper's weights", "multiply-adds, M", "rule, no 
        "twice", "paper's FLOPS", "paper's top-1, %"], rows)  # fmt: skip
 
 # %% [markdown]
-# > ✏️ **Ours.** S, M and M with ten classes agree with the decay counted twice, L with none. That the paper counts something for each weight is sure: the two Ms differ in their classifiers alone, by 1.5 million weights and as many multiply-adds, and the paper's figures differ by 8 million. In S and M each weight that is not depthwise costs six operations more than in L. Which ones is not known; they match a decay counted twice. No single setting fits S, M and L.
+# > ✏️ **Ours.** S, M and M with ten classes agree with the decay counted twice, L with none. That the paper counts something for each weight is sure: the two Ms differ in their classifiers alone, by 1.5 million weights and as many multiply-adds, and the paper's figures differ by 8 million. In S and M each weight that is not depthwise costs 2 · 1.5 = 3 of the paper's FLOPS more than in L. Which operations those are is not known; they match a decay counted twice. No single setting fits S, M and L.
 
 # %% [markdown]
 # **7.2** ★★ *15 minutes, seven lines.* MobileNetV2 is a MixNet with one kernel size. Write its seven runs of blocks (chapter 5) as block strings, so that a MixNet of them, with a stem of 32 and a head of 1280 channels, has MobileNetV2's 3,504,872 parameters. (Its activation is ReLU6, which the notation does not know. Write ReLU.)
@@ -897,7 +928,7 @@ show(
 
 
 # %% [markdown]
-# Then it must be possible to take the three blocks apart. Two narrow networks, one with 3×3 kernels and one with 5×5, get the two halves of every weight. Side by side they must compute what the three blocks compute, and send back the same gradient.
+# Then it must be possible to take the three blocks apart. Two narrow networks, one with 3×3 kernels and one with 5×5, get the two halves of every weight. Side by side they must compute what the three blocks compute, and send back the same gradient to the image. (`gradients: 1` is that one. The weights of the two are copies, so theirs are not compared.)
 
 # %%
 def half_network(layers: nn.Sequential, half: int, kernel_size: int) -> nn.Sequential:
@@ -942,13 +973,16 @@ def kernels_of_halves(block: MixConvBlock) -> tuple[str, str]:
     return tuple(", ".join(map(str, half)) for half in halves)
 
 
+# %%
 rows = []
 for name, network in networks.items():
+    alike: dict[tuple[str, ...], list[str]] = {}
     for index, (block, run) in enumerate(zip(network.blocks, unroll(network.config), strict=True)):
         if run.expand_groups == run.project_groups == 2:
-            rows.append([f"MixNet-{name}", index, *kernels_of_halves(block),
-                         "yes" if run.squeeze_ratio else "no"])  # fmt: skip
-table(["network", "block", "first half", "second half", "gate"], rows)
+            gate = "yes" if run.squeeze_ratio else "no"
+            alike.setdefault((*kernels_of_halves(block), gate), []).append(str(index))
+    rows += [[f"MixNet-{name}", ", ".join(blocks), *key] for key, blocks in alike.items()]
+table(["network", "blocks", "first half", "second half", "gate"], rows)
 
 
 # %% [markdown]
@@ -1115,8 +1149,8 @@ attempt(large_channels_solution, test_large_channels, wrong=[front_to_back, whol
 # %% [markdown]
 # ## Takeaways
 # - A MixNet is a list of strings, a stem and a head. The defaults build the official network.
-# - The search takes 3×3 early and mixes late. In S, three of the four blocks that halve the image have a wider mix than their neighbours; in M, two of four.
-# - Multiply-adds are spread along the depth and weights pile up at its end. At 7×7 pixels even kernels up to 11×11 are a small part of either.
+# - The search takes 3×3 early, with one exception in M, and mixes late: an 11×11 kernel costs 256 times as much at 112×112 pixels as at 7×7. In S, three of the four blocks that halve the image have a wider mix than their neighbours; in M, two of four.
+# - Multiply-adds are spread along the depth and weights pile up at its end. The depthwise kernels are 16% of S, 19% of M and 15% of L.
 # - The paper's figure leaves things out. The code is what the published numbers came from.
 # - Where expansion and projection have two groups and the mix has two or four sizes, small and large kernels are networks side by side. Gates connect them, where there are gates, and nothing else does.
 #

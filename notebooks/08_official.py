@@ -17,9 +17,10 @@
 # %% [markdown]
 # The repository holds no trained weights, and the comparison needs none: any weights will do, as long as both sides have the same. So they are made up, from a recipe: variable $i$ is drawn by NumPy from seed $1000 + i$, scaled by what it is for. Anyone can make them again; a digest says that they are the same.
 #
-# > ⚙️ **Official code.** The numbers were computed once, by the unmodified files of `mixnet/` in TensorFlow 2.15.1 on a CPU, in inference mode, for S and M. Which commit was not noted down, and for S and M it does not matter: from the folder's [first version](https://github.com/tensorflow/tpu/commit/d8e5492) of July 2019 to its [last change](https://github.com/tensorflow/tpu/commit/8969fbf) of October 2020 only names, imports, a helper for shapes and what L is have changed.
+# > ⚙️ **Official code.** The numbers were computed once, by the unmodified files of `mixnet/` in TensorFlow 2.15.1 on a CPU, in inference mode, for S and M. Which commit was not noted down, and for S and M it does not matter: from the folder's [first version](https://github.com/tensorflow/tpu/commit/d8e5492) of July 2019 to its [last change](https://github.com/tensorflow/tpu/commit/8969fbf) of October 2020 only names, imports, a helper for shapes and the definition of L have changed. (L is M with a multiplier, which became smaller four days after the first version.)
 
-# %%
+# %% tags=["plumbing"]
+# fold: The recipe's weights, and what TensorFlow computed with them
 import json
 import runpy
 from pathlib import Path
@@ -44,6 +45,9 @@ def recipe_weights(name: str) -> list[np.ndarray]:
     return arrays
 
 
+# %% [markdown]
+# Now three networks with these weights and one image. One is as built; two are wrong on purpose, each in one detail. For each: are all scores within 1e-5 of the official ones, and which class has the highest?
+
 # %%
 from warnings import catch_warnings
 
@@ -56,12 +60,17 @@ scores = {}
 for title, options in {"as built": {}, "epsilon 1e-5": {"norm_eps": 1e-5},
                        "symmetric padding": {"padding": "symmetric"}}.items():  # fmt: skip
     network = MixNet(MIXNET_S, **options).eval()
-    with catch_warnings(action="ignore"):  # two of them are wrong on purpose
+    with catch_warnings(action="ignore"):  # load_official sees which two are wrong, and says so
         load_official(network, recipe_weights("mixnet-s"))
     with torch.no_grad():
         scores[title] = network(official_image(224, 224))[0].numpy()
 official_scores = truth["mixnet-s_224x224|logits"][0]
-[(title, bool(np.allclose(ours, official_scores, atol=1e-5))) for title, ours in scores.items()]
+for title, ours in scores.items():
+    close = np.allclose(ours, official_scores, atol=1e-5)
+    print(f"{title:18} equal: {close!s:5} highest: class {ours.argmax()}")
+
+# %% [markdown]
+# The highest class is the same in all three: a look at the answer would have shown nothing. The scores do:
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -84,7 +93,7 @@ show(
     "Three scatter plots of 1,000 class scores of MixNet-S: the official TensorFlow code's score "
     "against the difference of ours. As built, a flat line at zero. With batch-norm epsilon 1e-5 "
     "the differences grow with the score; with symmetric padding they scatter.",
-    caption="As built, no difference but rounding; with one detail wrong, every score moves.",
+    caption="As built, no difference but rounding; with a detail wrong, nearly every score moves.",
 )
 
 
@@ -137,12 +146,12 @@ for name, config in (("mixnet-s", MIXNET_S), ("mixnet-m", MIXNET_M)):
         results[name, height, width] = compare(name, network, height, width)
 assert all(equal for *_, equal in results.values())
 table(
-    ["network", "size", "names compared", "different tensors", "all within 1e-5"],
+    ["network", "size", "names compared", "distinct tensors", "all within 1e-5"],
     [[name, f"{h}×{w}", *result] for (name, h, w), result in results.items()],
 )
 
 # %% [markdown]
-# The second size is not square, and odd and even on its way down: there 'SAME' padding must put its extra zero on the right side. That the comparison can fail, the picture shows.
+# The second size is not square, and its height and width are odd and even by turns on their way down. Where a side is even, a 3×3 kernel of stride 2 under 'SAME' has one zero below or to the right and none above or to the left; where it is odd, one on each side. A padding that does not look at the size is wrong on one of the two. That the comparison can fail, the picture shows.
 #
 # What it leaves out: L, of which there are no official numbers here, and all that happens in training. `tests/peers/test_timm.py` compares all three sizes with timm's networks, in scores, gradients and running statistics.
 
@@ -220,7 +229,7 @@ attempt(first_difference_solution, test_first_difference,
 # %% [markdown]
 # ## Across from TensorFlow
 #
-# How did the weights get across? They come in TensorFlow's layout. By hand, for 3×3 kernels, one of a convolution and one of a depthwise layer:
+# How did the weights get across? TensorFlow has the axes of a kernel in another order. For 3×3 kernels, one of a convolution and one of a depthwise layer, and for the classifier:
 #
 # | | TensorFlow | PyTorch | order of axes |
 # |---|---|---|---|
@@ -228,6 +237,14 @@ attempt(first_difference_solution, test_first_difference,
 # | depthwise | `(3, 3, 16, 1)`: rows, columns, channels, multiplier | `(16, 1, 3, 3)` | 2, 3, 0, 1 |
 # | dense | `(1536, 1000)`: in, out | `(1000, 1536)`: out, in | 1, 0 |
 #
+# By hand: the entry [0, 2, 5, 7] of the convolution is row 0, column 2, from input 5 to output 7. In PyTorch the same number is at [7, 5, 0, 2]. And entry [0, 2, 5, 0] of the depthwise kernel, channel 5, is at [5, 0, 0, 2]:
+
+# %%
+conv, depthwise = torch.randn(3, 3, 16, 24), torch.randn(3, 3, 16, 1)
+bool(conv.permute(3, 2, 0, 1)[7, 5, 0, 2] == conv[0, 2, 5, 7]
+     and depthwise.permute(2, 3, 0, 1)[5, 0, 0, 2] == depthwise[0, 2, 5, 0])  # fmt: skip
+
+# %% [markdown]
 # A grouped layer is one tensor here and several there. So a *slot* says where one official variable belongs: a tensor or a part of one, its layout, and the TensorFlow names it goes by.
 
 # %%
@@ -288,7 +305,8 @@ def _to_torch(value: Tensor, slot: _Slot) -> Tensor:
 # %% [markdown]
 # The slots of a convolution: one kernel for each group, then a bias if there is one. Whether a kernel is depthwise is told by where it stands, not by its shape: a 1×1 with as many groups as channels has the shape of one. Then the slots of a normalisation: scale, shift, running mean, running variance.
 
-# %%
+# %% tags=["plumbing"]
+# fold: The slots of a convolution, of depthwise kernels, of a normalisation
 #| export official.py
 def _conv_slots(conv: nn.Conv2d, scope: str, kind: str = "conv2d") -> Iterator[_Slot]:
     for kernel in conv.weight.detach().chunk(conv.groups):
@@ -312,7 +330,8 @@ def _norm_slots(norm: nn.Module, scope: str) -> Iterator[_Slot]:
 # %% [markdown]
 # The slots of the network, in the order in which the official code creates its variables: stem; for each block expand, depthwise, gate, project; head, classifier.
 
-# %%
+# %% tags=["plumbing"]
+# fold: The slots of a unit: convolution and normalisation, or a gate
 #| export official.py
 def _unit_slots(unit: nn.Module, scope: str, depthwise: bool = False) -> Iterator[_Slot]:
     if isinstance(unit, ConvNormActivation):
@@ -349,7 +368,7 @@ print(name, tuple(shape), "→", tuple(slot.target.shape))
 
 
 # %% [markdown]
-# Loading checks everything before it changes anything.
+# Loading fits all of them to their slots first, and changes the model only then: a wrong shape in the last variable must not leave a network that is half new.
 
 # %%
 #| export official.py
@@ -392,7 +411,15 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 # %% [markdown]
 # ## Checkpoints by name
 #
-# A checkpoint knows names, and no order. Names say enough:
+# A real checkpoint of the official code is a file of names and values, in no order. Reading it takes TensorFlow; after that it is arrays. (Not run here, for want of both.)
+#
+# ```python
+# reader = tf.train.load_checkpoint("path/to/model.ckpt")
+# variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+# load_official(model, variables)
+# ```
+#
+# Where do they go without an order? Names say enough:
 #
 # | TensorFlow name | scope | kind | number |
 # |---|---|---|---|
@@ -401,7 +428,7 @@ def load_official(model: MixNet, variables: Sequence[Any] | Mapping[str, Any]) -
 # | `mixnet-s/mixnet_model/blocks_4/se/conv2d_15/bias` | blocks_4 | se/conv2d | `15` |
 # | `mixnet-s/blocks_4/batch_normalization_1/gamma` | blocks_4 | batch_normalization | `1` |
 #
-# Keras numbers the layers of a kind as they are created. So let the variables of each scope and kind stand in line by number, and let each slot take the next one from its line.
+# (Why has the last name no `mixnet_model`? The official code makes its batch normalisations with `tf.layers` and the rest with `tf.keras.layers`, and these two build names differently. We read a name from its scope on, so it makes no difference.) Keras numbers the layers of a kind as they are created. So let the variables of each scope and kind stand in line by number, and let each slot take the next one from its line.
 #
 # Training leaves more in a checkpoint: step counters and optimiser slots, which are passed over, and moving averages of the weights, which are preferred, as in the official evaluation.
 

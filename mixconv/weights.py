@@ -104,6 +104,27 @@ def to_timm(model: nn.Module) -> dict[str, Tensor]:
     return renamed
 
 
+OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
+
+PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
+
+_FAMILY = re.compile(r"(?<!\w)(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
+
+
+def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:
+    """Padding, epsilon and momentum that weights were trained with; None if nothing tells.
+
+    Our own state dicts say it themselves. Weights under timm's names come from one of its two
+    families; the name of the network, the file or a folder tells which.
+
+    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
+    """
+    if read.settings is not None or "conv_stem.weight" not in read.tensors:
+        return read.settings
+    found = [match for name in read.names if (match := _FAMILY.search(name))]
+    return (OFFICIAL if found[0][1] else PYTORCH) if found else None
+
+
 def load_weights(model: nn.Module, weights: Any) -> None:
     """Load weights into a MixNet; everything is checked before anything changes.
 
@@ -132,27 +153,6 @@ def load_weights(model: nn.Module, weights: Any) -> None:
     if differ:
         warnings.warn(f"these weights want {'; '.join(differ)}", stacklevel=2)
     fill(network, read.tensors)
-
-
-OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
-
-PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
-
-_FAMILY = re.compile(r"(?<!\w)(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
-
-
-def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:
-    """Padding, epsilon and momentum that weights were trained with; None if nothing tells.
-
-    Our own state dicts say it themselves. Weights under timm's names come from one of its two
-    families; the name of the network, the file or a folder tells which.
-
-    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
-    """
-    if read.settings is not None or "conv_stem.weight" not in read.tensors:
-        return read.settings
-    found = [match for name in read.names if (match := _FAMILY.search(name))]
-    return (OFFICIAL if found[0][1] else PYTORCH) if found else None
 
 
 def fill(model: MixNet, tensors: Mapping[str, Tensor], calls: int = 2) -> None:

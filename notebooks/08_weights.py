@@ -1,7 +1,7 @@
 # %% [markdown]
 # # 8 · Weights
 #
-# Trained MixNets are published for timm, whose network is the same as ours under other names. **How do they get in, and who says which padding and epsilon they were trained with?** The picture shows the first half of it, for one block: on the left our kernels, on the right timm's. (It was found by filling each of our tensors with a number of its own and looking where the numbers came out.)
+# Trained MixNets are published for timm, whose network is the same as ours under other names. **How do they get in, and who says which padding and epsilon they were trained with?** The picture shows the first half of it, for one block: on the left our kernels, on the right timm's. (The lines were found by filling each of our tensors with a number of its own and looking where the numbers came out.)
 #
 # **You will be able to**
 # - rename tensors between two networks, and say what a round trip proves;
@@ -53,9 +53,9 @@ show(
 )
 
 # %% [markdown]
-# ## Weights from timm
+# ## Whose name is whose?
 #
-# The table of names goes both ways: for each of our tensors, the timm tensors whose concatenation it is.
+# What is block 4 called in timm, and where in it is our projection? A table of names answers for every tensor: of which timm tensors is it the concatenation? Read from left to right it says where to cut, read from right to left what to join. So one table goes both ways.
 #
 # timm groups blocks into stages, and a stage ends where the number of channels changes in the block strings (before any width multiplier).
 
@@ -88,14 +88,16 @@ def _block_names(model: MixNet) -> list[str]:
 " ".join(_block_names(numbered))
 
 # %% [markdown]
-# Inside a block, timm numbers batch normalisations, and a block without expansion has one fewer:
+# Block 4 is `blocks.2.1`. Inside a block, timm numbers batch normalisations, and a block without expansion has one fewer:
 #
 # | ours | timm | timm, no expansion |
 # |---|---|---|
-# | `expand.conv`, `expand.norm` | `conv_pw`, `bn1` | |
+# | `expand.conv`, `expand.norm` | `conv_pw`, `bn1` | there is none |
 # | `depthwise.conv`, `depthwise.norm` | `conv_dw`, `bn2` | `conv_dw`, `bn1` |
 # | `squeeze_excite.squeeze`, `.excite` | `se.conv_reduce`, `se.conv_expand` | the same |
 # | `project.conv`, `project.norm` | `conv_pwl`, `bn3` | `conv_pw`, `bn2` |
+#
+# Careful: `conv_pw` is the expansion in one column and the projection in the other. Likewise `bn1` is two different normalisations, and `bn2`, too.
 
 # %%
 #| export weights.py
@@ -117,7 +119,8 @@ def _layer_names(model: MixNet) -> dict[str, str]:
     return names
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: From layers to tensors: a part for each group of a 1×1 and each kernel size
 #| export weights.py
 def _timm_names(model: MixNet) -> dict[str, list[str]]:
     """For each key of our state dict the timm keys whose concatenation it is."""
@@ -135,7 +138,8 @@ def _timm_names(model: MixNet) -> dict[str, list[str]]:
     return names
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: Cutting a state dict along the table
 #| export weights.py
 def _cut(state: Mapping[str, Tensor], names: Mapping[str, list[str]]) -> dict[str, Tensor]:
     """A state dict of ours cut into the tensors that other names stand for; they are views."""
@@ -188,11 +192,38 @@ renamed = to_timm(numbered)
 [(name, tuple(renamed[name].shape)) for name in renamed if name.startswith("blocks.1.0.conv")]
 
 # %% [markdown]
-# ## Files, state dicts, hub names
+# ## What may a file hold?
 #
-# Weights come as a file, as a state dict, or as a name on the Hugging Face hub. `checkpoint.py` turns each into tensors by name, and knows nothing of networks. A file is read as data: PyTorch's older habit, to run whatever a pickle asks for, is switched off.
+# Somebody sends you `gift.pth`. What can happen when you open it? A `.pth` file is a pickle, and a pickle may name any function and ask for it to be called. PyTorch's older habit was to do so:
 
 # %%
+import tempfile
+from pathlib import Path
+
+from mixconv.checkpoint import read_state_dict  # told below
+
+
+class Gift:
+    def __reduce__(self):
+        return print, ("hello from inside the file; I could have deleted yours",)
+
+
+with tempfile.TemporaryDirectory() as folder:
+    gift = Path(folder) / "gift.pth"
+    torch.save({"weight": Gift()}, gift)
+    torch.load(gift, weights_only=False)
+    try:
+        read_state_dict(gift)
+    except ValueError as error:
+        print("read_state_dict:", str(error).partition(": ")[0].replace(str(gift), gift.name))
+
+# %% [markdown]
+# So a file is read as data: tensors, numbers, text, and no function is called but the few that put tensors together. One class of Python's own is let in, `argparse.Namespace`: timm's training script keeps its options in one, and it is a bag of values with no code to run. An archive that would unpack to far more than it takes is refused as well.
+#
+# Weights come as a file, as a folder, as a state dict, or as a name on the Hugging Face hub. `checkpoint.py` turns each into tensors by name, and knows nothing of networks.
+
+# %% tags=["plumbing"]
+# fold: What reading gives: tensors, names, settings
 #| export checkpoint.py
 """Tensors by name from a file, a hub name or a state dict, read as data only (chapter 8)."""
 
@@ -251,7 +282,7 @@ def read_checkpoint(weights: Any) -> Checkpoint:
 
 
 # %% [markdown]
-# A checkpoint of a training script holds more than tensors: the optimiser, the epoch, the options. The tensors may be wrapped twice, carry prefixes, and stand beside counters that other tools left there.
+# Then four things in folds. A checkpoint of a training script holds more than tensors: the optimiser, the epoch, the options; the tensors may be wrapped twice, carry prefixes, and stand beside counters that other tools left there. From the hub, one file is asked for, `model.safetensors`; no other name is tried.
 
 # %% tags=["plumbing"]
 # fold: Unpacking the checkpoint of a training script
@@ -385,13 +416,101 @@ def _download(repository: str) -> Path:
 
 
 # %% [markdown]
-# Then the tensors go into the network. `load_weights` recognises timm's names (the old gen-efficientnet names are the same) and our own, compares all names and shapes, and only then changes the model.
+# ## Which padding did they want?
+#
+# The tensors are here. Do they say with which network they compute what they should? They do not. timm's two families want different ones. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture of [the page before](08_official.ipynb).)
+#
+# What tells, then? Our own state dicts say it themselves (chapter 7). For weights under timm's names, it is the name of the network in a training checkpoint, of the file, of a folder around it, or in the `config.json` beside it. The family's name must stand where a word begins: `my_mixnet_s` is somebody's own, and tells nothing.
 
 # %%
 #| export weights.py
 from mixconv.checkpoint import Checkpoint, read_checkpoint
 
+OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
+PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
+_FAMILY = re.compile(r"(?<!\w)(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
 
+
+def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:
+    """Padding, epsilon and momentum that weights were trained with; None if nothing tells.
+
+    Our own state dicts say it themselves. Weights under timm's names come from one of its two
+    families; the name of the network, the file or a folder tells which.
+
+    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
+    """
+    if read.settings is not None or "conv_stem.weight" not in read.tensors:
+        return read.settings
+    found = [match for name in read.names if (match := _FAMILY.search(name))]
+    return (OFFICIAL if found[0][1] else PYTORCH) if found else None
+
+
+# %%
+for name in ("timm/tf_mixnet_s.in1k", "mixnet_s.pth", "my_mixnet_s.pth"):
+    print(f"{name:22} {settings_of(Checkpoint(to_timm(numbered), (name,), None))}")
+
+# %% [markdown]
+# **8.4** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them. (That is `settings_of` without our own note, folders and files.)
+#
+# <details><summary>Hint: the idea</summary>
+#
+# One name is the end of the other. Ask for the longer one first, at the beginning of what follows the slash.
+#
+# </details>
+
+# %%
+from mixconv.teaching import attempt, expect
+
+
+def padding_of(name: str) -> str | None:
+    raise NotImplementedError
+
+
+def test_padding_of(answer) -> None:
+    names = {"tf_mixnet_s": "same", "timm/tf_mixnet_l.in1k": "same", "mixnet_m": "symmetric",
+             "timm/mixnet_xl.ra_in1k": "symmetric", "last.pth": None, "my_mixnet_s": None,
+             "timm/tf_efficientnet_b0": None}  # fmt: skip
+    for name, padding in names.items():
+        expect(answer, name, gives=padding, why="what its family was trained with")
+
+
+attempt(padding_of, test_padding_of)
+
+
+# %% tags=["solution"]
+def padding_of_solution(name: str) -> str | None:
+    own = name.rpartition("/")[2]
+    families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
+    return next((padding for start, padding in families.items() if own.startswith(start)), None)
+
+
+def anywhere(name: str) -> str | None:
+    """look for the word anywhere: tf_mixnet_s holds mixnet_s, and so does my_mixnet_s"""
+    return "symmetric" if "mixnet_" in name else None
+
+
+def whole_name(name: str) -> str | None:
+    """forget the owner before the slash"""
+    families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
+    return next((padding for start, padding in families.items() if name.startswith(start)), None)
+
+
+def by_tf(name: str) -> str | None:
+    """take `tf_` alone for the sign: timm has other networks whose names begin with it"""
+    own = name.rpartition("/")[2]
+    return "same" if own.startswith("tf_") else "symmetric" if own.startswith("mixnet_") else None
+
+
+attempt(padding_of_solution, test_padding_of, wrong=[anywhere, whole_name, by_tf])
+
+
+# %% [markdown]
+# ## Into the network
+#
+# What if the weights do not fit, and half of them are in already? So nothing may change before everything is known to fit. `load_weights` recognises timm's names (the old gen-efficientnet names are the same) and our own, compares all names and shapes, and only then copies.
+
+# %%
+#| export weights.py
 def load_weights(model: nn.Module, weights: Any) -> None:
     """Load weights into a MixNet; everything is checked before anything changes.
 
@@ -422,31 +541,8 @@ def load_weights(model: nn.Module, weights: Any) -> None:
     fill(network, read.tensors)
 
 
-# %%
-#| export weights.py
-OFFICIAL = {"padding": "same", "norm_eps": 1e-3, "norm_momentum": 0.01}
-PYTORCH = {"padding": "symmetric", "norm_eps": 1e-5, "norm_momentum": 0.1}
-_FAMILY = re.compile(r"(?<!\w)(tf_)?mixnet_(?:s|m|l|xl|xxl)(?![a-z])")
-
-
-def settings_of(read: Checkpoint) -> Mapping[str, Any] | None:
-    """Padding, epsilon and momentum that weights were trained with; None if nothing tells.
-
-    Our own state dicts say it themselves. Weights under timm's names come from one of its two
-    families; the name of the network, the file or a folder tells which.
-
-    Source: `tf_mixnet_s`, `mixnet_s` in timm's `efficientnet.py`. Chapter 8.
-    """
-    if read.settings is not None or "conv_stem.weight" not in read.tensors:
-        return read.settings
-    found = [match for name in read.names if (match := _FAMILY.search(name))]
-    return (OFFICIAL if found[0][1] else PYTORCH) if found else None
-
-
-# %% [markdown]
-# What does not fit is said before anything is changed; what fits is copied.
-
-# %%
+# %% tags=["plumbing"]
+# fold: Comparing everything, then copying
 #| export weights.py
 def fill(model: MixNet, tensors: Mapping[str, Tensor], calls: int = 2) -> None:
     """Copy tensors into a model, under our names or timm's; see `load_weights`.
@@ -468,7 +564,8 @@ def fill(model: MixNet, tensors: Mapping[str, Tensor], calls: int = 2) -> None:
             expected[name].copy_(given[name])
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: A stem for another number of image channels
 #| export weights.py
 def _other_colors(weight: Tensor, channels: int) -> Tensor:
     """A stem's weights for RGB images, for another number of channels; others as they are.
@@ -529,6 +626,22 @@ def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> N
 
 
 # %% [markdown]
+# MixNet-S's weights, offered to a MixNet-M:
+
+# %%
+from textwrap import fill as wrap
+
+from mixconv.mixnet import MIXNET_M
+
+medium = MixNet(MIXNET_M)
+before = medium.stem.conv.weight.clone()
+try:
+    load_weights(medium, to_timm(numbered))
+except ValueError as error:
+    print(wrap(str(error), 90))
+print("changed:", not torch.equal(medium.stem.conv.weight, before))
+
+# %% [markdown]
 # Out to timm's names and in again, into a network that started with other weights. So that no two tensors are alike, the normalisations get numbers of their own first.
 
 # %%
@@ -544,10 +657,24 @@ with torch.no_grad():
     check(again(image), model(image), "scores after a round trip through timm's names")
 
 # %% [markdown]
-# What does that prove? Less than it seems. A round trip accepts any table that undoes itself: swap two names in `_WIDE`, and the way out and the way in are wrong in the same way. So `tests/peers/test_timm.py` loads `to_timm` into timm's *own* networks and compares scores, gradients and running statistics, for all three sizes and both families, and the other way round; `tests/peers/test_geffnet.py` does it with gen-efficientnet.
+# What does that prove? Less than it seems. A round trip accepts any table that undoes itself. Swap two names in `_WIDE`, and the way out and the way in are wrong in the same way:
+
+# %%
+from unittest.mock import patch
+
+right = to_timm(model)
+with patch.dict(_WIDE, {"expand.norm": "bn2", "depthwise.norm": "bn1"}), torch.no_grad():
+    swapped = to_timm(model)
+    load_weights(again, swapped)
+    print("round trip accepts it:", torch.equal(again(image), model(image)))
+differing = [name for name in right if not torch.equal(right[name], swapped[name])]
+print(f"{len(differing)} tensors lie under a wrong name, such as {differing[0]}")
 
 # %% [markdown]
-# **8.4** ★★ *10 minutes, three lines.* Fool the round trip. `names` has timm's name for each tensor of ours, `shapes` the shape of each. Return another table of the same names: a wrong one that a round trip accepts, and timm's loading, too, since every shape fits.
+# Only another implementation can tell. So `tests/peers/test_timm.py` loads `to_timm` into timm's *own* networks and compares scores, gradients and running statistics, for all three sizes and both families, and the other way round; `tests/peers/test_geffnet.py` does it with gen-efficientnet.
+
+# %% [markdown]
+# **8.5** ★★ *10 minutes, three lines.* Fool the round trip. `names` has timm's name for each tensor of ours, `shapes` the shape of each. Return another table of the same names: a wrong one that a round trip accepts, and timm's loading, too, since every shape fits.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -563,8 +690,6 @@ with torch.no_grad():
 
 # %%
 import itertools
-
-from mixconv.teaching import attempt, expect
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -613,11 +738,20 @@ attempt(fooling_solution, test_fooling, wrong=[next_name, one_name_twice])
 # %% [markdown]
 # ## The zoo
 #
-# Now the four functions that most people call. They stand above all the rest: a network from chapter 7, weights from this page.
+# What do most people want of all this? One line, with a network connection and `pip install 'mixconv[hub]'`. (Not run here; the book is built without a network.)
 #
-# One thing is left to decide. timm's two families want different networks. Its `tf_mixnet_*` are the official weights: TensorFlow padding, epsilon 1e-3. Its `mixnet_*` were trained in PyTorch: symmetric padding, epsilon 1e-5. Both have the same names and shapes, so the wrong choice loads without an error and computes something else. (That is the picture of [the page before](08_official.ipynb).) What tells? Our own state dicts say it themselves (chapter 7). For weights under timm's names, it is the name of the network in a training checkpoint, of the file, of a folder around it, or in the `config.json` beside it. The family's name must stand where a word begins: `my_mixnet_s` is somebody's own, and tells nothing.
+# ```python
+# from mixconv import mixnet_s
+#
+# model = mixnet_s(weights="timm/tf_mixnet_s.in1k").eval()
+# ```
+#
+# It has 'SAME' padding and epsilon 1e-3, read from the name. Four such functions, S, M, L and XL, stand above all the rest: a network from chapter 7, weights from this page.
+#
+# What the caller says wins over what the weights say. Where neither says anything, the official settings are taken, and not in silence. The numbers of classes and of image channels are those of the weights, unless the caller wants others.
 
-# %%
+# %% tags=["plumbing"]
+# fold: What the networks are made of
 #| export zoo.py
 """`mixnet_s`, `mixnet_m`, `mixnet_l`, `mixnet_xl`: networks by name, with weights (chapter 8)."""
 
@@ -634,10 +768,8 @@ from mixconv.network import refuse_timm_names
 from mixconv.weights import OFFICIAL, fill, settings_of
 
 
-# %% [markdown]
-# What the caller says wins over what the weights say. Where neither says anything, the official settings are taken, and not in silence. The numbers of classes and of image channels are those of the weights, unless the caller wants others.
-
-# %%
+# %% tags=["plumbing"]
+# fold: What the caller says, else the weights, else what is official
 #| export zoo.py
 def _build(config: MixNetConfig, weights: Any, **options: Any) -> MixNet:
     """A MixNet, with weights if there are any; they fill in what is None."""
@@ -762,12 +894,9 @@ def mixnet_xl(weights: Any = None, **options: Any) -> MixNet:
 
 
 # %% [markdown]
-# What does one get? The weights of `model` under timm's names, in four files. A plain `dict` leaves out the note about settings that our own state dicts carry along; the last file has it.
+# And what does one get without the hub? The weights of `model` under timm's names, in four files. A plain `dict` leaves out the note about settings that our own state dicts carry along; the last file has it.
 
 # %%
-import tempfile
-from pathlib import Path
-from textwrap import fill as wrap
 from warnings import catch_warnings, simplefilter
 
 files = {"tf_mixnet_s.pth": dict(to_timm(model)), "mixnet_s.pth": dict(to_timm(model)),
@@ -782,66 +911,12 @@ with tempfile.TemporaryDirectory() as folder:
         for warning in said:
             print(wrap(str(warning.message), 90, initial_indent="  ", subsequent_indent="  "))
 
-
 # %% [markdown]
 # The second file is where it goes wrong without a warning: these weights belong to a network with 'SAME' padding, and their name says otherwise. Names can lie. A note in the file is better, and `MixNet.state_dict` writes it.
 
 # %% [markdown]
-# ## One more exercise
-#
-# **8.5** ★ *5 minutes, two lines.* Which padding do weights of this name want? "same" for timm's `tf_mixnet_*`, "symmetric" for its `mixnet_*`, None for any other name. Names may have an owner and a slash before them. (That is `settings_of` without folders and files.)
-#
-# <details><summary>Hint: the idea</summary>
-#
-# One name is the end of the other. Ask for the longer one first, at the beginning of what follows the slash.
-#
-# </details>
-
-# %%
-def padding_of(name: str) -> str | None:
-    raise NotImplementedError
-
-
-def test_padding_of(answer) -> None:
-    names = {"tf_mixnet_s": "same", "timm/tf_mixnet_l.in1k": "same", "mixnet_m": "symmetric",
-             "timm/mixnet_xl.ra_in1k": "symmetric", "last.pth": None, "my_mixnet_s": None,
-             "timm/tf_efficientnet_b0": None}  # fmt: skip
-    for name, padding in names.items():
-        expect(answer, name, gives=padding, why="what its family was trained with")
-
-
-attempt(padding_of, test_padding_of)
-
-
-# %% tags=["solution"]
-def padding_of_solution(name: str) -> str | None:
-    own = name.rpartition("/")[2]
-    families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
-    return next((padding for start, padding in families.items() if own.startswith(start)), None)
-
-
-def anywhere(name: str) -> str | None:
-    """look for the word anywhere: tf_mixnet_s holds mixnet_s, and so does my_mixnet_s"""
-    return "symmetric" if "mixnet_" in name else None
-
-
-def whole_name(name: str) -> str | None:
-    """forget the owner before the slash"""
-    families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
-    return next((padding for start, padding in families.items() if name.startswith(start)), None)
-
-
-def by_tf(name: str) -> str | None:
-    """take `tf_` alone for the sign: timm has other networks whose names begin with it"""
-    own = name.rpartition("/")[2]
-    return "same" if own.startswith("tf_") else "symmetric" if own.startswith("mixnet_") else None
-
-
-attempt(padding_of_solution, test_padding_of, wrong=[anywhere, whole_name, by_tf])
-
-# %% [markdown]
 # ## Takeaways
-# - Weights go in from timm's names, from files and from the hub, and out to timm. All is checked before anything changes, and nothing in a file is run.
+# - Weights go in from timm's names, from files and from the hub, and out to timm. All is checked before anything changes. Opening a pickle runs what it asks for, unless one forbids it; here it is forbidden.
 # - A round trip accepts any table that undoes itself; another implementation does not.
 # - Padding and epsilon are part of trained weights, and their shapes do not show them. `mixnet_s(weights=…)` takes them from a note in the weights, else from their name, else it warns and takes the official ones.
 #

@@ -48,7 +48,8 @@ def paper_flops(model: ConvNet, decays: int, size: int = 224) -> float:
         decays: how often the weight decay stands in the graph: 1 for the paper's MobileNets.
         size: height and width of the image.
 
-    Source: ours. TensorFlow's profiler, halved, run on the official code; published nowhere.
+    Source: ours. TensorFlow's profiler, halved, run on TF-slim's MobileNets and the official
+    MixNets; published nowhere.
     """
     x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     work, initialised, decayed = 0, 0, 0

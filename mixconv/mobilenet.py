@@ -13,9 +13,9 @@ from mixconv.blocks import ConvNormActivation, DepthwiseSeparableBlock, MixConvB
 from mixconv.layer import make_conv2d, make_pointwise
 from mixconv.network import (
     ConvNet,
-    drop_path_rates,  # see the end of the page
+    drop_path_rates,  # stochastic depth, milder for early blocks
     initialize,
-    refuse_timm_names,  # see the end of the page
+    refuse_timm_names,  # whoever writes timm's names is told ours
     round_channels,
 )
 

@@ -5,18 +5,22 @@
 #
 # ![ImageNet accuracy against multiply-adds for MobileNetV1 and V2. With one kernel size in all layers, accuracy peaks at 7×7 or 9×9 and then falls; at the same cost, mixed sizes stay above.](../figures/figure_4_redrawn.png)
 #
-# Take a MobileNet, and make the kernels of its depthwise layers larger: 3×3, 5×5, 7×7 and on. At first accuracy rises. Then, along the dotted line, it falls, while the cost goes on growing. (The accuracies are cited from the paper, Figure 4; the costs are computed in [chapter 5](05_mobilenets.ipynb).)
+# *Chapter 5's plot of the paper's Figure 4: accuracies cited from there, costs computed in [chapter 5](05_mobilenets.ipynb).*
+#
+# Take a MobileNet, and make the kernels of its depthwise layers larger: 3×3, 5×5, 7×7 and on. At first accuracy rises. Then, along the dotted line, it falls, while the cost goes on growing.
 #
 # MixConv is the solid line. It gives *some* channels a 3×3 kernel, others a 5×5, others more: all sizes side by side in one layer. The fine pattern and the wide view are both at hand, and a part of the channels stays cheap. Tan and Le proposed it in [*MixConv: Mixed Depthwise Convolutional Kernels*](https://arxiv.org/abs/1907.09595) (BMVC 2019), let a search choose the mixes, and called the networks it found MixNets.
 #
 # ![Sixteen channels are split into four groups; each passes through a depthwise convolution with its own kernel size, 3×3 to 9×9, and the results are concatenated.](../figures/mixconv_overview.png)
+#
+# *MixConv is split, one depthwise convolution for each group, and concatenate: [chapter 1](01_formulation.ipynb).*
 #
 # This book takes that apart, from the formula to a kernel that computes it in one pass, and builds a package, `mixconv`, on the way.
 #
 # **You will be able to**
 # - say what MixConv is, and what question it answers;
 # - read, run and change every chapter, and try its exercises;
-# - name each symbol of the paper and find it in the code.
+# - name each symbol of this book and find it in the code.
 #
 # **Know first:** Python, and what `torch.nn.Conv2d` does. No more.
 #
@@ -25,7 +29,7 @@
 # %% [markdown]
 # ## The idea, in numbers
 #
-# A depthwise layer has one k×k kernel for each channel. Sixteen channels with 9×9 kernels have 16 · 81 weights. Give four of them 3×3, four 5×5, four 7×7 and four 9×9, and it is about half, though the layer still looks as far:
+# A depthwise layer has one k×k kernel for each channel. Sixteen channels with 9×9 kernels have 16 · 81 weights. Give four of them 3×3, four 5×5, four 7×7 and four 9×9, and it is about half, though a quarter of the channels still look as far:
 
 # %%
 one_size = 16 * 9**2
@@ -67,7 +71,7 @@ assert (one_size, mixed) == (1296, 656)
 # | **III** | **Use it** | |
 # | 18 | [Using it](18_using_it.ipynb) | command line, features, fine-tuning, export |
 #
-# You can stop after chapter 3 and know the layer; after chapter 7 you know the paper, after chapter 8 its numbers. Part II asks why the layer is slow everywhere, and ends with a kernel that is not. Each chapter imports what those before it built. Once installed, nothing is downloaded.
+# You can stop after chapter 3 and know the layer; after chapter 7 you know the paper; after chapter 8 you have seen that the official code gives the same numbers as this book's networks. Part II asks why PyTorch runs the layer slowly, and ends with a kernel that is fast. Each chapter imports what those before it built. Once installed, nothing is downloaded.
 #
 # | you want to | do this |
 # |---|---|
@@ -75,7 +79,7 @@ assert (one_size, mixed) == (1296, 656)
 # | run | clone the repository, then `make lab` in it (the README says what that needs) |
 # | change | edit a notebook in JupyterLab, or its `.py` text, then `make book` |
 #
-# A chapter is one notebook. Its cells that begin with `#| export layer.py` are the source of `mixconv/layer.py`: the package is made from the book, so what you read is what runs. `make test` fails when a page, a figure or a module is not what its notebook makes.
+# A chapter is one notebook, or two or three. The cells that begin with `#| export layer.py` are the source of `mixconv/layer.py`: the package is made from the book, so what you read is what runs. `make test` fails when a page, a figure or a module is not what its notebook makes.
 
 # %% [markdown]
 # ## Three voices
@@ -100,9 +104,13 @@ assert (one_size, mixed) == (1296, 656)
 # | $Y$ | `y` | `(N, m·C, H', W')` | output |
 # | $c$ | `channels` | integer | input channels of a layer |
 # | $m$ | `channel_multiplier` | integer, mostly 1 | outputs computed from each input channel |
+# | $x, y$ | `row`, `column` | from 0 | as indices: a position in an image |
+# | $z$ | `z` | 0 to $m \cdot c - 1$ | an output channel (the paper counts from 1) |
+# | $i, j$ | `i`, `j` | from $-(k-1)/2$ to $(k-1)/2$ | a tap of a kernel: its row and column, from the centre |
+# | $t$ | a place in `kernel_sizes` | from 0 | which group |
 # | $g$ | `len(kernel_sizes)` | 1 to 5 in MixNets, up to 6 in the paper's MobileNets | number of groups |
 # | $c_t$ | `partition[t]` | sums to $c$ | channels of group $t$ |
-# | $k_t$ | `kernel_sizes[t]` | odd: 3, 5, 7, … | kernel size of group $t$ |
+# | $k$, $k_t$ | `kernel_sizes[t]` | odd: 3, 5, 7, … | kernel size, of group $t$ |
 # | $W^t$ | `weights[t]` | `(m·c_t, 1, k_t, k_t)` | kernels of group $t$ |
 # | $s$ | `stride` | 1 or 2 | step between two outputs |
 # | $d$ | `dilation` | 1, 2, … | step between two taps of a kernel |
@@ -165,7 +173,7 @@ assert (one_size, mixed) == (1296, 656)
 #
 # ## Where it comes from
 #
-# In one paragraph. Inception (2014) ran kernels of several sizes side by side, each over all channels. Xception and MobileNet (2017) split a convolution into a depthwise and a 1×1 layer, and kernels became small and of one size, 3×3. MnasNet (2018) let a search choose between 3×3 and 5×5 for each block. MixConv (2019) asked why a layer should have one size at all. Then transformers brought wide views back into fashion: ConvNeXt and RepLKNet (2022) answered with 7×7 and 31×31 depthwise kernels, again of one size, and others split the channels again. [Chapter 10](10_heirs.ipynb) tells that part.
+# In one paragraph. Inception (2014) ran kernels of several sizes side by side, each over all channels. Xception and MobileNet (2017) split a convolution into a depthwise and a 1×1 layer, and kernels became small and of one size, 3×3. MnasNet (2018) let a search choose between 3×3 and 5×5 for each block. MixConv (2019) asked why a layer should have one size at all. Then transformers brought wide views back into fashion: ConvNeXt and RepLKNet (2022) answered with 7×7 and 31×31 depthwise kernels, again of one size in a layer, and others split the channels again. [Chapter 10](10_heirs.ipynb) tells that part.
 
 # %% [markdown]
 # ## Equal, or not
@@ -193,7 +201,7 @@ check_rewrite(lambda t: t * t, lambda t: t**2, x, what="product and power")
 
 
 # %% [markdown]
-# Two functions with equal values and different slopes do not pass. In the second one here, `t.sum() - t.sum().detach()` is zero as a value, but in the backward pass it adds the gradient of the sum, where a test of values cannot see it:
+# Two functions with equal values and different slopes do not pass. Here are two that return their argument. `cut` has lost the slope: `t.detach()` has no gradient, and `0 * t` brings only zeros. `haunted` has one slope too many: `t.sum() - t.sum().detach()` is zero as a value, but in the backward pass it adds the gradient of the sum, where a test of values cannot see it.
 
 # %%
 def haunted(t: torch.Tensor) -> torch.Tensor:
@@ -212,7 +220,7 @@ for name, function in {"cut": lambda t: t.detach() + 0 * t, "haunted": haunted}.
 #
 # ## Exercises
 #
-# An exercise is a stub to fill in and a test to pass. Stars say how hard it is: ★ up to five minutes, ★★ up to fifteen, ★★★ more. Hints are folded; open one at a time. The solution is folded, too, and with it some *wrong answers*: each time the book is tested, the solution must pass and each wrong answer must be caught.
+# An exercise is a stub to fill in and a test to pass. Some stand in the text, where their subject is, and the rest at a chapter's end; all can be skipped. Stars say how hard it is: ★ up to five minutes, ★★ up to fifteen, ★★★ more. Hints are folded; open one at a time. The solution is folded, too, and with it some *wrong answers*: each time the book is tested, the solution must pass and each wrong answer must be caught.
 #
 # **0.1** ★ *2 minutes, one line.* A depthwise layer has one k×k kernel for each channel. How many weights is that? Replace the `raise` with your answer and run the cell.
 #
@@ -432,7 +440,7 @@ from mixconv.teaching import table
 table(["kernel", "weights per channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7, 9, 11, 13)])
 
 # %% [markdown]
-# `show` draws a figure. A colour means the same kernel size in every figure of the book; readers with any common colour blindness can tell them apart (the palette is by Okabe and Ito).
+# `show` draws a figure. In figures that compare kernels, a colour means a kernel size, the same one throughout the book; where no kernels are compared, colours mean what the figure says. Readers with any common colour blindness can tell them apart (the palette is by Okabe and Ito).
 
 # %% tags=["drawing"]
 import matplotlib.pyplot as plt
@@ -453,12 +461,12 @@ show(
     "kernel_colors.png",
     "Six squares to scale, one for each kernel size from 3×3 to 13×13, each in its own colour: "
     "9, 25, 49, 81, 121 and 169 weights. A white square in the middle is the output's own pixel.",
-    caption="One colour for each kernel size, everywhere in the book; the white square is the "
-    "pixel whose output is computed.",
+    caption="One colour for each kernel size, wherever kernels are compared; the white square is "
+    "the pixel whose output is computed.",
 )
 
 # %% [markdown]
-# The area is the cost: a 13×13 kernel has 169 weights where a 3×3 has 9. Most of this book is about who gets the large ones.
+# The area is the cost: a 13×13 kernel has 169 weights where a 3×3 has 9. Part I of this book is about who gets the large ones.
 #
 # Some pictures need a picture. matplotlib ships one that is in the public domain: Grace Hopper, US Navy.
 
@@ -468,14 +476,21 @@ from mixconv.teaching import photograph
 figure, axis = plt.subplots(figsize=(2.6, 2.6))
 axis.imshow(photograph()[0].permute(1, 2, 0))
 axis.axis("off")
-show(figure, "photograph.png", "The photograph: Grace Hopper in uniform, head and shoulders.")
+show(
+    figure,
+    "photograph.png",
+    "The photograph: Grace Hopper in uniform, head and shoulders, before a flag with stars.",
+    caption="A photograph holds what kernels of several sizes are for: thin lines, stars, and "
+    "large smooth parts.",
+)
 
 # %% [markdown]
 # ## How the tools are made
 #
-# You need not read these. They are the modules `mixconv/teaching.py` and `mixconv/exercises.py`, whole, and the first example of how the package is made: a cell that begins with `#| export teaching.py` goes there.
+# You need not read these. They are the modules `mixconv/teaching.py`, `mixconv/exercises.py` and `mixconv/_readable.py`, whole, and the first example of how the package is made: a cell with the line `#| export teaching.py` at its head goes there.
 
 # %% tags=["tool"]
+# fold: check()
 #| export teaching.py
 """What every chapter uses: checks, tables, figures, the photograph (chapter 0).
 
@@ -504,6 +519,7 @@ def check(actual: Tensor, expected: Tensor, what: str) -> None:
 
 
 # %% tags=["tool"]
+# fold: check_rewrite()
 #| export teaching.py
 def _uneven(like: Tensor) -> Tensor:
     """Numbers from 1 to 2, all different, with no pattern for an error to hide in."""
@@ -541,6 +557,7 @@ def check_rewrite(
 
 
 # %% tags=["tool"]
+# fold: The error of a wrong answer, and whether two answers are the same
 #| export exercises.py
 """Exercises: a test that explains, an attempt that tests its own test (chapter 0)."""
 
@@ -575,6 +592,7 @@ def _same(one: object, other: object) -> bool:
 
 
 # %% tags=["tool"]
+# fold: How an answer is shown in a message
 #| export exercises.py
 def _show(value: object) -> str:
     """In one short line, without addresses."""
@@ -595,6 +613,7 @@ def _show(value: object) -> str:
 
 
 # %% tags=["tool"]
+# fold: expect()
 #| export exercises.py
 def expect(answer: Callable[..., object], *arguments: object, gives: object, why: str) -> None:
     """Assert, inside the test of an exercise, that an answer gives what it should.
@@ -616,6 +635,7 @@ def expect(answer: Callable[..., object], *arguments: object, gives: object, why
 
 
 # %% tags=["tool"]
+# fold: What an answer and a test are
 #| export exercises.py
 Answer = Callable[..., object]
 Test = Callable[[Answer], None]
@@ -623,6 +643,7 @@ Test = Callable[[Answer], None]
 _KNOWN_MISTAKES: dict[str, list[Answer]] = {}  # by the name of the test
 
 # %% tags=["tool"]
+# fold: The wrong answers that a solution stored
 #| export exercises.py
 import ast
 import json
@@ -647,6 +668,7 @@ def _stored_mistakes(test: Test) -> list[Answer]:
 
 
 # %% tags=["tool"]
+# fold: The same, from a cell's source
 #| export exercises.py
 def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
     """Define what a solution cell defines, apart from the reader's names; its `wrong` list."""
@@ -660,6 +682,7 @@ def _run_definitions(tree: ast.Module, known: dict[str, Any]) -> list[Answer]:
 
 
 # %% tags=["tool"]
+# fold: What a reader is told whose answer fails
 #| export exercises.py
 def _explain(error: AssertionError, test: Test) -> str:
     """The message of a failed attempt; names the misconception if the value is a known one's."""
@@ -672,6 +695,7 @@ def _explain(error: AssertionError, test: Test) -> str:
 
 
 # %% tags=["tool"]
+# fold: attempt()
 #| export exercises.py
 def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None:
     """Try an exercise: run `test(answer)` and say whether it is to do or solved.
@@ -699,6 +723,7 @@ def attempt(answer: Answer, test: Test, *, wrong: Sequence[Answer] = ()) -> None
 
 
 # %% tags=["tool"]
+# fold: Answers that no test may accept
 #| export exercises.py
 _WRONG_EVERYWHERE: dict[str, Answer] = {
     "return nothing": lambda *arguments: None,
@@ -709,6 +734,7 @@ _WRONG_EVERYWHERE: dict[str, Answer] = {
 
 
 # %% tags=["tool"]
+# fold: Does a test refuse every wrong answer?
 #| export exercises.py
 def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
     """Assert that a test catches each wrong answer, and those that are wrong everywhere."""
@@ -728,6 +754,7 @@ def _try_wrong_answers(test: Test, wrong: Sequence[Answer]) -> None:
 
 
 # %% tags=["tool"]
+# fold: The class behind table()
 #| export teaching.py
 from mixconv.exercises import WrongAnswerError as WrongAnswerError
 from mixconv.exercises import attempt as attempt
@@ -757,9 +784,10 @@ class Table:
 
 
 # %% [markdown]
-# The class goes on in the next cell. `class Table(Table)` reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class. So a class can be told in parts, with words between, and no cell is long.
+# In the folds above and below, one class is written in two cells. The second begins with `class Table(Table)`. That reads oddly in plain Python; here it means "add these methods", and in the package both pieces are one class. So a class can be told in parts, with words between, and no cell is long.
 
 # %% tags=["tool"]
+# fold: table(), and how a table is shown
 #| export teaching.py
 class Table(Table):
     def __repr__(self) -> str:
@@ -783,6 +811,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 
 # %% tags=["tool"]
+# fold: kernel_color()
 #| export teaching.py
 import matplotlib.pyplot as plt
 from IPython.display import display
@@ -804,6 +833,7 @@ def kernel_color(kernel_size: int) -> str:
 
 
 # %% tags=["tool"]
+# fold: use_style()
 #| export teaching.py
 def use_style() -> None:
     """Set the figure style of the book: sparse axes, readable text, no chart junk."""
@@ -822,6 +852,7 @@ def use_style() -> None:
 
 
 # %% tags=["tool"]
+# fold: Contrast and size of what is written in a figure
 #| export _readable.py
 """Whether what is written in a figure can be read (chapter 0)."""
 
@@ -844,6 +875,7 @@ def _contrast(color: Any) -> float:
 
 
 # %% tags=["tool"]
+# fold: What in a figure is hard to read?
 #| export _readable.py
 def hard_to_read(figure: Figure) -> list[str]:
     """What is written too small or too pale in a figure; white ink is taken to lie on dark."""
@@ -861,6 +893,7 @@ def hard_to_read(figure: Figure) -> list[str]:
 
 
 # %% tags=["tool"]
+# fold: Is a figure still as it was drawn?
 #| export _readable.py
 from io import BytesIO
 from pathlib import Path
@@ -886,6 +919,7 @@ def compare_figure(figure: Figure, path: Path) -> None:
 
 
 # %% tags=["tool"]
+# fold: live(), for figures that answer back
 #| export teaching.py
 import importlib
 import os
@@ -915,6 +949,7 @@ def live(name: str, **settings: Any) -> Any:
 
 
 # %% tags=["tool"]
+# fold: show()
 #| export teaching.py
 def show(figure: Figure, filename: str, alt: str, caption: str = "", live: Any = None) -> None:
     """Draw a figure at the end of a cell.
@@ -949,6 +984,7 @@ def show(figure: Figure, filename: str, alt: str, caption: str = "", live: Any =
 
 
 # %% tags=["tool"]
+# fold: photograph()
 #| export teaching.py
 import matplotlib.cbook
 import numpy as np
@@ -976,7 +1012,7 @@ def photograph(size: int = 224) -> Tensor:
 # - Every chapter is a notebook, and its exported cells are the package.
 # - Paper, official code and our own choices are told apart.
 # - Every rewrite is compared with what it replaces, forward and gradient.
-# - One colour means one kernel size.
+# - Where kernels are compared, one colour means one kernel size.
 #
 # **Further reading**: [the paper](https://arxiv.org/abs/1907.09595), sections 1 and 2, takes a quarter of an hour; the [official code](https://github.com/tensorflow/tpu/tree/master/models/official/mnasnet/mixnet) is five files.
 #

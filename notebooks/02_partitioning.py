@@ -56,7 +56,9 @@ default_kernel_sizes(4)
 #
 # **Exponential.** Each group gets half of what the one before it got: 16, 8, 4. The last one gets as much as the one before it, so that the sum is right: 16, 8, 4, 4.
 #
-# **Logarithmic.** The share grows with the kernel: proportional to log k, to any base. The natural logarithms of 3, 5, 7, 9 are 1.10 + 1.61 + 1.95 + 2.20 = 6.86 together (6.85 before rounding).
+# > ✏️ **Ours.** How exponential is rounded: every share down, the last share repeated, and what is left over goes to the first group. The paper does not say, and the official code has no exponential split.
+#
+# **Logarithmic.** The share grows with the kernel: proportional to log k, to any base. The natural logarithms of 3, 5, 7, 9 are 1.10, 1.61, 1.95 and 2.20; together, with more digits, 6.85.
 # 32 · 1.10 / 6.85 = 5.1, 32 · 1.61 / 6.85 = 7.5, 32 · 1.95 / 6.85 = 9.1, 32 · 2.20 / 6.85 = 10.3. Rounded down: 5, 7, 9, 10. One channel is left over, and it goes to the first group: 6, 7, 9, 10.
 
 # %%
@@ -103,7 +105,7 @@ show(
 #
 # > ⚙️ **Official code.** Splits equally, and gives the remainder to group 0. MixNets use nothing else.
 #
-# > ✏️ **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential. It is for who believes that wide views matter most. In proportion to their weights, 9×9 kernels would get 81 / 9 = 9 times as many channels as 3×3; the logarithm is a gentle slope, and gives them twice as many, since log 9 is 2 · log 3.
+# > ✏️ **Ours.** *Logarithmic* is an addition: more channels for larger kernels, the opposite of exponential. It is for who believes that wide views matter most. In proportion to their weights, 9×9 kernels would get 81 / 9 = 9 times as many channels as 3×3; the logarithm is a gentle slope, and before rounding gives them twice as many (10.3 and 5.1 above), since log 9 is 2 · log 3.
 
 # %% [markdown]
 # ## The three rules
@@ -135,7 +137,7 @@ _METHODS = {"equal": _equal, "exponential": _exponential, "logarithmic": _logari
 # %% [markdown]
 # The last two are still short of 32: 30 and 31. The function that callers use checks its arguments, applies a rule, and hands out the remainder. An empty group would be a layer without output, so it is an error.
 #
-# The checks are manners, and the whole package shares them, so they have a private module. Open a fold once: a bad argument is named, with its value and what would be right. A kernel must be odd to have a centre.
+# The checks are manners, and the whole package shares them, so they have a private module. Look into one of the folds: a bad argument is named, with its value and what would be right. A kernel must be odd to have a centre.
 
 # %% tags=["plumbing"]
 # fold: Checks of numbers, rates and flags
@@ -232,6 +234,12 @@ def check_kernel_sizes(kernel_sizes: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
+# %% [markdown]
+# One check is of a use, not of an argument. `torch.jit.script` compiles a module's source, and does not know the Python that these checks are made of. Chapter 3's layer refuses it in words:
+
+# %% tags=["plumbing"]
+# fold: What `torch.jit.script` is told
+#| export _checks.py
 def refuse_script(module: object) -> None:
     """Raise NotImplementedError: `torch.jit.script` asks by the name `__prepare_scriptable__`."""
     raise NotImplementedError(
@@ -363,7 +371,7 @@ attempt(two_splits_solution, test_two_splits, wrong=[remainder_last, halves_to_t
 
 
 # %% [markdown]
-# **2.2** ★ *5 minutes, one line.* Write the exponential split the other way round: the *largest* kernel gets half of the channels. 32 in 4 groups becomes 4, 4, 8, 16.
+# **2.2** ★ *5 minutes, one line.* Write the exponential split the other way round: the *largest* kernel gets half of the channels. 32 in 4 groups becomes 4, 4, 8, 16. What is left over goes to the largest share.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -445,10 +453,11 @@ table(["groups", *map(str, range(1, 7))], [[m, *(f"{v:.1f}" for v in cost[m])] f
 figure, axis = plt.subplots(figsize=(6, 2.8))
 largest = [(2 * g + 1) ** 2 for g in range(1, 7)]
 axis.plot(range(1, 7), largest, color="#999999", linestyle=":", marker="o", markersize=4)
-axis.text(4.35, 118, "one kernel,\nthe largest", color="#555555", ha="right", va="bottom")
+axis.text(6.12, largest[-1], "one kernel,\nthe largest", color="#555555", va="center")
 for method, style in zip(methods, ("-", "--", "-."), strict=True):
     axis.plot(range(1, 7), cost[method], style, color="black", marker="o", markersize=4)
-    axis.text(6.12, cost[method][-1], method, va="center")
+    nudge = {"equal": -6, "logarithmic": 4}.get(method, 0)
+    axis.text(6.12, cost[method][-1] + nudge, method, va="center")
 labels = [f"{g}\n3…{2 * g + 1}" if g > 1 else "1\n3" for g in range(1, 7)]
 axis.set_xticks(range(1, 7), labels)
 axis.set(xlabel="groups, and their kernel sizes", ylabel="weights per channel", xlim=(0.8, 7.2))
@@ -509,7 +518,7 @@ resolve_partition(32, (3, 5, 7, 9), (20, 6, 4, 2))
 # %% [markdown]
 # ## Exercises
 #
-# **2.3** ★★★ *20 minutes, six lines.* Split so that every group has about the same number of *weights*: $c_t$ proportional to $1 / k_t^2$. Round by the *largest remainder*: round every share down, then give one channel more to the groups that lost the largest fractions, until none is left. Beware of floats.
+# **2.3** ★★★ *20 minutes, six lines.* Split so that every group has about the same number of *weights*: $c_t$ proportional to $1 / k_t^2$. Round by the *largest remainder*: round every share down, then give one channel more to the groups that lost the largest fractions, until none is left; of equal fractions, the earlier group first. Beware of floats.
 #
 # <details><summary>Hint: the idea</summary>
 #
@@ -580,7 +589,7 @@ def to_group_0(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def by_size(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """give a group channels in proportion to its weights, not against it"""
+    """give the shares in the opposite order"""
     return equal_weights_solution(channels, tuple(kernel_sizes[::-1]))
 
 
@@ -639,7 +648,7 @@ attempt(most_large_solution, test_most_large, wrong=[full_price, nobody_left])
 
 # %% [markdown]
 # ## Takeaways
-# - Start with equal, and with 3, 5, 7, 9. Take exponential where large kernels must stay cheap. Logarithmic is for experiments.
+# - ✏️ Our advice: start with equal, and with 3, 5, 7, 9. Take exponential where large kernels must stay cheap. Logarithmic is for experiments.
 # - Kernel sizes: 3, 5, 7, …; one per group.
 # - Equal is what the official MixNets use. The remainder goes to group 0.
 # - Exponential levels off at 33 weights a channel as groups are added. Logarithmic favours large kernels and costs most.

@@ -83,7 +83,7 @@ class ConvNet(nn.Module):
 
 
 # %% [markdown]
-# The forward pass in two halves: up to the head, pixels still apart, and from there to the classes. (`_run_block` calls the block; the end of the page says what else it can do.)
+# The forward pass in two halves: up to the head, pixels still apart, and from there to the classes. (`_run_block` calls the block, and under a switch saves memory; its fold is under "For those who build on it".)
 
 # %%
 #| export network.py
@@ -318,7 +318,7 @@ def _assemble(
 from functools import partial
 
 from mixconv.blocks import DepthwiseSeparableBlock
-from mixconv.network import refuse_timm_names  # see the end of the page
+from mixconv.network import refuse_timm_names  # whoever writes timm's names is told ours
 
 
 @refuse_timm_names
@@ -373,6 +373,8 @@ count_parameters(mobilenet_v1()), added
 
 # %% [markdown]
 # 4,231,976 parameters are the published network: the paper's Table 2 prints 4.2M. MixConv 357 adds 92,176, or 2%.
+#
+# > ✏️ **Ours.** The paper's costs are those of TF-slim's MobileNets (below), which have 'SAME' padding, and ReLU6 also in V1. Here the default is symmetric padding, V1 has ReLU, and first weights are drawn as MixNet's are. Costs are the same; `padding="same"` gives slim's windows.
 
 # %% [markdown]
 # **5.1** ★ *5 minutes, one line.* By how many parameters does MobileNetV1 grow, from 3×3 to equal MixConv 3, 5, if `channels` lists the channels of its depthwise layers? (All are even.)
@@ -428,7 +430,7 @@ attempt(growth_35_solution, test_growth, wrong=[new_weights, everybody])
 # %%
 #| export mobilenet.py
 from mixconv.blocks import MixConvBlock
-from mixconv.network import drop_path_rates  # see the end of the page
+from mixconv.network import drop_path_rates  # stochastic depth, milder for early blocks
 
 _V2_STAGES = [
     (16, 1, 1), (24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 2), (320, 1, 1),
@@ -490,7 +492,7 @@ norms = [layer for layer in mobilenet_v2().modules() if isinstance(layer, nn.Bat
 count_parameters(mobilenet_v2()), sum(map(count_parameters, norms))
 
 # %% [markdown]
-# 3,504,872 parameters, as in other implementations of MobileNetV2. The paper's Table 2 prints 3.4M, as MobileNetV2's authors do. That is not this number rounded. A guess: without the numbers of the batch norms it is 3,504,872 − 34,112 = 3,470,760, with the rest cut off 3.4M.
+# 3,504,872 parameters, as in other implementations of MobileNetV2. The paper's Table 2 prints 3.4M, as MobileNetV2's authors do. That is not this number rounded. A guess: without the numbers of the batch norms it is 3,504,872 − 34,112 = 3,470,760, with the rest cut off 3.4M. (Only a guess: 4.2M for V1 fits with the batch norms and without them.)
 #
 # ## Push something through
 #
@@ -569,7 +571,7 @@ table(["network", "ours, M", "paper, M", "missing, M", "weights, M"], rows)
 # | in the graph | what it does to a weight | operations | for which weights |
 # |---|---|---:|---|
 # | initialiser | a random number, times a deviation, plus a mean | 2 | all |
-# | weight decay | squares it, halves it, adds it up | 3 | all but depthwise ones, in MobileNets |
+# | weight decay | squares it, halves it, adds it up | 3 | all but depthwise ones (TF-slim's MobileNets set no decay on those) |
 #
 # TensorFlow's profiler counts the operations in a graph, without asking what they are for; and half of its count is what one would print as multiply-adds.
 #
@@ -633,7 +635,8 @@ def paper_flops(model: ConvNet, decays: int, size: int = 224) -> float:
         decays: how often the weight decay stands in the graph: 1 for the paper's MobileNets.
         size: height and width of the image.
 
-    Source: ours. TensorFlow's profiler, halved, run on the official code; published nowhere.
+    Source: ours. TensorFlow's profiler, halved, run on TF-slim's MobileNets and the official
+    MixNets; published nowhere.
     """
     x = torch.zeros(1, 3, size, size, device=next(model.parameters()).device)
     work, initialised, decayed = 0, 0, 0
@@ -746,7 +749,7 @@ for version, found in errors.items():
 # %% [markdown]
 # Absolute numbers, not growth, and every one within the accuracy of reading a plot.
 #
-# > ✏️ **Ours.** How sure is that? For MobileNets, as sure as one gets without asking the authors. The rule was found by running the official definitions under TensorFlow 1.14's profiler, with their default weight decay; nothing in it was fitted to the plots. The dilated points were predicted, not used. Chapter 7 takes the same rule to the MixNets, where one thing stays open.
+# > ✏️ **Ours.** How sure is that? For MobileNets, as sure as one gets without asking the authors. The rule was found by running TF-slim's MobileNet definitions under TensorFlow 1's profiler, with slim's default weight decay. For MobileNets `decays=1` is that default, and not a fit to the plots; in chapter 7 it becomes one, for the MixNets, and stays open. The dilated points were predicted, not used.
 #
 # Everywhere else this book counts multiply-adds of convolutions and classifier, and nothing besides.
 #
@@ -796,11 +799,13 @@ show(
 )
 
 # %% [markdown]
-# > 📄 **Paper, section 3.3, Figure 4.** With one size for all channels, accuracy rises to 7×7 (V1) or 9×9 (V2) and then falls: at 13×13 MobileNetV1 is worse than with 3×3. A mix of the same largest kernel costs less, and does not fall. From 11 to 13 it stays where it is: 74.30 and 74.31 on V2, less apart than the plot can be read.
+# > 📄 **Paper, section 3.3, Figure 4.** With one size for all channels, accuracy rises to 7×7 (V1) or 9×9 (V2) and then falls: at 13×13 MobileNetV1 is worse than with 3×3. A mix of the same largest kernel costs less, and does not fall. From 11 to 13 it rises by a tenth of a point on V1, and on V2 it stays where it is: 74.30 and 74.31, less apart than the plot can be read.
 #
 # Why should a larger kernel hurt? It contains the smaller one; with zeros around, it *is* the smaller one. But training has to find those zeros, in every channel. And at the end of these networks an image has 7×7 pixels: a 13×13 kernel covers all of it from any position, and is a dense layer in disguise (the paper's argument, in its introduction). In a mix, some channels always keep a small kernel.
 #
-# > 📄 **Paper, section 3.4, Figure 5.** One layer of MobileNetV2 at a time was given larger kernels. Most layers hardly care; those of stride 2 gain. There, MixConv 3, 5, 7, 9 does about as well as 9×9 in all channels, with half of the weights and multiply-adds of that layer. (Our reading: a layer of stride 2 drops three of four positions, and a wider window lets the one that stays know about the others.)
+# > 📄 **Paper, section 3.4, Figure 5.** One layer of MobileNetV2 at a time was given larger kernels. Most layers hardly care; those of stride 2 gain. There, MixConv 3, 5, 7, 9 does about as well as 9×9 in all channels, with half of the weights and multiply-adds of that layer.
+#
+# > ✏️ **Ours.** Why those? A layer of stride 2 drops three of four positions, and a wider window lets the one that stays know about the others. That is a reading, not a measurement.
 #
 # > 📄 **Paper, section 3.4, Figure 6.** The exponential split costs less than the equal one, and over both networks neither wins. Dilated 3×3 kernels are the cheapest. They do well in place of small kernels, and badly in place of large ones: a widely dilated kernel skips the pixels next to its centre.
 #
@@ -809,7 +814,7 @@ show(
 # | how many groups | four is a safe choice in MobileNets: 3, 5, 7, 9 | 📄 3.2 |
 # | the split | equal; exponential where every multiply-add counts | 📄 3.4 |
 # | dilated or not | not for large kernels | 📄 3.4 |
-# | where | layers of stride 2 first | 📄 3.4 |
+# | where | layers of stride 2 first (in Figure 4 every depthwise layer is mixed) | 📄 3.4 |
 # | MixConv or not | not in the very first block, where channels are few and images large: the search of chapter 7 put plain 3×3 there, in all MixNets | ✏️ |
 #
 # ### What came of it: Table 2
@@ -878,13 +883,13 @@ for name in ("5", "3 5", "7", "3 5 7"):
         mine, base = totals(build, tuple(map(int, name.split()))), totals(build, (3,))
         ours = [a - b for a, b in zip(mine, base, strict=True)]
         theirs = [table_1[name][first + i] - table_1["3"][first + i] for i in (0, 1)]
-        assert abs(ours[0] - theirs[0]) <= 0.0101
+        assert all(abs(a - b) <= 0.0101 for a, b in zip(ours, theirs, strict=True))
         rows.append([f"{version}, {name}", *(f"{v:.3f}" for v in (ours[0], theirs[0])),
                      *(f"{v:.3f}" for v in (ours[1], theirs[1]))])  # fmt: skip
 table(["against 3×3", "parameters +M, ours", "paper", "multiply-adds +B, ours", "paper"], rows)
 
 # %% [markdown]
-# Every difference agrees within the rounding of the printed digits. The paper's are all a little above ours, since the rows of a network share one rounded baseline. The mAP that goes with them (cited from the paper's Table 1): MixConv 357 reaches 22.4 on V1 and 22.3 on V2, where 7×7 reaches 21.8 and 21.2.
+# Every difference agrees within the rounding of the printed digits. The paper's are all a little above ours, perhaps since the rows of a network share one rounded baseline. The mAP that goes with them (cited from the paper's Table 1): MixConv 357 reaches 22.4 on V1 and 22.3 on V2, where 7×7 reaches 21.8 and 21.2.
 
 # %% [markdown]
 # ## For those who build on it

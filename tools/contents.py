@@ -20,10 +20,12 @@ TITLE = re.compile(r"^# (.+)$", re.MULTILINE)
 MINUTES = re.compile(r"^\*\*Time:\*\* (\d+) minutes", re.MULTILINE)
 EXERCISE = re.compile(r"^\*\*\d+\.\d+\*\* (★+) \*(\d+) minutes?,", re.MULTILINE)
 CAPTION = re.compile(r"^\*(Figure [\d.]+)\. (.+)\*$", re.MULTILINE)
-BOX = re.compile(r"^> (📄 \*\*Paper|⚙️ \*\*Official code|✏️ \*\*Ours)[^*]*\*\*\s*(.+)$")
+BOX = re.compile(r"^> (📄 \*\*Paper|⚙️ \*\*Official code|✏️ \*\*Ours)([^*]*)\*\*\s*(.+)$")
+OTHERS = re.compile(r"\(([^)]+)\)")  # of another paper: "Paper (Sandler et al., 2018)."
+SENTENCE = re.compile(r".+?[.!?][)\"”*_]*(?=\s+[\"“(*_`$]*[A-Z\d\"“]|$)")
 VOICES = {"📄": "The paper says", "⚙️": "The official code does", "✏️": "Ours"}
 FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
-LENGTH = 110  # of a box's beginning, in characters
+SHORTEST, LENGTH = 30, 110  # of a box's beginning, in characters; a sentence is never cut
 
 
 def anchor(heading: str) -> str:
@@ -33,15 +35,16 @@ def anchor(heading: str) -> str:
 
 
 def beginning(text: str) -> str:
-    """The first words of a box, whole, without links or an unfinished formula."""
+    """The first sentences of a box, whole, without links; at least one."""
     text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", text).replace("|", "\\|")
     if len(text) <= LENGTH:
         return text
-    text = text[:LENGTH].rsplit(" ", 1)[0]
-    for mark in ("$", "`", "**", "*"):
-        if text.count(mark) % 2:
-            text = text[: text.rindex(mark)]
-    return text.rstrip(" ,;:(") + " …"
+    end = 0
+    for sentence in SENTENCE.finditer(text):
+        if end >= SHORTEST and sentence.end() > LENGTH:
+            break
+        end = sentence.end()
+    return text[:end] or text
 
 
 def number_of(title: str) -> str:
@@ -67,14 +70,16 @@ def contents_page(pages: dict[str, str]) -> str:
         minutes, exercises, practice = (
             minutes + reading, exercises + len(tasks), practice + trying,
         )  # fmt: skip
-        figures += [f"- [{name}]({stem}.md) {text}" for name, text in CAPTION.findall(prose)]
         section = ""
         for line in prose.splitlines():
             if line.startswith("## "):
                 section = "#" + anchor(line.removeprefix("## "))
+            if caption := CAPTION.match(line):
+                figures.append(f"- [{caption[1]}]({stem}.md{section}) {caption[2]}")
             if box := BOX.match(line):
                 link = f"[{number_of(title)}]({stem}.md{section})"
-                boxes[box[1][: box[1].index(" ")]].append(f"- {link} {beginning(box[2])}")
+                whose = f"{other[1]}: " if (other := OTHERS.search(box[2])) else ""
+                boxes[box[1][: box[1].index(" ")]].append(f"- {link} {whose}{beginning(box[3])}")
     total = f"| **together** | **{minutes}** | **{exercises}** | **{practice}** |"
     table = ["| chapter | minutes to read | exercises | minutes to try |", "|---|---:|---:|---:|"]
     parts = [

@@ -31,7 +31,7 @@ def test_every_list_is_read_off_the_page():
     page = contents_page({"03_layer": PAGE, "04_blocks": PAGE.replace("# 3", "# 4", 1)})
     assert "| [3 · The layer](03_layer.md) | 25 | 1 | 10 |" in page
     assert "| **together** | **50** | **2** | **20** |" in page
-    assert "- [Figure 3.1](03_layer.md) A bar." in page
+    assert "- [Figure 3.1](03_layer.md#what-padding-does-in-code) A bar." in page
     assert "- [3](03_layer.md#what-padding-does-in-code) Pads on the right \\| first." in page
     assert "Not a voice" not in page
     assert "Not a title" not in page
@@ -41,12 +41,21 @@ def test_every_list_is_read_off_the_page():
     ("text", "wanted"),
     [
         ("Short [link](a.md) text.", "Short link text."),
-        ("word " * 21 + "and $x + y$ then", "word " * 20 + "word and …"),
-        ("word " * 21 + "`code that is long`", "word " * 20 + "word …"),
+        ("Word " * 20 + "at 3.5 and v.7. And $x + y$ then.", "Word " * 20 + "at 3.5 and v.7."),
+        ("Section 3.1. " + "Word " * 25 + "end. More.", "Section 3.1. " + "Word " * 25 + "end."),
+        ("One is short enough to be kept. " * 5, " ".join(["One is short enough to be kept."] * 3)),
+        ("word " * 30 + "`code that is long`", "word " * 30 + "`code that is long`"),
     ],
 )
 def test_a_beginning_is_whole(text, wanted):
     assert beginning(text) == wanted
+
+
+def test_a_box_about_another_paper_says_which():
+    box = "> 📄 **Paper (Sandler et al., 2018).** Table 2.\n\n> 📄 **Paper, section 3.**"
+    page = contents_page({"04_blocks": f"# 4 · Blocks\n\n{box} Ours to read."})
+    assert "- [4](04_blocks.md) Sandler et al., 2018: Table 2." in page
+    assert "- [4](04_blocks.md) Ours to read." in page
 
 
 def test_anchors_are_githubs():

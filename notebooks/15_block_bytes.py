@@ -59,7 +59,7 @@ show(
 #
 # The right side does without the expanded tensor. Chapter 14's kernel reads 16 channels of a row into its ring. It can as well *compute* them there, from the input: for 16 outputs, a 1×1 convolution of a row is a small matrix product. Nothing but `fetch_row` changes. (Every strip reads the input again; but that is narrow, and stays in the cache.)
 #
-# The depthwise layer's output must exist. The gate needs its means, over all pixels, before the projection can start. But the means can be summed up while the rows are still in the cache, and the gate can be multiplied into the projection's weights as they are loaded. (Without a gate that tensor could go, too; the kernel does not bother.)
+# The depthwise layer's output must exist. The gate needs its means, over all pixels, before the projection can start. But the means can be summed up while the rows are still in the cache, and the gate can be multiplied into the projection's weights as they are loaded. (Without a gate that tensor could go, too: 2 · 125,440 = 250,880 bytes would be left to move. The kernel does not bother.)
 #
 # **15.1** ★ *5 minutes, two lines.* How many bytes does a block read and write in one pass? Count the narrow input once, the wide tensor behind the depthwise layer twice, and the output once; float32, one image, no weights.
 #
@@ -108,7 +108,7 @@ attempt(one_pass_bytes_solution, test_bytes, wrong=[stride_forgotten, written_on
 # %% [markdown]
 # ## A block in one value
 #
-# A block is chapter 12's `MixSpec` with 1×1 layers around it. It must pass through PyTorch's dispatcher, which knows numbers and text but no classes of ours. Chapter 12 passed its layer as numbers in a row, each known by its place. Five layers, some of them absent, would make a long row that is easy to get wrong. So a block can be written down as a line of text, and read again: `str` and `BlockSpec.parse`. Reading evaluates nothing but literals and these three names.
+# A block is chapter 12's `MixSpec` with 1×1 layers around it. It must pass through PyTorch's dispatcher, which knows numbers and text but no classes of ours. Chapter 12 passed its layer as numbers in a row, each known by its place. Of five layers some may be absent, and the dispatcher's `int[]` has no way to leave one out. So a block can be written down as a line of text, and read again: `str` and `BlockSpec.parse`. Reading evaluates nothing but literals and these three names.
 
 # %%
 #| export fast/fused_block.py
@@ -203,7 +203,7 @@ except ValueError as error:
 import torch.nn.functional as F
 from torch import Tensor
 
-PANEL = 16  # the kernel's kPanel
+PANEL = 16  # outputs side by side; the kernel of the next page has the same number
 
 
 def pack_pointwise(weight: Tensor, groups: int) -> Tensor:
@@ -313,7 +313,8 @@ def block_form(
 # %% [markdown]
 # Before anyone computes with addresses, a block must fit together: each layer takes what the one before it gives, and each tensor holds as many numbers as the block says.
 
-# %%
+# %% tags=["plumbing"]
+# fold: What a 1×1 layer must be, and how many numbers it has
 #| export fast/fused_block.py
 from mixconv.fast.spec import ACTIVATIONS
 
@@ -332,7 +333,8 @@ def _count_point(point: PointwiseSpec | None) -> tuple[int, int]:
     return groups * -(-outputs // groups // PANEL) * PANEL * (inputs // groups), outputs
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: Which layer must take what another gives
 #| export fast/fused_block.py
 def _check_fit(spec: BlockSpec, wide: int) -> None:
     """Raise unless each layer takes what the one before it gives."""
@@ -348,7 +350,8 @@ def _check_fit(spec: BlockSpec, wide: int) -> None:
             raise ValueError(f"layers do not fit together: {one} {taken} channels, {other} {given}")
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: The block's channels and sizes, checked
 #| export fast/fused_block.py
 from mixconv.fast.spec import check_spec
 
@@ -373,7 +376,8 @@ def check_block(spec: BlockSpec) -> tuple[int, list[int], list[int]]:
     return inputs, list(weights), list(biases)
 
 
-# %%
+# %% tags=["plumbing"]
+# fold: The sizes of a call's tensors, checked
 #| export fast/fused_block.py
 from mixconv.fast.forms import Call
 

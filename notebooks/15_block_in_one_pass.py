@@ -3,7 +3,7 @@
 #
 # Chapter 14's kernel has one line that says where a row comes from. What if the row is computed there, and never written to memory?
 #
-# The picture below shows a block in one pass. The narrow input is read once for each strip. Sixteen expanded channels of a few rows exist in the ring, and nowhere else. The wide tensor is written once and read once; its means become the gate, and the gate goes into the projection's weights.
+# The picture below shows a block in one pass. The narrow input is read once for each strip. (The page before counts it once. It counts what must come from memory: the other strips find the rows in the cache.) Sixteen expanded channels of a few rows exist in the ring, and nowhere else. The wide tensor is written once and read once; its means become the gate, and the gate goes into the projection's weights.
 #
 # **You will be able to**
 # - follow a block through the kernel: expansion into the ring, sums for the gate, projection;
@@ -22,30 +22,36 @@ import matplotlib.pyplot as plt
 from mixconv.teaching import show, use_style
 
 logging.getLogger("mixconv").setLevel(logging.ERROR)  # a kernel may be compiled below
-use_style()
-figure, axis = plt.subplots(figsize=(8, 2.6))
 boxes = {
     "x\n40 channels": (0, 0.8, 1, 0.6, "#d7e3ee"),
-    "ring: k rows,\n16 channels": (2.3, 0.8, 1.2, 0.6, "#f3d9b8"),
+    "ring:\nk rows, 16\nchannels": (2.3, 0.8, 0.9, 0.6, "#f3d9b8"),
     "wide tensor\n240 channels": (4.9, 0.8, 1.1, 1.4, "#d7e3ee"),
     "y\n40 channels": (8.0, 0.8, 1, 0.6, "#d7e3ee"),
-    "project:\nweights": (6.55, 0.8, 0.9, 0.6, "#f3d9b8"),
+    "project:\nweights": (6.55, 0.8, 0.9, 0.6, "#e3e3e3"),
     "gate": (6.5, 2.2, 1, 0.45, "#f3d9b8"),
 }
-for text, (x, y, width, height, color) in boxes.items():
-    axis.add_patch(plt.Rectangle((x, y - height / 2), width, height, color=color))
-    axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=8)
 arrows = {
     "expand (fetch_row)": ((1.05, 0.8), (2.25, 0.8), (1.65, 0.9)),
-    "depthwise": ((3.55, 0.8), (4.85, 0.8), (4.2, 0.9)),
+    "depthwise": ((3.25, 0.8), (4.85, 0.8), (4.05, 0.9)),
     "": ((6.05, 0.8), (6.5, 0.8), (6.2, 0.9)),
     " ": ((7.5, 0.8), (7.95, 0.8), (7.6, 0.9)),
     "sums of rows": ((5.6, 1.55), (6.45, 2.2), (5.4, 2.0)),
     "times": ((7.0, 1.95), (7.0, 1.15), (7.3, 1.45)),
 }
+legend = {"a whole map": "#d7e3ee", "scratch, in the cache": "#f3d9b8", "weights": "#e3e3e3"}
+
+# %% tags=["drawing"]
+use_style()
+figure, axis = plt.subplots(figsize=(8, 2.6))
+for text, (x, y, width, height, color) in boxes.items():
+    axis.add_patch(plt.Rectangle((x, y - height / 2), width, height, color=color))
+    axis.text(x + width / 2, y, text, ha="center", va="center", fontsize=8)
 for text, (begin, end, place) in arrows.items():
     axis.annotate("", end, begin, arrowprops={"arrowstyle": "->", "lw": 1.2})
     axis.text(*place, text, ha="center", va="bottom", fontsize=8)
+for place, (label, color) in enumerate(legend.items()):
+    axis.add_patch(plt.Rectangle((0, 2.25 - 0.28 * place), 0.25, 0.18, color=color))
+    axis.text(0.35, 2.34 - 0.28 * place, label, va="center", fontsize=8)
 axis.set(xlim=(-0.1, 9), ylim=(0, 2.5))
 axis.axis("off")
 show(
@@ -96,7 +102,7 @@ show(
 #     Vec weight[V];
 # #pragma GCC unroll 16
 #     for (int v = 0; v < V; ++v) {
-#       // The second vector: of the next panel with 16 lanes, the second half of this with 8.
+#       // The second vector: with 16 lanes of the next panel, with fewer the next part of this one.
 #       const int64_t next_panels = v * kLanes / kPanel * n * kPanel;
 #       weight[v] = load(panel + next_panels + v * kLanes % kPanel, kLanes);
 #       if (gate) weight[v] *= gate[i];
@@ -404,6 +410,9 @@ def image_size(spec: BlockSpec, pixels: int, ring: int, parts: int) -> int:
     return round_up(parts * (ring + channels) + pixels * channels + gate_size(spec), 16)
 
 
+# %% [markdown]
+# How is work shared? By hand, five images and two threads. Each thread computes two whole images, with a ring and a wide tensor of its own: `workers` is 2, and the first four images are computed `apart`. The fifth is left; both threads compute it together, in two parts. For that one there is a second plan.
+
 # %%
 #| export fast/block_kernel.py
 BlockSizes = namedtuple(
@@ -458,7 +467,7 @@ def write_points(spec: BlockSpec) -> list[int]:
 
 
 # %% [markdown]
-# How is work shared? By hand, five images and two threads. Each thread computes two whole images, with a ring and a wide tensor of its own: `workers` is 2, and the first four images are computed `apart`. The fifth is left; both threads compute it together, in two parts. For that one there is a second plan. One image alone has no workers; it is cut into parts at once:
+# The same by numbers, with one image, two and five. One image alone has no workers; it is cut into parts at once:
 
 # %%
 import torch
@@ -487,6 +496,8 @@ table(["images", "workers", "apart", "wide tensor", "gate", "scratch, all in all
 
 # %% [markdown]
 # Numbers of four bytes. The wide tensor has 28 · 28 · 240 = 188,160 of them, the gate 240 + 240 + 20 = 500: the gate, the means, and the squeezed means. Two workers need two of everything. It does not grow with the number of images.
+#
+# (`share_images` also sees to it that the workers' memory fits under the limit of the form: it asks how many fit, and makes no more.)
 #
 # So why is the wide tensor still there? The projection of the first pixel needs the gate, the gate needs the means of all pixels, and so the last row must be computed before the first can be used. To lose the tensor, the block would be computed twice: once for the means only, and again, row by row, for the projection. That trades the tensor's one writing and reading for a second expansion and a second depthwise layer, which are most of the multiply-adds. Without a gate no second pass is needed; then the projection could follow each band of rows at once.
 #
@@ -664,7 +675,7 @@ network = next(r["seconds"] for r in bench["networks"] if r["batch"] == 1)
 print(f"depthwise layers: at least {100 * depthwise / network['fused, layers']:.0f}% of the time")
 
 # %% [markdown]
-# (At least: the layers were timed alone, each with its input in the cache already.) The rest is what this chapter is about. Whole networks with blocks in one pass, against the same networks rewritten layer by layer (chapter 16 does both: each layer with its norm and activation as one operation, or each block):
+# (At least: the layers were timed alone, each with its input in the cache already.) Most of the rest is what this chapter is about; the stem, the head, the classifier and Python are in it, too. Whole networks with blocks in one pass, against the same networks rewritten layer by layer (chapter 16 does both: each layer with its norm and activation as one operation, or each block):
 
 # %%
 rows = []

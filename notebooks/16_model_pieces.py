@@ -20,8 +20,8 @@ from mixconv.teaching import show, use_style
 rows = [
     ("MixConv2d", "", "three as one operation"),
     ("MixConv2d", "also read here", "the layer alone: read twice"),
-    ("MixConv2d", "a hook", "the layer alone: a hook looks"),
-    ("Doubling", "", "only what lies inside it"),
+    ("MixConv2d", "a hook on the norm", "the layer alone: a hook looks"),
+    ("Doubling", "", "only its two convolutions"),
 ]
 half = (1.05, 1.3, 0.65, 1.2)  # widths of the boxes
 arrow = {"arrowstyle": "->"}
@@ -41,17 +41,17 @@ for row, (layer, between, verdict) in enumerate(rows):
             axis.annotate("", *ends, arrowprops=arrow)
     axis.text(10.6, y, verdict, va="center", color="#006b4f", weight="bold", fontsize=9.5)
     if between:
-        axis.annotate(
-            "", (1.35, y + 0.55), (1.35, y + 0.03), arrowprops={**arrow, "color": "#D55E00"}
-        )
-        axis.text(1.55, y + 0.38, between, color="#a34600", fontsize=9)
+        at = 4.8 if row == 2 else 1.35  # behind the norm, or behind the layer
+        axis.annotate("", (at, y + 0.55), (at, y + 0.03), arrowprops={**arrow, "color": "#D55E00"})
+        axis.text(at + 0.2, y + 0.38, between, color="#a34600", fontsize=9)
 axis.set(xlim=(-1.2, 16.3), ylim=(-3.4, 0.4)), axis.axis("off")
 show(
     figure,
     "what_may_be_fused.png",
     "The same row of four layers in four cases; what is replaced is green. Alone, the mixed layer, "
     "the norm and the ReLU become one operation. Where the first output is read twice, or a hook "
-    "looks between, the mixed layer is replaced by itself, and the norm and the ReLU stay. Of a "
+    "looks at the norm's output, the mixed layer is replaced by itself, and the norm and the ReLU "
+    "stay. Of a "
     "class of its own only the convolutions inside may be replaced.",
     caption="Three layers become one only where nobody reads or looks between them, and each is "
     "what its class says.",
@@ -164,7 +164,7 @@ with torch.no_grad():
 # 3. **Untouched.** No hooks, no `forward` of a single object, no parametrised weight.
 # 4. **Tried.** Rules are written by people. So every rewrite is run beside its original on a random image, and put back if the result is another.
 #
-# What breaks a rule is left as it is, and named in a report, with the rule. As much as does not break one is still done: in the second and third case the mixed layer by itself. This page has the first rule, and what is put in; the second page has the others; the third puts all together.
+# What breaks a rule is left as it is, and named in a report, with the rule. As much as does not break one is still done: in the second and third case the mixed layer by itself. In the fourth, the `Doubling` stays, and the two convolutions that its forward calls may each be made faster. This page has the first rule, and what is put in; the second page has the others; the third puts all together.
 #
 # ## Exact types, without importing anybody
 #
@@ -389,7 +389,7 @@ unit.activation, unit.rest
 # %% [markdown]
 # ## Blocks: described, not guessed
 #
-# A whole block can be one operation (chapter 15), if it is an inverted residual or a depthwise separable one. Reading that off a traced graph takes a few hundred lines, and their mistakes are silent. Writing it down takes a few lines for each class: which parts run in which of five rows, and whether the input is added.
+# A whole block can be one operation (chapter 15), if it is an inverted residual or a depthwise separable one. Reading that off a traced graph takes a pattern for each way of writing a block, and a pattern that fits by chance is a silent mistake. Writing it down takes a few lines for each class: which parts run in which of five rows, and whether the input is added.
 
 # %%
 #| export fast/describe.py
@@ -597,7 +597,7 @@ for change in (lambda block: None, add_hook, add_part):
 # %% [markdown]
 # ## What goes in the place of a layer
 #
-# A mixed layer, or a plain one with kernels from 5×5 up, becomes one operation, if a form would compute it (chapter 12). Otherwise a mixed layer becomes one convolution, if one can do it. The activation goes inside. For an ordinary convolution "inside" is `FusedConv`: it works in place, unless a hook may have the tensor in between.
+# A mixed layer, or a plain one with kernels from 5×5 up, becomes one operation, if a form would compute it (chapter 12). So it is with the backend "auto"; "kernel" does not ask, and "merged" uses no operation at all. Otherwise a mixed layer becomes one convolution, if one can do it. The activation goes inside. For an ordinary convolution "inside" is `FusedConv`: it works in place, unless a hook may have the tensor in between.
 #
 # Plain 3×3 layers stay convolutions. With channels last, as a fused model has them, our kernel is faster than PyTorch's for some of them and slower for others. (In chapter 11's picture the gap is wide since those layers have channels first.)
 
@@ -709,7 +709,9 @@ def _fuse_unit(unit: Unit, backend: str) -> nn.Module:
     if spec is not None and backend != "merged":
         worth = mixed or max(spec.kernel_sizes) >= _SMALLEST_PLAIN_KERNEL
         like, count = convs[0].weight, sum(spec.channels)
-        if worth and (backend == "kernel" or not why_no_form(FORMS, spec, count, like)):
+        if worth and backend == "auto":  # only where a kernel would run
+            worth = not why_no_form(FORMS, spec, count, like)
+        if worth:
             return FusedMixConv2d(convs, spec).eval()
     layer = (_merge(convs) if mixed else None) or unit.layer
     if unit.activation == "none":

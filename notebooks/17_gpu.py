@@ -3,6 +3,8 @@
 #
 # A graphics card has thousands of lanes and one wish: that neighbouring lanes read neighbouring addresses. What becomes of the mixed layer there?
 #
+# > ✏️ **Ours.** No GPU was at hand when this was written. The interpreter has checked what the kernel computes, and Triton's compiler has made GPU code of it. Nothing here says how fast that is, and no number is published.
+#
 # The picture below shows how the work is cut: each rectangle is one *program*, a tile of 4 rows and 8 columns of pixels for 32 neighbouring channels of one group. All groups start in one launch.
 #
 # **You will be able to**
@@ -47,8 +49,8 @@ show(
     "programs_on_a_gpu.png",
     "A layer with groups of 64, 64, 32 and 32 channels, cut into programs: tiles of pixels by 32 "
     "channels. The groups with 64 channels are two tiles deep, those with 32 one.",
-    caption="Every group is cut into programs of one size, so that all can start together. (The "
-    "gaps only tell them apart.)",
+    caption="Every group is cut into programs of one size, so that all can start together: 64 "
+    "channels are two programs deep. (The gaps only tell them apart.)",
 )
 
 # %% [markdown]
@@ -116,6 +118,21 @@ names = ["first", "count", "k", "dilation", "top", "left", "weight", "step"]
 table(names, table_rows([GpuGroup(90, 3, 1, 1, 1), GpuGroup(40, 5, 1, 2, 2)]))
 
 # %% [markdown]
+# The last row of a group need not be full: 90 channels take 3 · 32 = 96 lanes, and 40 take 64. How many lanes idle in MixNet-S?
+
+# %%
+from mixconv import MixConv2d, mixnet_s
+
+layers = [block.depthwise.conv for block in mixnet_s().blocks]
+convs = [c for one in layers for c in (one.convs if isinstance(one, MixConv2d) else [one])]
+groups = [conv.out_channels for conv in convs]
+lanes = [-(-count // LANES) * LANES for count in groups]
+idle = 1 - sum(groups) / sum(lanes)
+print(f"{100 * idle:.0f}% of the lanes are idle")
+
+# %% [markdown]
+# Fewer channels to a program would leave fewer lanes idle, and load fewer at once; only a card could say what is better.
+#
 # ## The kernel
 #
 # Triton compiles a Python-like function for the GPU. What looks like a number in it may be a *block* in Triton's sense: a small array, worked on as a whole. (Triton does not understand type hints; hence none.)
@@ -361,9 +378,9 @@ print(agrees if AVAILABLE else "not compared: Triton is not installed")
 # %% [markdown]
 # Gradients are those of chapter 12, group by group: a form computes the forward only.
 #
-# > ✏️ **Ours.** No GPU was at hand when this was written. The interpreter has checked what the kernel computes, and Triton's compiler has made GPU code of it. Nothing here says how fast that is, and no number is published.
+# How fast is it? What can be said without a card is a bound. A 14×14 layer of 360 channels reads and writes 564,480 bytes ([chapter 11](11_why_slow.ipynb)). Suppose that a card moves 2,000 GB a second, and that starting a kernel takes 3 microseconds: both are assumed, to see the order of size. Then the bytes take 0.3 microseconds, at one image the launches are the cost, and one in place of five would be most of what can be gained. That is a thought, and not a measurement; and a recorded graph of launches, which PyTorch offers as CUDA graphs, makes launches cheaper, too.
 #
-# What can be said is a bound. A 14×14 layer of 360 channels reads and writes 564,480 bytes ([chapter 11](11_why_slow.ipynb)). A card that moves 2,000 GB a second does that in 0.3 microseconds. If starting a kernel takes 3 microseconds, say, then at one image the launches are the cost, and one in place of five would be most of what can be gained. That is a thought, and not a measurement; and a recorded graph of launches, which PyTorch offers as CUDA graphs, makes launches cheaper, too.
+# Against it speaks what the kernel does not do. Chapters 13 and 14 kept rows of the input in a ring. Here each program reads its input anew for each tap, from whatever cache still has it: 9 · 9 = 81 times for a 9×9 kernel. And lanes without a channel do nothing, as counted above.
 
 # %%
 layer_bytes = 2 * 14 * 14 * 360 * 4

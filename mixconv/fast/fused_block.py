@@ -90,7 +90,7 @@ def _build(node: Any) -> Any:
     return known[ast.unparse(node.func)](**entries)
 
 
-PANEL = 16  # the kernel's kPanel
+PANEL = 16  # outputs side by side; the kernel of the next page has the same number
 
 
 def pack_pointwise(weight: Tensor, groups: int) -> Tensor:

@@ -33,7 +33,7 @@ inline __attribute__((always_inline)) void multiply(Vec (&sums)[V * T], const fl
     Vec weight[V];
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) {
-      // The second vector: of the next panel with 16 lanes, the second half of this with 8.
+      // The second vector: with 16 lanes of the next panel, with fewer the next part of this one.
       const int64_t next_panels = v * kLanes / kPanel * n * kPanel;
       weight[v] = load(panel + next_panels + v * kLanes % kPanel, kLanes);
       if (gate) weight[v] *= gate[i];

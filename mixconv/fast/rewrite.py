@@ -92,7 +92,9 @@ def _fuse_unit(unit: Unit, backend: str) -> nn.Module:
     if spec is not None and backend != "merged":
         worth = mixed or max(spec.kernel_sizes) >= _SMALLEST_PLAIN_KERNEL
         like, count = convs[0].weight, sum(spec.channels)
-        if worth and (backend == "kernel" or not why_no_form(FORMS, spec, count, like)):
+        if worth and backend == "auto":  # only where a kernel would run
+            worth = not why_no_form(FORMS, spec, count, like)
+        if worth:
             return FusedMixConv2d(convs, spec).eval()
     layer = (_merge(convs) if mixed else None) or unit.layer
     if unit.activation == "none":

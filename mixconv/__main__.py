@@ -3,6 +3,7 @@
 """`mixconv`, or `python -m mixconv`: what a network does, stage by stage (chapter 18)."""
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -126,12 +127,12 @@ def read_image(
     try:
         from PIL import Image, ImageOps
     except ModuleNotFoundError:
-        raise ImportError("--image needs Pillow: pip install pillow") from None
+        raise ImportError("pictures need Pillow: pip install pillow") from None
     try:
         with Image.open(path) as file:
             image = ImageOps.fit(as_shown(file), (width, height), Image.Resampling.BICUBIC)
     except Exception as error:  # damaged files fail in many ways; all mean the same
-        raise ValueError(f"--image {path or repr(path)}: {error}") from error
+        raise ValueError(f"picture {path!r}: {error}") from error
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return normalise(pixels.view(1, height, width, 3).permute(0, 3, 1, 2) / 255)
 
@@ -257,19 +258,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["predict"]:
             predict(given[1:])
-            return 0
-        options = parse(given)
-        size = (options.size[0], options.size[-1])
-        black = torch.zeros(1, 3, *size)
-        x = black if options.image is None else read_image(options.image, *size)
-        for name in options.model:
-            report(name, build(name, options), x, options)
-        sys.stdout.flush()
+        else:
+            options = parse(given)
+            size = (options.size[0], options.size[-1])
+            black = torch.zeros(1, 3, *size)
+            x = black if options.image is None else read_image(options.image, *size)
+            for name in options.model:
+                report(name, build(name, options), x, options)
+        print(end="", flush=True)  # where there is an output at all
         return 0
-    except BrokenPipeError:  # `mixconv | head` has seen enough; nothing is left to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, ImportError, FileNotFoundError) as error:
-        print(f"mixconv: {error}", file=sys.stderr)
+    except (ValueError, ImportError, OSError) as error:
+        code = getattr(error, "errno", None)
+        if code != errno.EPIPE:  # `mixconv | head` has seen enough; nothing is left to say
+            print(f"mixconv: {error}", file=sys.stderr)
+        if code in (errno.EPIPE, errno.ENOSPC):  # Python would try once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 1
 
 

@@ -71,8 +71,9 @@ _LEFT_THERE = re.compile(r"(^|\.)(n_averaged|total_ops|total_params)$")  # by av
 
 def _unwrap(data: Any, where: str, names: tuple[str, ...]) -> Checkpoint:
     """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
-    told = names
-    while isinstance(data, Mapping):
+    told, seen = names, list[Any]()
+    while isinstance(data, Mapping) and not any(data is one for one in seen):
+        seen.append(data)
         options = data.get("args", data.get("hyper_parameters"))
         held = [data.get("arch"), getattr(options, "model", None)]
         held += [options.get("model")] if isinstance(options, Mapping) else []
@@ -94,17 +95,41 @@ def _unwrap(data: Any, where: str, names: tuple[str, ...]) -> Checkpoint:
 
 def _read_file(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
+        begins = _begins(path)
+        safetensors = path.suffix == ".safetensors" and not begins.startswith(b"PK")
+        if safetensors or begins[8:9] == b"{":  # names lie
             from safetensors.torch import load_file
 
             return load_file(path)
         _refuse_inflation(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's options: only values
-            return torch.load(path, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([argparse.Namespace])  # timm's: only values
+        with allowed, path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise ImportError(".safetensors needs safetensors: pip install 'mixconv[hub]'") from None
     except Exception as error:  # damaged files fail in many ways; all mean the same
-        raise ValueError(f"{path} holds no readable weights: {error}") from error
+        raise ValueError(f"{path} holds no readable weights: {_why(path, error)}") from error
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def _why(path: Path, error: Exception) -> str:
+    """One line; torch's own are many, and advise to run what a file asks for."""
+    if isinstance(error, OSError):
+        return str(error)
+    begins = _begins(path)
+    if begins.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer to them; `git lfs pull` gets the file"
+    if begins.lstrip().startswith(b"<"):
+        return "it is a web page; was the download refused?"
+    if code := re.search(r"GLOBAL ([\w.]*\w)", str(error)):
+        return f"it asks to run {code[1]}, which is refused; save a state_dict()"
+    if "weights_only" in str(error):
+        return "it is no state_dict() that torch.save wrote"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _refuse_inflation(path: Path) -> None:

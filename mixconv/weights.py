@@ -206,22 +206,28 @@ def _other_classifier(
 def _is_dense(given: Tensor, expected: Tensor) -> bool:
     """Whether a tensor's numbers can be copied: real, of a kind that fits, and in memory."""
     real = given.is_floating_point() or not expected.is_floating_point()
-    return given.layout == torch.strided and not (given.is_meta or given.is_complex()) and real
+    plain = given.layout == torch.strided and not given.is_nested
+    return plain and not (given.is_meta or given.is_complex()) and real
 
 
 def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise ValueError with what is missing, unexpected, or of another shape."""
-    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in expected if n in given}
+    here = [name for name in expected if name in given]
+    dense = [name for name in here if _is_dense(given[name], expected[name])]
+    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in dense}
     problems = {
         "missing": [n for n in expected if n not in given and not n.endswith("_batches_tracked")],
         "unexpected": [n for n in given if n not in expected],
         "of another shape": [f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b],
-        "no dense numbers": [n for n in shapes if not _is_dense(given[n], expected[n])],
+        "no dense numbers": [name for name in here if name not in dense],
     }
     parts = [
         f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
         for kind, names in problems.items()
         if names
     ]
+    folded = any(name.endswith("running_var") for name in problems["missing"])
+    if folded and any(re.search(r"bias\d?$", name) for name in problems["unexpected"]):
+        parts.append("norms are folded in them: save the model before it is fused")
     if parts:
         raise ValueError(f"these weights do not fit; {'; '.join(parts)}")

@@ -297,8 +297,9 @@ _LEFT_THERE = re.compile(r"(^|\.)(n_averaged|total_ops|total_params)$")  # by av
 
 def _unwrap(data: Any, where: str, names: tuple[str, ...]) -> Checkpoint:
     """The tensors of a checkpoint, out of the wrappings that training scripts put around."""
-    told = names
-    while isinstance(data, Mapping):
+    told, seen = names, list[Any]()
+    while isinstance(data, Mapping) and not any(data is one for one in seen):
+        seen.append(data)
         options = data.get("args", data.get("hyper_parameters"))
         held = [data.get("arch"), getattr(options, "model", None)]
         held += [options.get("model")] if isinstance(options, Mapping) else []
@@ -328,17 +329,41 @@ import zipfile
 
 def _read_file(path: Path) -> Any:
     try:
-        if path.suffix == ".safetensors":
+        begins = _begins(path)
+        safetensors = path.suffix == ".safetensors" and not begins.startswith(b"PK")
+        if safetensors or begins[8:9] == b"{":  # names lie
             from safetensors.torch import load_file
 
             return load_file(path)
         _refuse_inflation(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's options: only values
-            return torch.load(path, map_location="cpu", weights_only=True)
+        allowed = torch.serialization.safe_globals([argparse.Namespace])  # timm's: only values
+        with allowed, path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except ModuleNotFoundError:
         raise ImportError(".safetensors needs safetensors: pip install 'mixconv[hub]'") from None
     except Exception as error:  # damaged files fail in many ways; all mean the same
-        raise ValueError(f"{path} holds no readable weights: {error}") from error
+        raise ValueError(f"{path} holds no readable weights: {_why(path, error)}") from error
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(64)
+
+
+def _why(path: Path, error: Exception) -> str:
+    """One line; torch's own are many, and advise to run what a file asks for."""
+    if isinstance(error, OSError):
+        return str(error)
+    begins = _begins(path)
+    if begins.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer to them; `git lfs pull` gets the file"
+    if begins.lstrip().startswith(b"<"):
+        return "it is a web page; was the download refused?"
+    if code := re.search(r"GLOBAL ([\w.]*\w)", str(error)):
+        return f"it asks to run {code[1]}, which is refused; save a state_dict()"
+    if "weights_only" in str(error):
+        return "it is no state_dict() that torch.save wrote"
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _refuse_inflation(path: Path) -> None:
@@ -604,23 +629,29 @@ def _other_classifier(
 def _is_dense(given: Tensor, expected: Tensor) -> bool:
     """Whether a tensor's numbers can be copied: real, of a kind that fits, and in memory."""
     real = given.is_floating_point() or not expected.is_floating_point()
-    return given.layout == torch.strided and not (given.is_meta or given.is_complex()) and real
+    plain = given.layout == torch.strided and not given.is_nested
+    return plain and not (given.is_meta or given.is_complex()) and real
 
 
 def _check_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     """Raise ValueError with what is missing, unexpected, or of another shape."""
-    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in expected if n in given}
+    here = [name for name in expected if name in given]
+    dense = [name for name in here if _is_dense(given[name], expected[name])]
+    shapes = {n: (tuple(given[n].shape), tuple(expected[n].shape)) for n in dense}
     problems = {
         "missing": [n for n in expected if n not in given and not n.endswith("_batches_tracked")],
         "unexpected": [n for n in given if n not in expected],
         "of another shape": [f"{n} {a} for {b}" for n, (a, b) in shapes.items() if a != b],
-        "no dense numbers": [n for n in shapes if not _is_dense(given[n], expected[n])],
+        "no dense numbers": [name for name in here if name not in dense],
     }
     parts = [
         f"{kind}: {', '.join(names[:4])}" + (f" and {len(names) - 4} more" if names[4:] else "")
         for kind, names in problems.items()
         if names
     ]
+    folded = any(name.endswith("running_var") for name in problems["missing"])
+    if folded and any(re.search(r"bias\d?$", name) for name in problems["unexpected"]):
+        parts.append("norms are folded in them: save the model before it is fused")
     if parts:
         raise ValueError(f"these weights do not fit; {'; '.join(parts)}")
 

@@ -95,7 +95,7 @@ def _check_owner(path: Path) -> None:
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
         raise PermissionError(f"{path} is a symbolic link")
-    if status.st_uid != os.geteuid():
+    if status.st_uid not in (os.geteuid(), 0):  # root could do anything anyway
         raise PermissionError(f"{path} belongs to another user")
     if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise PermissionError(f"{path} may be written by other users")

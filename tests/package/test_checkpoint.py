@@ -1,6 +1,7 @@
 """Files, state dicts and hub names as tensors by name, read as data only."""
 
 import os
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,52 @@ def test_every_usual_wrapping_is_known(name):
 def test_an_error_lists_the_keys():
     with pytest.raises(ValueError, match="no state dict of tensors, its keys: 'lr', 'epoch'"):
         read_state_dict({"lr": 0.1, "epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html><body>404", "it is a web page"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_was_downloaded_in_place_of_weights_is_named(content, words, suffix, tmp_path):
+    (tmp_path / f"weights{suffix}").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_state_dict(tmp_path / f"weights{suffix}")
+
+
+def test_nobody_is_told_to_run_what_a_file_asks_for(tmp_path):
+    torch.save(tiny(), tmp_path / "model.pth")
+    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "trap.pth")
+    (tmp_path / "plain.pth").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+    for name, what in (("model", "mixconv.mixnet.MixNet"), ("trap", "mkdir"), ("plain", "")):
+        with pytest.raises(ValueError, match="holds no readable weights") as caught:
+            read_state_dict(tmp_path / f"{name}.pth")
+        assert what in str(caught.value)
+        assert "weights_only" not in str(caught.value)
+        assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / "sprung").exists()
+
+
+@pytest.mark.parametrize("name", ["named.pth", "named.safetensors"])
+def test_a_file_is_what_it_holds_not_what_it_is_called(name, tmp_path):
+    state = tiny().state_dict()
+    if name.endswith(".pth"):
+        pytest.importorskip("safetensors.torch").save_file(state, tmp_path / name)
+    else:
+        torch.save(state, tmp_path / name)
+    assert read_state_dict(tmp_path / name).keys() == state.keys()
+
+
+def test_a_checkpoint_that_holds_itself_ends(tmp_path):
+    loop: dict[str, Any] = {"epoch": 3}
+    loop["model"] = {"state_dict": loop}
+    torch.save(loop, tmp_path / "loop.pth")
+    for weights in (loop, tmp_path / "loop.pth"):
+        with pytest.raises(ValueError, match="no state dict of tensors, its keys: 'epoch'"):
+            read_state_dict(weights)
 
 
 def test_an_archive_that_inflates_is_refused(tmp_path):

@@ -1,21 +1,25 @@
 """The command line: `mixconv` and `python -m mixconv`."""
 
 import importlib
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from matplotlib.cbook import get_sample_data
 from PIL import Image
 
 from mixconv import mixnet_s
 from mixconv.__main__ import as_shown, main
 
 ROOT = Path(__file__).parents[2]
+PHOTO = str(get_sample_data("grace_hopper.jpg", asfileobj=False))
 SHORT = ["--model", "mobilenet_v1", "--size", "32", "--kernel-sizes", "3", "5"]
 
 
@@ -52,6 +56,26 @@ def test_a_pipe_that_is_closed_early_is_no_error():
     assert process.returncode == 1
 
 
+@pytest.mark.parametrize("arguments", [SHORT, ["predict", PHOTO]])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_an_output_that_takes_nothing_is_one_line_at_most(arguments, buffered):
+    command = [sys.executable, "-m", "mixconv", *arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    options: Any = {"cwd": ROOT, "env": environment, "text": True}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, **options)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("mixconv: [Errno 28]")
+    closed = ["sh", "-c", 'exec "$@" >&-', "sh", *command]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, **options)
+    assert (done.returncode, done.stderr) == (0, "")
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, **options)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_stages_and_their_sums(capsys):
     assert main(["--model", "mixnet_s", "--size", "224"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -64,7 +88,7 @@ def test_stages_and_their_sums(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--model", "mixnet_s", "--image", "gone.jpg"], "mixconv: --image gone.jpg"),
+        (["--model", "mixnet_s", "--image", "gone.jpg"], "mixconv: picture 'gone.jpg'"),
         (["--model", "mixnet_s", "--weights", "gone.pth"], "mixconv: no weights file"),
         (["--model", "mobilenet_v1", "--kernel-sizes", "4"], "mixconv: kernel_sizes must be odd"),
     ],
@@ -99,7 +123,7 @@ def test_what_would_be_ignored_is_refused(capsys):
         assert ended.value.code == 2
         assert words in capsys.readouterr().err
     assert main([*SHORT, "--image", ""]) == 1
-    assert capsys.readouterr().err.startswith("mixconv: --image '': ")
+    assert capsys.readouterr().err.startswith("mixconv: picture '': ")
 
 
 def test_a_picture_of_hundreds_of_megapixels_is_one_line(tmp_path, capsys):

@@ -386,6 +386,16 @@ def test_what_another_user_owns_is_not_opened(process: Process, target: str) -> 
     assert not opens(process, path)
 
 
+@needs_root
+@needs_compiler
+def test_what_root_built_is_used_by_others(process: Process) -> None:
+    """As in an image: built by root, run by somebody."""
+    process.load()
+    process.without_compiler()
+    process.patch.setattr(os, "geteuid", lambda: OTHER_USER)
+    assert process.load().answer() == 42
+
+
 @needs_compiler
 @pytest.mark.parametrize("target", ["folder", "file"])
 def test_a_symbolic_link_is_not_followed(process: Process, target: str) -> None:

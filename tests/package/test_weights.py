@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mixconv import MixNet, MixNetConfig, load_weights, mixnet_s, to_timm
+from mixconv import MixNet, MixNetConfig, fuse_for_inference, load_weights, mixnet_s, to_timm
 
 from .common import TINY, noise, randomize, same_state, snapshot
 
@@ -127,6 +127,17 @@ def test_what_is_no_dense_numbers_changes_nothing(kind, name):
     assert same_state(model, before)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_a_tensor_without_a_shape_changes_nothing():
+    model, state = tiny(2), dict(tiny().state_dict())
+    first, second, *_ = state["head.conv.weight"]
+    state["head.conv.weight"] = torch.nested.nested_tensor([first, second])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"no dense numbers: head\.conv\.weight"):
+        load_weights(model, state)
+    assert same_state(model, before)
+
+
 def test_timm_names():
     state = to_timm(tiny())
     assert state["conv_stem.weight"].shape == (8, 3, 3, 3)
@@ -182,6 +193,16 @@ def test_a_misshapen_part_of_a_grouped_layer_is_listed(bad):
     with pytest.raises(ValueError, match=r"blocks.1.0.conv_pw"):
         load_weights(model, state)
     assert same_state(model, before)
+
+
+@pytest.mark.parametrize("backend", ["kernel", "merged"])
+def test_weights_of_a_fused_copy_are_told(backend):
+    fused = fuse_for_inference(tiny().eval(), backend=backend)
+    with pytest.raises(ValueError, match="norms are folded in them: save the model before"):
+        load_weights(tiny(), fused.state_dict())
+    with pytest.raises(ValueError, match="do not fit") as caught:
+        load_weights(tiny(), {})
+    assert "folded" not in str(caught.value)
 
 
 def test_a_long_list_is_cut():

@@ -581,15 +581,16 @@ def test_what_a_killed_build_left_is_swept(process: Process) -> None:
 
 
 @needs_compiler
-def test_processes_that_compile_at_once(process: Process) -> None:
+def test_processes_that_compile_at_once(process: Process, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from mixconv.fast import native\n"
+        "import os, sys; from pathlib import Path; from mixconv.fast import native\n"
         "native.files = lambda _: Path(sys.argv[1])\n"
-        "while time.time() < float(sys.argv[2]): pass\n"
+        "Path(sys.argv[2], str(os.getpid())).touch()\n"
+        "while len(os.listdir(sys.argv[2])) < 2: pass\n"  # until both are there
         "assert native.load_library('stub.cpp').answer() == 42"
     )
-    start = str(time.time() + 6)
-    command = [sys.executable, "-c", code, str(process.source), start]
+    (ready := tmp_path / "ready").mkdir()
+    command = [sys.executable, "-c", code, str(process.source), str(ready)]
     running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [one.communicate(timeout=120)[1] for one in running]
     assert [one.returncode for one in running] == [0, 0], said

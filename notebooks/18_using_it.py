@@ -134,7 +134,7 @@ print(str(fast.fusion_report).splitlines()[0])
 import json
 
 bench = json.loads(Path("../figures/bench.json").read_text())
-for row in bench["networks"]:
+for row in [*bench["networks"], *bench["trained"]["rows"]]:
     if row["batch"] == 1:
         gain = row["seconds"]["split"] / row["seconds"]["fused"]
         print(f"{row['network']}, one image: {gain:.1f} times as fast")

@@ -755,11 +755,11 @@ five[1]
 
 # %%
 for row in bench["trained"]["rows"]:
-    before, after, ordinary = (
-        1e3 * row["seconds"][way] for way in ("split", "fused", "fused, merged")
-    )
-    print(f"{row['batch']} at once: {before:.0f} ms, rewritten {after:.1f} ms, {before / after:.0f}"
-          f" times as fast; with ordinary convolutions only, {before / ordinary:.1f} times")  # fmt: skip
+    ways = ("split", "fused", "fused, merged")
+    before, after, ordinary = (1e3 * row["seconds"][way] for way in ways)
+    print(f"{row['batch']} at once: {before:.0f} ms, rewritten {after:.1f} ms, ", end="")
+    print(f"{before / after:.0f} times as fast; ", end="")
+    print(f"with ordinary convolutions only, {before / ordinary:.1f} times")
 
 # %% [markdown]
 # ## What came of it

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -117,17 +118,32 @@ def receptive_field(
         dilations: one for each layer; all 1 if left out.
 
     Raises:
-        ValueError: if the lists have different lengths, or a stride or dilation is below 1.
+        TypeError: for what is no list of integers. A model is asked by
+            `theoretical_receptive_field`.
+        ValueError: if the lists have different lengths, or a number is below 1.
     """
+    _check_stack(kernel_sizes=kernel_sizes, strides=strides or [], dilations=dilations or [])
     strides = strides or [1] * len(kernel_sizes)
-    if min([1, *strides, *(dilations or [])]) < 1:
-        raise ValueError(f"strides and dilations must be at least 1, got {strides}, {dilations}")
     dilations = dilations or [1] * len(kernel_sizes)
     field, step = 1, 1
     for k, stride, dilation in zip(kernel_sizes, strides, dilations, strict=True):
         field += (k - 1) * dilation * step
         step *= stride
     return field
+
+
+def _check_stack(**lists: Sequence[int]) -> None:
+    """Raise TypeError or ValueError, naming the list, unless all are of integers from 1 on."""
+    for name, values in lists.items():
+        if isinstance(values, nn.Module):
+            raise TypeError(
+                f"{name} must be a list, one for each layer, got a {type(values).__name__}; "
+                "a model is asked by theoretical_receptive_field(model, layer)"
+            )
+        if not isinstance(values, Sequence) or not all(isinstance(v, Integral) for v in values):
+            raise TypeError(f"{name} must be a list of integers, got {values!r}")
+        if min([1, *values]) < 1:
+            raise ValueError(f"{name} must be at least 1, got {values!r}")
 
 
 def mixconv_parameters(

@@ -1047,10 +1047,8 @@ attempt(meeting_solution, test_meeting, wrong=[everywhere, first_side])
 
 # %%
 #| export mixnet.py
-def preprocess(
-    image: Tensor, mean: Any = (0.485, 0.456, 0.406), deviation: Any = (0.229, 0.224, 0.225)
-) -> Tensor:
-    """Normalise RGB images by the mean and deviation of each channel: ImageNet's, as for MixNet.
+def preprocess(image: Tensor) -> Tensor:
+    """Normalise RGB images as MixNet's training did, by ImageNet's mean and standard deviation.
 
     Shape:
         Input and output `(N, 3, H, W)`; input values 0 to 1.
@@ -1067,7 +1065,7 @@ def preprocess(
         raise ValueError(f"image must be (N, 3, H, W), got {tuple(image.shape)}")
     if not image.is_meta and image.numel() and float(image.max()) > 2:  # resizing may overshoot 1
         raise ValueError(f"image must be 0 to 1, its largest value is {float(image.max()):.6g}")
-    known = image.new_tensor([mean, deviation])[..., None, None]
+    known = image.new_tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
     return (image - known[0]) / known[1]
 
 

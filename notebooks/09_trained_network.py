@@ -220,7 +220,8 @@ def preprocess_lite(image: Tensor) -> Tensor:
 
     Source: `efficientnet_lite_builder.py` of the official code. Chapter 9.
     """
-    return preprocess(image, (127 / 255,) * 3, (128 / 255,) * 3)
+    preprocess(image)  # refuses what is no image
+    return (255 * image - 127) / 128
 
 
 # %%

@@ -47,6 +47,10 @@ def net(**options: Any) -> Callable[[], object]:
     return lambda: mixnet_s(width_multiplier=options.pop("width_multiplier", 0.35), **options)
 
 
+def field(kernel_sizes: Any) -> Callable[[], object]:
+    return lambda: receptive_field(kernel_sizes)
+
+
 def into(x: Any) -> Callable[[], object]:
     return lambda: MixConv2d(8, (3, 5))(x)
 
@@ -109,6 +113,10 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "no groups": (lambda: default_kernel_sizes(0), "groups.*0"),
     "stride 0 in a list": (lambda: receptive_field([3, 3], [0, 1]), "strides"),
     "a minus dilation": (lambda: receptive_field([3], [1], [-1]), "dilations"),
+    "a model for kernel sizes": (field(mobilenet_v2()), "theoretical_recep"),
+    "half a kernel": (field([3, 4.5]), "kernel_sizes"),
+    "a minus kernel": (field([-3]), "kernel_sizes"),
+    "one kernel, not in a list": (field(3), "kernel_sizes"),
     "strides too few": (lambda: receptive_field([3, 3], [1]), "shorter|argument"),
     # blocks
     "an unknown activation": (block(activation="gelu"), "activation.*'gelu'"),

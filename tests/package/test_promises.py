@@ -67,7 +67,6 @@ mixnet.BlockConfig: kernel_sizes=(3,), stride=1, expand_ratio=6, repeats=1, expa
 mixnet.MixNet: num_classes=1000, in_channels=3, width_multiplier=1.0, drop_rate=None,
     drop_path_rate=0.0, padding='same', norm_eps=0.001, norm_momentum=0.01, output_stride=32
 mixnet.MixNetConfig: head_channels=1536, drop_rate=0.2, width_multiplier=1.0, activation='relu'
-mixnet.preprocess: mean=(0.485, 0.456, 0.406), deviation=(0.229, 0.224, 0.225)
 mobilenet.mobilenet_v1: kernel_sizes=(3,), num_classes=1000, in_channels=3,
     width_multiplier=1.0, partition='equal', dilated=False, padding='symmetric', drop_rate=0.0
 mobilenet.mobilenet_v2: kernel_sizes=(3,), num_classes=1000, in_channels=3,

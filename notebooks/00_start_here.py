@@ -248,6 +248,7 @@ attempt(weights_of_depthwise, test_weights)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def weights_of_depthwise_solution(channels: int, kernel_size: int) -> int:
     return channels * kernel_size**2
 
@@ -297,6 +298,7 @@ attempt(weights_of_mix, test_mix)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def weights_of_mix_solution(channels: int, kernel_sizes: tuple[int, ...]) -> int:
     return channels // len(kernel_sizes) * sum(k**2 for k in kernel_sizes)
 
@@ -347,6 +349,7 @@ attempt(square_with_a_wrong_slope, test_fool)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def square_with_a_wrong_slope_solution(x: Tensor) -> Tensor:
     return (x * x).detach() + (3 * x - (3 * x).detach())
 
@@ -403,6 +406,7 @@ attempt(wrong_rewrites, test_wrong_rewrites)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def wrong_rewrites_solution(
     function: Function, rewrites: dict[str, Function], x: Tensor
 ) -> list[str]:
@@ -443,6 +447,7 @@ table(["kernel", "weights per channel"], [[f"{k}×{k}", k * k] for k in (3, 5, 7
 # `show` draws a figure. In figures that compare kernels, a colour means a kernel size, the same one throughout the book; where no kernels are compared, colours mean what the figure says. Readers with any common colour blindness can tell them apart (the palette is by Okabe and Ito).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import KERNEL_COLORS, show, use_style
@@ -471,6 +476,7 @@ show(
 # Some pictures need a picture. matplotlib ships one that is in the public domain: Grace Hopper, US Navy.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 from mixconv.teaching import photograph
 
 figure, axis = plt.subplots(figsize=(2.6, 2.6))

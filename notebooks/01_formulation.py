@@ -13,6 +13,7 @@
 # **Time:** 25 minutes to read. Runs in under 15 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, live, show, use_style
@@ -87,6 +88,7 @@ show(
 # Positions outside the image count as zero, so the output is as large as the input. (That is stride 1; larger strides are chapter 3's matter.) Like `nn.Conv2d`, this does not flip the kernel.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 from matplotlib.patches import FancyArrowPatch
 
 figure, axis = plt.subplots(figsize=(7.5, 4.3))
@@ -138,6 +140,7 @@ x = torch.stack([torch.arange(25.0).view(5, 5), torch.ones(5, 5)])
 x
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axes = plt.subplots(1, 4, figsize=(7.5, 2.3))
 windows = [(0, 3, 2, 2), (0, 3, 0, 0), (1, 5, 2, 2), (1, 5, 0, 0)]
 for axis, (channel, k, row, column) in zip(axes, windows, strict=True):
@@ -383,6 +386,7 @@ attempt(input_gradient, test_input_gradient)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def input_gradient_solution(gradient: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     return mixconv_reference(gradient, [w.flip(2, 3) for w in weights])
 
@@ -440,6 +444,7 @@ attempt(embed, test_embed)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def embed_solution(weights: list[torch.Tensor]) -> torch.Tensor:
     largest = max(w.shape[-1] for w in weights)
     return torch.cat([F.pad(w, [(largest - w.shape[-1]) // 2] * 4) for w in weights])
@@ -552,6 +557,7 @@ attempt(find_mix, test_find_mix)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def find_mix_solution(layer: Layer, channels: int) -> list[tuple[int, int]]:
     impulses = torch.zeros(channels, channels, 15, 15)
     impulses[range(channels), range(channels), 7, 7] = 1
@@ -750,6 +756,7 @@ table(
 )  # fmt: skip
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axis = plt.subplots(figsize=(6.4, 2.6))
 for position, k in enumerate(share):
     axis.bar(position, channels**2, color="#cccccc")
@@ -940,6 +947,7 @@ attempt(strided_cost, test_strided)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def strided_cost_solution(
     partition: Sequence[int], kernel_sizes: Sequence[int], h, w, stride
 ) -> int:
@@ -989,6 +997,7 @@ attempt(two_answers, test_answers)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def two_answers_solution(z: int, k: int) -> tuple[int, int]:
     return z // 3, (k - 1) // 2
 

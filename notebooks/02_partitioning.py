@@ -67,6 +67,7 @@ splits = {"equal": (8, 8, 8, 8), "exponential": (16, 8, 4, 4), "logarithmic": (6
 [sum(split) for split in splits.values()]
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, live, show, use_style
@@ -353,6 +354,7 @@ attempt(two_splits, test_two_splits)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def two_splits_solution() -> tuple[tuple[int, ...], tuple[int, ...]]:
     return (26, 24, 24), (38, 18, 18)
 
@@ -395,6 +397,7 @@ attempt(reversed_exponential, test_reversed)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def reversed_exponential_solution(channels: int, groups: int) -> tuple[int, ...]:
     return partition_channels(channels, default_kernel_sizes(groups), "exponential")[::-1]
 
@@ -450,6 +453,7 @@ assert cost["equal"][4] == 56.5  # the mean of 9, 25, 49, 81 and 121 is 57
 table(["groups", *map(str, range(1, 7))], [[m, *(f"{v:.1f}" for v in cost[m])] for m in methods])
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axis = plt.subplots(figsize=(6, 2.8))
 largest = [(2 * g + 1) ** 2 for g in range(1, 7)]
 axis.plot(range(1, 7), largest, color="#999999", linestyle=":", marker="o", markersize=4)
@@ -553,6 +557,7 @@ attempt(equal_weights, test_equal_weights)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def equal_weights_solution(channels: int, kernel_sizes: tuple[int, ...]) -> tuple[int, ...]:
     total = sum(Fraction(1, k * k) for k in kernel_sizes)
     shares = [Fraction(channels, k * k) / total for k in kernel_sizes]
@@ -627,6 +632,7 @@ attempt(most_large, test_most_large)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def most_large_solution(channels: int, small: int, large: int, budget: int) -> tuple[int, int]:
     affordable = (budget - channels * small**2) // (large**2 - small**2)
     return channels - min(affordable, channels - 1), min(affordable, channels - 1)

@@ -94,6 +94,7 @@ check_rewrite(
 # Both give three outputs, and they look at different pixels. Weights belong to the padding they were trained with: [chapter 8](08_official.ipynb) shows what the wrong one does to MixNet's scores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -303,6 +304,7 @@ attempt(zeros_by_hand, test_zeros)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def zeros_by_hand_solution() -> tuple[tuple[int, int], tuple[int, int]]:
     return (3, 4), (4, 4)
 
@@ -558,6 +560,7 @@ for name, (options, steps) in cases.items():
 # A 3×3 kernel with dilation 3 touches nine pixels of a 7×7 window. Side by side, the taps:
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axes = plt.subplots(2, 4, figsize=(6.4, 3.3))
 places = [(i, j) for i in range(-4, 5) for j in range(-4, 5)]
 for column, k in enumerate((3, 5, 7, 9)):
@@ -630,6 +633,7 @@ attempt(never_seen, test_never_seen)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def never_seen_solution(dilation: int, layers: int) -> list[int]:
     reach = dilation * layers
     return [offset for offset in range(-reach, reach + 1) if offset % dilation]
@@ -856,6 +860,7 @@ attempt(unmerge, test_unmerge)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def unmerge_solution(weight: torch.Tensor) -> list[tuple[int, int]]:
     axis = (torch.arange(weight.shape[-1]) - weight.shape[-1] // 2).abs()
     far = torch.maximum(axis[:, None], axis[None, :])
@@ -965,6 +970,7 @@ with torch.no_grad():
 tuple(responses.shape)
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axes = plt.subplots(1, 5, figsize=(9, 2.2))
 part = (slice(8, 52), slice(0, 44))  # rows and columns
 axes[0].imshow(picture[0, 0][part], cmap="gray")
@@ -1017,6 +1023,7 @@ attempt(merging_ratio, test_ratio)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def merging_ratio_solution(kernel_sizes: tuple[int, ...]) -> float:
     squares = [k * k for k in kernel_sizes]
     return max(squares) * len(squares) / sum(squares)

@@ -16,6 +16,7 @@
 # **Time:** 25 minutes to read. Runs in under 20 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -47,6 +48,7 @@ def draw_sum(axis, end: float, low: float, top: float) -> None:
 
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 blocks = {  # layers: words, channels, the kernel sizes of its stripes
     "MobileNetV1": [("input 64", 64, [0]), ("depthwise 64", 64, [3]), ("1×1 → 128", 128, [0])],
@@ -395,6 +397,7 @@ check_rewrite(split_and_concatenate, grouped, x, *halves, what="two convolutions
 # As a matrix from input to output channels, it is block diagonal. Half of the weights are gone, and so is all traffic between the halves:
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axes = plt.subplots(1, 2, figsize=(4.6, 2.5))
 for axis, groups in zip(axes, (1, 2), strict=True):
     layer = nn.Conv2d(6, 8, 1, groups=groups, bias=False)
@@ -460,6 +463,7 @@ attempt(shuffle, test_shuffle)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def shuffle_solution(x: torch.Tensor, groups: int) -> torch.Tensor:
     n, channels, height, width = x.shape
     split = x.view(n, groups, channels // groups, height, width)
@@ -750,6 +754,7 @@ attempt(pair_weights, test_pair)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def pair_weights_solution(channels: int, expand_ratio: int, groups: int) -> int:
     layers = 2 if expand_ratio > 1 else 1
     return layers * channels * channels * expand_ratio // groups
@@ -798,6 +803,7 @@ attempt(gate_width, test_gate_width)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def gate_width_solution(in_channels: int, expand_ratio: int, squeeze_ratio: float) -> int:
     return max(1, int(in_channels * squeeze_ratio))
 
@@ -854,6 +860,7 @@ attempt(widest, test_widest)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def widest_solution(channels: int, kernel_size: int, budget: int) -> int:
     widened = budget // (2 * channels**2 + channels * kernel_size**2)
     return widened or int(budget >= channels**2 + channels * kernel_size**2)

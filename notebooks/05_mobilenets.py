@@ -404,6 +404,7 @@ attempt(growth_35, test_growth)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def growth_35_solution(channels: list[int]) -> int:
     return sum(channels) // 2 * (25 - 9)
 
@@ -688,6 +689,7 @@ attempt(counted_positions, test_positions)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def counted_positions_solution(size: int, dilation: int) -> int:
     strip = -(-size // dilation)
     return (dilation * strip) ** 2
@@ -758,7 +760,7 @@ for version, found in errors.items():
 # Costs are half of it. Here is the plot that this book began with: our multiply-adds on the horizontal axis, the paper's accuracies on the vertical one.
 
 # %% tags=["drawing"]
-# The code that draws this
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -822,6 +824,7 @@ show(
 # Kernel sizes were one choice of many that a search could make. Given them to choose from, it found the MixNets of chapter 7. The paper's Table 2 compares them with the small networks of their time; here it is as a plot.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 table_2 = {name: row for name, row in paper["table_2"].items() if name != "comment"}
 left = {"MobileNetV3-L", "MnasNet-A1", "ProxylessNAS", "MixNet-S", "MixNet-M", "MixNet-L"}
 figure, axis = plt.subplots(figsize=(8.2, 4))
@@ -1031,6 +1034,7 @@ attempt(largest_kernel, test_largest)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def largest_kernel_solution(build: Callable[..., ConvNet], budget: float) -> int:
     return max(k for k in range(3, 14, 2) if millions(build, (k,)) <= budget)
 
@@ -1080,6 +1084,7 @@ attempt(cheapest_place, test_cheapest)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def cheapest_place_solution(layers: list[tuple[int, int]]) -> int:
     costs = [channels * side**2 for channels, side in layers]
     return max(i for i, cost in enumerate(costs) if cost == min(costs))

@@ -50,6 +50,7 @@ def measure(kernel_sizes, partition="equal", layers=8, networks=8) -> torch.Tens
 measured = {name: measure(*kind) for name, kind in KINDS.items()}
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 from matplotlib.colors import PowerNorm
 
@@ -92,6 +93,7 @@ show(
 # Now put a 1×1 layer between them, as every network does. A channel of the second layer reads all channels of the first. What an output sees is then the *union* over all paths. A path chooses one group in every layer. Of the $4^L$ choices one takes 3×3 everywhere and sees $1 + 2L$; one takes 9×9 everywhere, and the union is as large as its window: $1 + 8L$ for every channel.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axes = plt.subplots(1, 4, figsize=(9.2, 2.0))
 panels = [("1 layer", 1), ("2 layers", 2), ("4 layers", 4), ("4, with 1×1 between", 4)]
 for axis, (title, layers) in zip(axes, panels, strict=True):
@@ -551,6 +553,7 @@ table(["pixels that hold", *header], rows)
 # Read the last two columns: the area of the spot for each weight (of one channel) is nearly the same in all four rows. MixConv 3579 has half the weights of 9×9 and half its area. The exponential partition has a third and a third. And by formula, next to a single kernel size of about the same cost, 7×7: how much of the energy lies within a square.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 known, blends = {}, KINDS | {"7×7": ((7,), "equal")}
 for name, (sizes, partition) in blends.items():
     shares = [c / 32 for c in partition_channels(32, sizes, partition)]
@@ -638,6 +641,7 @@ assert (rows[0][3], rows[4][3]) == ("1.5%", "9.1%")
 table(["the same bell", *(f"{share:.0%}" for share in SHARES)], rows)
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axis = plt.subplots(figsize=(7.4, 3.2))
 across = torch.arange(1024) - 512
 names = [list(maps)[index] for index in (0, 3, 4)]
@@ -700,6 +704,7 @@ attempt(side_of_each_group, test_sides)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def side_of_each_group_solution(layer: MixConv2d) -> list[int]:
     ends = torch.tensor(layer.partition).cumsum(0).tolist()
     groups = [slice(end - c, end) for end, c in zip(ends, layer.partition, strict=True)]
@@ -753,6 +758,7 @@ attempt(layers_to_match, test_layers)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def layers_to_match_solution(k: int, large: int) -> float:
     # Ten 3×3 layers: 90 weights and a window of 21, for the spot of one 9×9 with 81 weights.
     return (large**2 - 1) / (k**2 - 1)
@@ -800,6 +806,7 @@ attempt(pixels_seen, test_seen)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def pixels_seen_solution(dilations: list[int]) -> int:
     places = {0}
     for d in dilations:
@@ -851,6 +858,7 @@ attempt(residual_field, test_residual)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def residual_field_solution(k: int, layers: int, gain: float) -> torch.Tensor:
     return box_power((1, k), (1 / (1 + gain), gain / (1 + gain)), layers)
 

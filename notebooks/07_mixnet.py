@@ -16,6 +16,7 @@
 # **Time:** 30 minutes to read. Runs in under 60 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.mixnet import MIXNET_L, MIXNET_M, MIXNET_S, unroll  # told below
@@ -408,6 +409,7 @@ attempt(my_block, test_block)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def my_block_solution() -> str:
     return "r1_k3.5.7.9_a1_p1_s22_e4_i64_o96_se0.25_sw"
 
@@ -612,6 +614,7 @@ table(["network", "parameters"], [[f"MixNet-{name}", count] for name, count in c
 # MixNet-S on 224×224 pixels:
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 from mixconv.formulation import count_costs
 
 model = networks["S"].eval()
@@ -641,6 +644,7 @@ table(
 # (Parameters of convolutions; batch normalisation adds two for each channel. The last column is the depthwise kernels' share of the multiply-adds.) The same along the depth, kernel size by kernel size; grey lines mark where the image halves:
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 def costs_by_part(network: nn.Module) -> list[dict[int, list[int]]]:
     """Multiply-adds and weights of each block: of each kernel size, and, as 1, of all else."""
     blocks: list[dict[int, list[int]]] = [{1: [0, 0]} for _ in network.blocks]
@@ -653,6 +657,7 @@ def costs_by_part(network: nn.Module) -> list[dict[int, list[int]]]:
 
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 from matplotlib.patches import Patch
 
 figure, axes = plt.subplots(2, 2, figsize=(8.4, 4.4), sharex="col", sharey="row")
@@ -806,6 +811,7 @@ attempt(mobilenet_v2_blocks, test_v2_blocks)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def mobilenet_v2_blocks_solution() -> list[str]:
     return [
         "r1_k3_a1_p1_s11_e1_i32_o16", "r2_k3_a1_p1_s22_e6_i16_o24", "r3_k3_a1_p1_s22_e6_i24_o32",
@@ -877,6 +883,7 @@ table(
 # All 20 · 20 wires inside a half, and not one between the halves: exact zeros, in float64. With the gates, every channel reaches every channel.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 def draw_lanes(lanes: plt.Axes) -> None:
     """Blocks 4 to 6 as two lanes with gates between them."""
     for column in range(3):
@@ -896,6 +903,7 @@ def draw_lanes(lanes: plt.Axes) -> None:
 
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import numpy as np
 from matplotlib.colors import to_rgb
 
@@ -1020,6 +1028,7 @@ attempt(meeting, test_meeting)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def meeting_solution() -> MixNet:
     blocks = tuple(text.replace("a1.1_p1.1", "a1.1_p1") for text in MIXNET_S.blocks)
     return MixNet(replace(MIXNET_S, blocks=blocks))
@@ -1114,6 +1123,7 @@ attempt(large_channels, test_large_channels)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def large_channels_solution(layers: list[tuple[int, int]], budget: int) -> list[int]:
     bought = [0] * len(layers)
     for i in sorted(range(len(layers)), key=lambda i: (layers[i][1], -i)):

@@ -73,6 +73,7 @@ for title, ours in scores.items():
 # The highest class is the same in all three: a look at the answer would have shown nothing. The scores do:
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import show, use_style
@@ -197,6 +198,7 @@ attempt(first_difference, test_first_difference)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def first_difference_solution(model: MixNet, reference: MixNet, images: Tensor) -> str | None:
     ours, theirs = endpoints(model, images), endpoints(reference, images)
     differing = [name for name in ours if not torch.allclose(ours[name], theirs[name], atol=1e-6)]
@@ -528,6 +530,7 @@ attempt(shifted_layers, test_shifted)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def shifted_layers_solution(strides: list[int], size: int) -> int:
     count = 0
     for stride in strides:
@@ -591,6 +594,7 @@ attempt(depthwise_weight, test_depthwise)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def depthwise_weight_solution(kernel: Tensor) -> Tensor:
     k, _, channels, multiplier = kernel.shape
     return kernel.permute(2, 3, 0, 1).reshape(channels * multiplier, 1, k, k)

@@ -13,6 +13,7 @@
 # **Time:** 15 minutes to read. Runs in under 60 seconds on two cores. It is the second of two pages, after [The official code](08_official.ipynb); exercises and figures are numbered through both.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
@@ -503,6 +504,7 @@ attempt(padding_of, test_padding_of)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def padding_of_solution(name: str) -> str | None:
     own = name.rpartition("/")[2]
     families = {"tf_mixnet_": "same", "mixnet_": "symmetric"}
@@ -746,6 +748,7 @@ attempt(fooling, test_fooling)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def fooling_solution(names: dict[str, str], shapes: Shapes) -> dict[str, str]:
     for one, other in itertools.combinations(names, 2):
         if shapes[one] == shapes[other]:

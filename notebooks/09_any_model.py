@@ -15,6 +15,7 @@
 # **Time:** 20 minutes to read. Runs in under 30 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
@@ -621,6 +622,7 @@ attempt(one_large_kernel, test_one)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def one_large_kernel_solution(model: ConvNet, index: int) -> ConvNet:
     changed = copy.deepcopy(model)
     replace_depthwise(changed.blocks[index], 9)
@@ -676,6 +678,7 @@ attempt(shrink, test_shrink)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def shrink_solution(mixed: MixConv2d) -> torch.Tensor:
     kernels = []
     for conv, k in zip(mixed.convs, mixed.kernel_sizes, strict=True):

@@ -15,6 +15,7 @@
 # **Time:** 20 minutes to read. Runs in under 60 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
@@ -310,6 +311,7 @@ for name, layer in large.items():
 table(["layer", "channels", "dead", "border, mean", "least", "most"], rows)
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axis = plt.subplots(figsize=(7.6, 3.0))
 for place, share in enumerate(shares.values()):
     ordered = share.sort().values
@@ -445,6 +447,7 @@ lines = [[order, *(mean_and_range(v, ".0%") for v in kept[order])] for order in 
 table(["class kept", *heads], lines)
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axis = plt.subplots(figsize=(6.8, 3.2))
 styles = {"least": ("-", "o"), "share": ("-.", "D"), "random": ("--", "s"), "most": (":", "^")}
 styles["least, middle"] = (":", "x")
@@ -541,6 +544,7 @@ attempt(needed_size, test_needed_size)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def needed_size_solution(kernel: torch.Tensor, share: float) -> int:
     squares, middle = kernel.square(), len(kernel) // 2
     held = {2 * r + 1: squares[middle - r : middle + r + 1, middle - r : middle + r + 1].sum()
@@ -590,6 +594,7 @@ attempt(own_mix, test_own_mix)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def own_mix_solution(layers: dict[str, nn.Conv2d], share: float) -> dict[str, tuple[int, int]]:
     found = {}
     for name, layer in layers.items():

@@ -15,6 +15,7 @@
 # **Time:** 25 minutes to read. Runs in under 60 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -155,6 +156,7 @@ tell("dense", nn.Conv2d(8, 8, 3, padding=1))
 # The same as a picture: one row for each output, one column for each input; in each cell, the pixels that are seen. All wiring pictures of this chapter come from this function.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import numpy as np
 from matplotlib.colors import to_rgb
 
@@ -713,6 +715,7 @@ attempt(three_windows, test_windows)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def three_windows_solution() -> tuple[int, int, int]:
     return 5, 5 + 4 * 2, 5 + 6 * 3
 
@@ -762,6 +765,7 @@ attempt(partial_depthwise, test_partial)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def partial_depthwise_solution(x: torch.Tensor, layer: MixConv2d) -> torch.Tensor:
     copied = x.shape[1] - layer.in_channels
     return torch.cat([x[:, :copied], layer(x[:, copied:])], dim=1)
@@ -807,6 +811,7 @@ attempt(is_a_mix, test_mix)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def is_a_mix_solution(wires: torch.Tensor) -> bool:
     seen = wires.flatten(2).any(dim=2).sum(dim=1)
     windows = window_sizes(wires).amax(dim=1)
@@ -860,6 +865,7 @@ attempt(one_kernel, test_kernel)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def one_kernel_solution(
     tall: torch.Tensor, wide: torch.Tensor, small: torch.Tensor
 ) -> torch.Tensor:

@@ -14,6 +14,7 @@
 # **Time:** 30 minutes to read. Runs in under 20 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import json
 from pathlib import Path
 
@@ -31,6 +32,7 @@ at_batch_8 = [layer for layer in layers if layer["batch"] == 8]
 alike = [round(row["multiply_adds"] / row["bytes"], 1) for row in at_batch_8]
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 figure, axis = plt.subplots(figsize=(7.2, 4.2))
 axis.plot([0.3, peak / copying, 40], [0.3 * copying / 1e9, peak / 1e9, peak / 1e9], "k")
 for number, row in enumerate(at_batch_8):
@@ -161,6 +163,7 @@ attempt(bytes_moved, test_bytes_moved)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def bytes_moved_solution(
     batch: int, size: int, stride: int, channels: tuple[int, ...], kernel_sizes: tuple[int, ...]
 ) -> int:
@@ -220,6 +223,7 @@ attempt(intensity_at_stride_2, test_intensity)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def intensity_at_stride_2_solution(k: int) -> float:
     return k * k / (4 * 5)  # lower than k² / 8: the same kernel waits longer for memory
 
@@ -317,6 +321,7 @@ print(f"large arrays: {copying / 1e9:.0f} GB/s")
 # At batch 8 that is four times the slope of the roof above. So a full dot on that roof is four copies here:
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 from statistics import geometric_mean
 
 WAYS = {
@@ -521,6 +526,7 @@ attempt(fold_before, test_fold)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def fold_before_solution(
     weight: Tensor, bias: Tensor, scale: Tensor, shift: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -882,6 +888,7 @@ attempt(place, test_place)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def place_solution(
     channels: tuple[int, ...], kernel_sizes: tuple[int, ...], group: int, c: int, i: int, j: int
 ) -> int:

@@ -13,6 +13,7 @@
 # **Time:** 35 minutes to read. Runs in under 60 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import logging
 
 import matplotlib.pyplot as plt
@@ -43,6 +44,7 @@ ARROWS = [
 ]
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 figure, axis = plt.subplots(figsize=(7.6, 3.3))
 for x, y, width, text, color in BOXES:
@@ -303,6 +305,7 @@ attempt(declines, test_declines)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def declines_solution(call: Call) -> list[str]:
     reasons = [] if call.dtype == torch.float32 else [f"dtype {call.dtype}, not float32"]
     if others := sorted(set(call.spec.kernel_sizes) - {3, 5, 7}):
@@ -487,6 +490,7 @@ attempt(is_dispatched, test_dispatched)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def is_dispatched_solution(situation: str) -> bool:
     return situation not in ("the same, under no_grad", "every second number of a tensor")
 
@@ -829,6 +833,7 @@ attempt(mapped_spec, test_mapped)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def mapped_spec_solution(spec: MixSpec, n: int) -> MixSpec:
     groups = {name: getattr(spec, name) * n for name in ("channels", "kernel_sizes", "dilations")}
     return spec._replace(**groups)

@@ -14,6 +14,7 @@
 # **Time:** 40 minutes to read. Runs in under 30 seconds on two cores, after the C++ has been compiled once. It is the first of two pages, before [A kernel, compiled](13_kernel_in_steps_compiled.ipynb), which is about packing and may be left out.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import json
 from pathlib import Path
 
@@ -166,6 +167,7 @@ compare("step0_loops", "torch")
 # ## The three ideas in one picture
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 from itertools import product
 
 blue, orange, green, grey = "#80B9D9", "#F2CF80", "#8FD3B6", "#eeeeee"
@@ -194,6 +196,7 @@ def draw_plane(axis) -> None:
 
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 def draw_row(axis) -> None:
     for x in range(6):
         cell(axis, x, 0, grey if x in (0, 5) else orange, f"x{x}")
@@ -420,6 +423,7 @@ attempt(loads, test_loads)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def loads_solution(tile: int) -> float:
     return (1 + tile) / tile  # a tap, and an input for each sum
 
@@ -530,6 +534,7 @@ attempt(thrown_away, test_thrown)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def thrown_away_solution(width: int, tile: int) -> float:
     computed = -(-width // tile) * tile  # whole tiles
     return 1 - width / computed
@@ -617,6 +622,7 @@ attempt(thrown_away_solution, test_thrown, wrong=[over_the_outputs, kept_of_the_
 # How many terms? A float32 is exact to one part in 17 million (6 · 10⁻⁸).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import math
 
 import numpy as np
@@ -858,6 +864,7 @@ attempt(wrong_lines, test_lines)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def wrong_lines_solution() -> tuple[str, str, str]:
     # First: row 1 begins at 4 · 1 and not at 6 · 1, so all stands two places further.
     # Second: a row of the output holds one tap only, 9, 5 or 1: those with kx = ky.

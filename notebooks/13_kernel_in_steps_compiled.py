@@ -14,6 +14,7 @@
 # **Time:** 15 minutes to read. Runs in under 20 seconds on two cores. It is the second of two pages, after [A kernel in steps](13_kernel_in_steps.ipynb). Who wants the kernel rather than its packing may go on to [chapter 14](14_whole_kernel.ipynb).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 QUESTIONS = [
     "in a cache folder\nof my own, made\nfrom this source,\nfor this processor?",
     "nobody else's,\nand whole?",
@@ -33,6 +34,7 @@ ARROWS = [  # from, to, the word and its place
 ]
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import show, use_style
@@ -576,6 +578,7 @@ attempt(write_in_one_step, test_one_step)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def write_in_one_step_solution(path: Path, pieces: Iterator[bytes]) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # the same disk
         beside = Path(folder, path.name)

@@ -15,6 +15,7 @@
 # **Time:** 35 minutes to read. Runs in under 20 seconds on two cores. It is the first of two pages, before [The kernel, called](14_whole_kernel_called.ipynb).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -43,6 +44,7 @@ def draw_ring(axis) -> None:
 
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 ENDS = (0, 16, 20, 32, 40, 48, 64)  # of the strips, in channels
 
 
@@ -66,6 +68,7 @@ def draw_pieces(axis) -> None:
 
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 figure, (left, right) = plt.subplots(1, 2, figsize=(8, 3.2), width_ratios=(1.25, 1))
 draw_ring(left)
@@ -207,6 +210,7 @@ attempt(count_strips, test_strips)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def count_strips_solution(channels: tuple[int, ...]) -> int:
     return len(set(itertools.accumulate(channels)) | set(range(16, sum(channels), 16)))
 
@@ -282,6 +286,7 @@ attempt(fetched_rows, test_fetched)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def fetched_rows_solution(rows: int, k: int, stride: int) -> int:
     return (rows - 1) * stride + k
 
@@ -849,6 +854,7 @@ attempt(widest, test_widest)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def widest_solution(k: int, budget: int) -> int:
     columns = (budget // 64 - k * k) // k - (k - 1)
     return max(0, columns // 14 * 14)

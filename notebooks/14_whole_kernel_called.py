@@ -15,6 +15,7 @@
 # **Time:** 15 minutes to read. Runs in under 30 seconds on two cores, after the kernel has been compiled once. This page needs a C++ compiler; without one, read it as it stands. It is the second of two pages, after [The whole kernel](14_whole_kernel.ipynb).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import json
 from pathlib import Path
 

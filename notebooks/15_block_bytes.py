@@ -20,6 +20,7 @@
 # One of MixNet-S's blocks: 28×28 pixels, 40 channels expanded to 240, depthwise kernels 3 and 5, a gate, and back to 40. The input has 28 · 28 · 40 · 4 = 125,440 bytes, the expanded tensor six times as many, 752,640. Who reads and writes what? (Weights, and the addition of the input, are left out.)
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import logging
 
 import matplotlib.pyplot as plt
@@ -87,6 +88,7 @@ attempt(one_pass_bytes, test_bytes)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def one_pass_bytes_solution(size: int, inputs: int, wide: int, outputs: int, stride: int) -> int:
     before, after = size**2, (-(-size // stride)) ** 2
     return 4 * (before * inputs + after * (2 * wide + outputs))
@@ -256,6 +258,7 @@ attempt(packed_numbers, test_packed)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def packed_numbers_solution(inputs: int, outputs: int, groups: int) -> int:
     return groups * -(-outputs // groups // 16) * 16 * (inputs // groups)
 

@@ -15,6 +15,7 @@
 # **Time:** 25 minutes to read. Runs in under 60 seconds on two cores, after the kernel has been compiled once. It is the second of two pages, after [Bytes of a block](15_block_bytes.ipynb).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import logging
 
 import matplotlib.pyplot as plt
@@ -41,6 +42,7 @@ arrows = {
 legend = {"a whole map": "#d7e3ee", "scratch, in the cache": "#f3d9b8", "weights": "#e3e3e3"}
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 figure, axis = plt.subplots(figsize=(8, 2.6))
 for text, (x, y, width, height, color) in boxes.items():
@@ -731,6 +733,7 @@ attempt(gated_weight, test_gated)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def gated_weight_solution(weight: Tensor, gate: Tensor, groups: int) -> Tensor:
     parts = weight.view(groups, -1, weight.shape[1])  # groups, outputs, inputs
     return (parts * gate.view(groups, 1, -1)).view_as(weight)  # each image has its own gate

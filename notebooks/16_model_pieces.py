@@ -13,6 +13,7 @@
 # **Time:** 30 minutes to read. Runs in under 30 seconds on two cores. It is the first of three pages; [A model, read](16_model_read.ipynb) and [A model, rewritten](16_model_rewritten.ipynb) follow.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import show, use_style
@@ -27,6 +28,7 @@ half = (1.05, 1.3, 0.65, 1.2)  # widths of the boxes
 arrow = {"arrowstyle": "->"}
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 figure, axis = plt.subplots(figsize=(8, 3.2))
 for row, (layer, between, verdict) in enumerate(rows):
@@ -869,6 +871,7 @@ attempt(my_rule, test_rule)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def my_rule_solution(layer: Pyramid) -> list[nn.Conv2d]:
     return list(layer.convs)[::-1]
 

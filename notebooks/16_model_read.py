@@ -13,6 +13,7 @@
 # **Time:** 20 minutes to read. Runs in under 30 seconds on two cores. It is the second of three pages, after [A model, in pieces](16_model_pieces.ipynb).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import copy
 
 import matplotlib.pyplot as plt
@@ -66,6 +67,7 @@ for name, pair in zip(rewrites, found, strict=True):
     print(f"{name:24}", *(f"{off:6.0e}" if off > 1e-5 else "<=1e-5" for off in pair))
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 assert [quiet > 1e-3 for quiet, _ in found] == [False] * 4 + [True] * 3
 assert [loud > 1e-3 for _, loud in found] == [False, False, True, False, True, True, True]
 use_style()
@@ -593,6 +595,7 @@ attempt(not_quite_relu, test_fooled)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def not_quite_relu_solution(x: Tensor) -> Tensor:
     return x.clamp(0, 1000)  # an image of these numbers would have to be 1000 times as loud
 

@@ -13,6 +13,7 @@
 # **Time:** 30 minutes to read. Runs in under 90 seconds on two cores. It is the last of three pages, after [A model, in pieces](16_model_pieces.ipynb) and [A model, read](16_model_read.ipynb).
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import json
 from pathlib import Path
 
@@ -36,6 +37,7 @@ bars = {
 }
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 names = [name for name in bars if name in seconds]
 times = [1e3 * seconds[name] for name in names]
@@ -930,6 +932,7 @@ attempt(my_forward, test_forward)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def my_forward_solution(self, x):
     return self.norm(self.conv(x))  # a 1×1 convolution does not care where the image is cut
 

@@ -24,6 +24,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if os.path.exists("/dev/nvidia0") 
 print("interpreted" if os.environ["TRITON_INTERPRET"] == "1" else "on a GPU")
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 
 from mixconv.teaching import kernel_color, show, use_style
@@ -417,6 +418,7 @@ attempt(count_programs, test_programs)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def count_programs_solution(batch: int, height: int, width: int, channels: tuple[int, ...]) -> int:
     tiles = -(-height // 4) * -(-width // 8)
     return batch * tiles * sum(-(-count // 32) for count in channels)
@@ -460,6 +462,7 @@ attempt(numbers_apart, test_apart)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def numbers_apart_solution(lanes: str, channels: int, stride: int) -> int:
     return 1 if lanes == "channels" else stride * channels
 

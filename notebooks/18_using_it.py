@@ -16,6 +16,7 @@
 # **Time:** 20 minutes to read. Runs in under 90 seconds on two cores.
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 import matplotlib.pyplot as plt
 import torch
 
@@ -35,6 +36,7 @@ calls = {"forward_features(x)": (5, -2.5), "with num_classes=0:\nmodel(x)": (6, 
          "model(x)": (7, -0.95)}  # fmt: skip
 
 # %% tags=["drawing"]
+# fold: The code that draws this
 use_style()
 figure, axis = plt.subplots(figsize=(8.4, 3.6))
 for step, (text, height, color) in enumerate(boxes):
@@ -694,6 +696,7 @@ attempt(two_maps, test_maps)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def two_maps_solution(pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     _, _, eight, sixteen, _ = mixnet_m(in_channels=1).eval().features(pictures)
     return eight, sixteen
@@ -747,6 +750,7 @@ attempt(groups, test_groups)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def groups_solution(model: nn.Module) -> list[dict[str, object]]:
     decayed = [p for p in model.parameters() if p.dim() > 1]
     free = [p for p in model.parameters() if p.dim() <= 1]
@@ -814,6 +818,7 @@ attempt(freeze, test_freeze)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def freeze_solution(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith("classifier"))
@@ -881,6 +886,7 @@ attempt(grow, test_grow)
 
 
 # %% tags=["solution"]
+# fold: Solution
 def grow_solution(model: nn.Module) -> ReplacementReport:
     def wider(name: str, layer: nn.Conv2d) -> tuple[int, int]:
         return layer.kernel_size[0], layer.kernel_size[0] + 2

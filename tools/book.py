@@ -34,6 +34,7 @@ from tools.notebooks import (
     merge_pair,
     normalise,
     read_record,
+    title_folds,
     to_text,
     write_atomically,
 )
@@ -133,6 +134,7 @@ def build(root: Path = ROOT, only: Sequence[str] = ()) -> int:
     for chapter in chapters:
         notebook = merge_pair(chapter)
         check_round_trip(notebook, chapter.stem, root)
+        title_folds(notebook)
         format_code(notebook, chapter.stem, root)
         notebooks.append((chapter, normalise(notebook)))
     sources = tangle([(chapter.stem, notebook) for chapter, notebook in notebooks], root)

@@ -145,6 +145,17 @@ def check_round_trip(notebook: Any, where: str, root: Path = ROOT) -> None:
             raise BookError(f"{where}, cell {number}: does not survive as text; a line with # %%?")
 
 
+def title_folds(notebook: Any) -> None:
+    """Give folded cells their first line, in place: JupyterLab shows it of a closed fold.
+
+    Not those of plumbing: what they hold differs, and they say it themselves.
+    """
+    for cell in notebook.cells:
+        for tag in FOLDED_TAGS.keys() & set(cell.metadata.get("tags", [])) - {"plumbing"}:
+            if not FOLD_TITLE.match(cell.source.partition("\n")[0]):
+                cell.source = f"# fold: {FOLDED_TAGS[tag]}\n{cell.source}"
+
+
 def format_code(notebook: Any, stem: str, root: Path = ROOT) -> None:
     """Format the code cells in place, by the same rules as the package."""
     result = subprocess.run(

@@ -305,3 +305,10 @@ def test_main_turns_interruptions_into_a_line(monkeypatch, capsys, error, code, 
     monkeypatch.setattr("sys.argv", ["book"])
     assert book.main() == code
     assert told in capsys.readouterr().err
+
+
+def test_a_closed_fold_says_in_lab_what_it_holds(toy):
+    drawing = read(Chapter("00_start", toy)).cells[-1]
+    assert drawing.source.startswith("# fold: The code that draws this\nmetadata = ")
+    page = (toy / "notebooks" / "00_start.md").read_text()
+    assert page.count("The code that draws this") == 1  # the page's summary says it

@@ -231,6 +231,11 @@ def test_ink_can_be_read_on_every_colour():
         assert (on_white if ink == "white" else 21 / on_white) >= CONTRAST, color
 
 
+def test_the_mix_offers_the_sides_of_mixnets_maps():
+    """Of 224×224 pixels, at each of the five strides."""
+    assert Mix.side.choices == tuple(224 // stride for stride in (32, 16, 8, 4, 2))
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
